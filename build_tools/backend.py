@@ -1,0 +1,40 @@
+"""setuptools' build backend, and TensorFlow among the requirements.
+
+pip builds in an environment of its own that holds nothing but what is asked for here. A build fits
+one minor version of TensorFlow, so which one is a choice, by the environment variable
+DICE_OP_TENSORFLOW: a version ("2.20") or a requirement ("tensorflow==2.21.0"). Without it:
+pyproject.toml's default.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403  (the hooks that stay as they are)
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+
+def _tensorflow():
+    wanted = os.environ.get("DICE_OP_TENSORFLOW")
+    if wanted:
+        return [f"tensorflow-cpu=={wanted}.*" if wanted[0].isdigit() else wanted]
+    return tomllib.loads(Path("pyproject.toml").read_text())["dependency-groups"]["tensorflow"]
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return build_meta.get_requires_for_build_wheel(config_settings) + _tensorflow()
+
+
+def get_requires_for_build_editable(config_settings=None):
+    return build_meta.get_requires_for_build_editable(config_settings) + _tensorflow()
+
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    # What an earlier build left would end up in this wheel.
+    shutil.rmtree("build/wheel", ignore_errors=True)
+    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)

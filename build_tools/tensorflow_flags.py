@@ -1,0 +1,13 @@
+"""Prints, as a CMake list, what a build against the installed TensorFlow needs:
+its version, include directory, library, and the remaining compiler flags."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import tensorflow as tf  # noqa: E402
+
+flags = [f for f in tf.sysconfig.get_compile_flags() if not f.startswith(("-I", "--std", "-std"))]
+directory = tf.sysconfig.get_lib()
+library = next(f[3:] for f in tf.sysconfig.get_link_flags() if f.startswith("-l:"))
+print(";".join([tf.__version__, tf.sysconfig.get_include(), os.path.join(directory, library), *flags]))

@@ -1,0 +1,111 @@
+// The entry points of the library: all that the TensorFlow op and the pybind11 module include.
+//
+// Plain pointers, a shape, and memory that the caller owns; nothing here knows a framework. Each
+// pointer carries its shape in a comment: N samples, V voxels per sample, C classes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dice_op {
+
+enum class DType : int {
+  kBool,
+  kUint8,
+  kInt8,
+  kUint16,
+  kInt16,
+  kInt32,
+  kInt64,
+  kHalf,
+  kBFloat16,
+  kFloat,
+  kDouble,
+};
+
+enum class Activation : int { kSoftmax, kSigmoid, kNone };
+enum class DataFormat : int { kChannelsLast, kChannelsFirst };
+
+// What the sums are to be: the attributes of the op.
+struct Options {
+  Activation activation = Activation::kSoftmax;
+  DataFormat data_format = DataFormat::kChannelsLast;
+  bool squared_pred = false;   // cardinalities of squares: sum p^2 and sum t^2
+  bool cross_entropy = false;  // accumulate the cross-entropy as well
+  double focal_gamma = 0.0;    // its focal exponent; 0 is plain cross-entropy
+  bool has_ignore_label = false;
+  int64_t ignore_label = 0;  // voxels with this integer label count for nothing
+};
+
+// One call. Made by `MakeProblem` (problem.h), which alone decides what is a legal one.
+struct Problem {
+  Options options;
+  int64_t batch = 0;          // N
+  int64_t voxels = 0;         // V
+  int64_t classes = 0;        // C
+  bool dense_labels = false;  // labels hold t itself, one value per class
+  DType logits_dtype = DType::kFloat;
+  DType labels_dtype = DType::kUint8;
+  DType weight_dtype = DType::kFloat;
+  const void* logits = nullptr;        // [N, V, C], or [N, C, V] if channels first
+  const void* labels = nullptr;        // [N, V] class indices, or laid out as the logits if dense
+  const void* voxel_weight = nullptr;  // [N, V], or null for ones
+
+  // With one class there is no background channel: integer labels are the foreground mask, so the
+  // only channel is class 1 of {0, 1}.
+  int64_t first_class() const { return classes == 1 ? 1 : 0; }
+  int64_t label_limit() const { return classes == 1 ? 2 : classes; }
+};
+
+// The sums have the type of the arithmetic: float, or double for double logits. A null
+// cross_entropy is not written.
+struct Sums {
+  void* intersection;   // [N, C]  sum m p t
+  void* pred_sum;       // [N, C]  sum m p,  or sum m p^2
+  void* label_sum;      // [N, C]  sum m t,  or sum m t^2
+  void* cross_entropy;  // [N, C]  sum m t (1-p)^gamma (-log p); sigmoid: plus its mirror image
+  void* weight_sum;     // [N]     sum m
+};
+
+// The loss's derivatives with respect to the sums, of the sums' type.
+struct SumsGrad {
+  const void* d_intersection;   // [N, C]
+  const void* d_pred_sum;       // [N, C]
+  const void* d_cross_entropy;  // [N, C], or null
+  void* d_logits;               // as the logits; may be the logits' own memory
+};
+
+// A label that is no class. sample < 0: there was none.
+struct BadLabel {
+  int64_t sample = -1;
+  int64_t voxel = -1;
+};
+
+namespace cpu {
+
+// Runs body(begin, end) over disjoint ranges that cover [0, count), on any threads it likes.
+// `cost` is a hint: nanoseconds per item. The result never depends on how the ranges are cut.
+class ParallelFor {
+ public:
+  using Body = void (*)(void* context, int64_t begin, int64_t end);
+  virtual ~ParallelFor() = default;
+  virtual void Run(int64_t count, int64_t cost, Body body, void* context) const = 0;
+};
+
+// Bytes of scratch memory that DiceSums needs, aligned to 8.
+size_t DiceSumsWorkspace(const Problem& problem);
+
+// Labels outside the classes make the sums meaningless: the first of them is returned.
+BadLabel DiceSums(const Problem& problem, const Sums& sums, void* workspace,
+                  const ParallelFor& parallel);
+
+// Expects labels that DiceSums accepted; others belong to no class.
+void DiceSumsGrad(const Problem& problem, const SumsGrad& grad, const ParallelFor& parallel);
+
+// Comma-separated names of the SIMD levels in this binary, and the one that runs here: the best
+// the processor has, or what the environment variable DICE_OP_SIMD asks for.
+const char* SimdLevels();
+const char* SimdLevel();
+
+}  // namespace cpu
+}  // namespace dice_op

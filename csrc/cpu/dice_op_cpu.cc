@@ -1,0 +1,162 @@
+// Cuts a call into fixed blocks, runs them on the caller's threads, and adds the blocks' sums in
+// order: the bits of the result depend on neither the number of threads nor their timing.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "core/dice_op.h"
+#include "cpu/kernels.h"
+
+namespace dice_op {
+namespace cpu {
+namespace {
+
+// About 64 K logits: long enough that a block's overhead vanishes, short enough to share out.
+constexpr int64_t kBlockElements = 1 << 16;
+constexpr int64_t kBlockVoxelsMin = 64;
+
+struct Blocks {
+  int64_t voxels;      // per block
+  int64_t per_sample;  // blocks
+  int64_t count;       // in all
+
+  explicit Blocks(const Problem& problem)
+      : voxels(std::max(kBlockVoxelsMin, kBlockElements / std::max<int64_t>(1, problem.classes) / kBlockVoxelsMin *
+                                             kBlockVoxelsMin)),
+        per_sample((problem.voxels + voxels - 1) / voxels),
+        count(problem.batch * per_sample) {}
+
+  // fn(block, sample, begin, end) for blocks [first, last)
+  template <class Fn>
+  void ForEach(const Problem& problem, int64_t first, int64_t last, Fn&& fn) const {
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t begin = block % per_sample * voxels;
+      fn(block, block / per_sample, begin, std::min(begin + voxels, problem.voxels));
+    }
+  }
+  // nanoseconds per block, for the thread pool: about one per logit and exponential
+  int64_t Cost(const Problem& problem) const { return voxels * (problem.classes + 1); }
+};
+
+int64_t PartialSize(const Problem& problem) { return 4 * problem.classes + 1; }
+
+template <class Fn>
+void Run(const ParallelFor& parallel, int64_t count, int64_t cost, Fn&& fn) {
+  if (count > 0) {
+    parallel.Run(
+        count, cost,
+        [](void* context, int64_t begin, int64_t end) { (*static_cast<std::remove_reference_t<Fn>*>(context))(begin, end); },
+        &fn);
+  }
+}
+
+bool Supported(const Kernels& kernels) {
+#if defined(DICE_OP_X86_LEVELS)
+  if (&kernels == &kX86V2) return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
+  if (&kernels == &kX86V3) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+           __builtin_cpu_supports("f16c");
+  }
+  if (&kernels == &kX86V4) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  }
+#endif
+  return &kernels == &kPortable;
+}
+
+// Best first.
+const Kernels* const kLevels[] = {
+#if defined(DICE_OP_X86_LEVELS)
+    &kX86V4, &kX86V3, &kX86V2,
+#endif
+    &kPortable};
+
+const Kernels& Active() {
+  static const Kernels* const active = [] {
+    const char* wanted = std::getenv("DICE_OP_SIMD");
+    const Kernels* best = nullptr;
+    for (const Kernels* level : kLevels) {
+      if (!Supported(*level)) continue;
+      if (!best) best = level;
+      if (wanted && std::strcmp(wanted, level->level) == 0) return level;
+    }
+    return best;  // an unknown or unsupported wish changes nothing; SimdLevel() says what runs
+  }();
+  return *active;
+}
+
+// Adds the blocks' sums in order and writes them in the type of the arithmetic.
+template <class R>
+void Combine(const Problem& problem, const Blocks& blocks, const double* partials, const Sums& sums) {
+  const int64_t classes = problem.classes, size = PartialSize(problem);
+  void* const outputs[] = {sums.intersection, sums.pred_sum, sums.label_sum, sums.cross_entropy};
+  for (int64_t n = 0; n < problem.batch; ++n) {
+    const double* const first = partials + n * blocks.per_sample * size;
+    const auto total = [&](int64_t i) {
+      double sum = 0;
+      for (int64_t block = 0; block < blocks.per_sample; ++block) sum += first[block * size + i];
+      return static_cast<R>(sum);
+    };
+    for (int which = 0; which < 4; ++which) {
+      R* const output = static_cast<R*>(outputs[which]);
+      if (!output) continue;
+      for (int64_t c = 0; c < classes; ++c) output[n * classes + c] = total(which * classes + c);
+    }
+    static_cast<R*>(sums.weight_sum)[n] = total(4 * classes);
+  }
+}
+
+}  // namespace
+
+size_t DiceSumsWorkspace(const Problem& problem) {
+  const Blocks blocks(problem);
+  return blocks.count * (PartialSize(problem) * sizeof(double) + sizeof(int64_t));
+}
+
+BadLabel DiceSums(const Problem& problem, const Sums& sums, void* workspace, const ParallelFor& parallel) {
+  const Blocks blocks(problem);
+  const int64_t size = PartialSize(problem);
+  double* const partials = static_cast<double*>(workspace);
+  int64_t* const bad = reinterpret_cast<int64_t*>(partials + blocks.count * size);
+  const Kernels& kernels = Active();
+  Run(parallel, blocks.count, blocks.Cost(problem), [&](int64_t first, int64_t last) {
+    std::fill(partials + first * size, partials + last * size, 0.0);
+    blocks.ForEach(problem, first, last, [&](int64_t block, int64_t sample, int64_t begin, int64_t end) {
+      bad[block] = kernels.sums(problem, sample, begin, end, partials + block * size);
+    });
+  });
+  for (int64_t block = 0; block < blocks.count; ++block) {
+    if (bad[block] >= 0) return {block / blocks.per_sample, bad[block]};
+  }
+  if (problem.logits_dtype == DType::kDouble) {
+    Combine<double>(problem, blocks, partials, sums);
+  } else {
+    Combine<float>(problem, blocks, partials, sums);
+  }
+  return {};
+}
+
+void DiceSumsGrad(const Problem& problem, const SumsGrad& grad, const ParallelFor& parallel) {
+  const Blocks blocks(problem);
+  const Kernels& kernels = Active();
+  Run(parallel, blocks.count, blocks.Cost(problem), [&](int64_t first, int64_t last) {
+    blocks.ForEach(problem, first, last, [&](int64_t, int64_t sample, int64_t begin, int64_t end) {
+      kernels.grad(problem, grad, sample, begin, end);
+    });
+  });
+}
+
+const char* SimdLevels() {
+#if defined(DICE_OP_X86_LEVELS)
+  return "portable,x86-64-v2,x86-64-v3,x86-64-v4";
+#else
+  return "portable";
+#endif
+}
+
+const char* SimdLevel() { return Active().level; }
+
+}  // namespace cpu
+}  // namespace dice_op

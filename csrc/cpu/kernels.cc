@@ -1,0 +1,184 @@
+// The CPU kernels of one instruction set. CMake compiles this file once per level, with that level's
+// flags, its width in bytes (DICE_OP_VECTOR_BYTES) and the name of its table (DICE_OP_KERNELS). All
+// else here has internal linkage: a test asserts that the object exports the table alone.
+#include "cpu/kernels.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "core/dispatch.h"
+#include "core/voxel.h"
+#include "cpu/pack.h"
+#include "cpu/tile.h"
+
+namespace dice_op {
+namespace {
+
+// A lane adds this many numbers in its own precision before they go to the double sums. Each lane's
+// error then stays below that of 64 additions, whatever the volume.
+constexpr int kFlush = 64;
+
+// A few classes live in registers; more stream through the first-level cache.
+constexpr int kMaxRegisterClasses = 4;
+
+template <class P, int kCount>
+struct Row {
+  P values[kCount];
+  explicit Row(int) {}
+};
+template <class P>
+struct Row<P, 0> {
+  std::unique_ptr<char[]> memory;
+  P* values;
+  explicit Row(int count) : memory(new char[(count + 1) * sizeof(P)]) {
+    void* at = memory.get();
+    size_t space = (count + 1) * sizeof(P);
+    values = static_cast<P*>(std::align(sizeof(P), count * sizeof(P), at, space));
+  }
+};
+
+template <class P, int kCount>
+struct Accumulators {
+  Row<P, kCount> intersection_, pred_sum_, label_sum_, cross_entropy_;
+  P *intersection, *pred_sum, *label_sum, *cross_entropy;
+  P weight_sum;
+  int count;
+
+  explicit Accumulators(int classes)
+      : intersection_(classes),
+        pred_sum_(classes),
+        label_sum_(classes),
+        cross_entropy_(classes),
+        intersection(intersection_.values),
+        pred_sum(pred_sum_.values),
+        label_sum(label_sum_.values),
+        cross_entropy(cross_entropy_.values),
+        count(kCount ? kCount : classes) {
+    Clear();
+  }
+  void Clear() {
+    for (P* row : {intersection, pred_sum, label_sum, cross_entropy}) std::fill(row, row + count, P(0));
+    weight_sum = P(0);
+  }
+  void Flush(double* partial) {
+    for (const P* row : {intersection, pred_sum, label_sum, cross_entropy}) {
+      for (int c = 0; c < count; ++c) *partial++ += SumLanes(row[c]);
+    }
+    *partial += SumLanes(weight_sum);
+    Clear();
+  }
+};
+
+template <class R, bool kDense, class P, class I, int W>
+auto LabelOf(const Tile<R, W>& tile, int group) {
+  if constexpr (kDense) {
+    return DenseLabel<P>{reinterpret_cast<const P*>(tile.labels(group))};
+  } else {
+    return IndexLabel<I>{I::Load(tile.index(group))};
+  }
+}
+
+template <class R>
+Terms<R> TermsOf(const Problem& problem) {
+  return {problem.options.squared_pred, problem.voxel_weight != nullptr || problem.options.has_ignore_label,
+          static_cast<R>(problem.options.focal_gamma)};
+}
+
+template <class R, class Activation, bool kCrossEntropy, bool kDense, int kCount>
+struct Block {
+  static constexpr int W = DICE_OP_VECTOR_BYTES / sizeof(R);
+  using P = Pack<R, W>;
+  using I = Pack<typename IntFor<R>::type, W>;
+  using Classes = AllClasses<kCount>;
+
+  static int64_t Sums(const Problem& problem, int64_t sample, int64_t begin, int64_t end, double* partial) {
+    const Classes k{static_cast<int>(problem.classes)};
+    const auto terms = TermsOf<R>(problem);
+    Tile<R, W> tile(problem);
+    Accumulators<P, kCount> sums(k.size());
+    Row<P, kCount> p(k.size()), z_row(kCount);
+    int64_t bad = -1;
+    int added = 0;
+    for (int64_t v = begin; v < end; v += tile.capacity()) {
+      const int64_t found = tile.Load(sample, v, static_cast<int>(std::min<int64_t>(tile.capacity(), end - v)));
+      if (bad < 0) bad = found;
+      for (int group = 0; group < tile.groups(); ++group) {
+        P* z = reinterpret_cast<P*>(tile.logits(group));
+        if constexpr (kCount > 0) {
+          std::copy(z, z + kCount, z_row.values);
+          z = z_row.values;
+        }
+        const P m = P::Load(tile.weight(group));
+        AddVoxel<Activation, kCrossEntropy>(k, z, p.values, LabelOf<R, kDense, P, I>(tile, group), m, terms, sums);
+        sums.weight_sum = sums.weight_sum + m;
+        if (++added == kFlush) {
+          sums.Flush(partial);
+          added = 0;
+        }
+      }
+    }
+    sums.Flush(partial);
+    return bad;
+  }
+
+  static void Grad(const Problem& problem, const SumsGrad& grad, int64_t sample, int64_t begin, int64_t end) {
+    const Classes k{static_cast<int>(problem.classes)};
+    const auto terms = TermsOf<R>(problem);
+    const auto of_sample = [&](const void* coefficients) {
+      return coefficients ? static_cast<const R*>(coefficients) + sample * problem.classes : nullptr;
+    };
+    const R *a = of_sample(grad.d_intersection), *b = of_sample(grad.d_pred_sum),
+            *e = of_sample(grad.d_cross_entropy);
+    Tile<R, W> tile(problem);
+    Row<P, kCount> p(k.size()), h(k.size()), z_row(kCount);
+    for (int64_t v = begin; v < end; v += tile.capacity()) {
+      tile.Load(sample, v, static_cast<int>(std::min<int64_t>(tile.capacity(), end - v)));
+      for (int group = 0; group < tile.groups(); ++group) {
+        P* const stored = reinterpret_cast<P*>(tile.logits(group));
+        P* z = stored;
+        if constexpr (kCount > 0) {
+          std::copy(z, z + kCount, z_row.values);
+          z = z_row.values;
+        }
+        // z is read for the last time before the gradient takes its place
+        VoxelGrad<Activation, kCrossEntropy>(k, z, p.values, h.values, z, LabelOf<R, kDense, P, I>(tile, group),
+                                             P::Load(tile.weight(group)), terms, a, b, e);
+        if constexpr (kCount > 0) std::copy(z, z + kCount, stored);
+      }
+      tile.Store(grad.d_logits);
+    }
+  }
+};
+
+// Calls fn(Block<...>{}) with the specialisation for this problem.
+template <class Fn>
+auto WithBlock(const Problem& problem, Fn&& fn) {
+  // with no class at all there is nothing to normalise
+  return WithActivation(problem.classes ? problem.options.activation : Activation::kNone, [&](auto activation) {
+    return WithBool(problem.options.cross_entropy, [&](auto cross_entropy) {
+      return WithBool(problem.dense_labels, [&](auto dense) {
+        if (problem.logits_dtype == DType::kDouble) {
+          return fn(Block<double, decltype(activation), cross_entropy.value, dense.value, 0>{});
+        }
+        return WithCount<kMaxRegisterClasses>(problem.classes, [&](auto count) {
+          return fn(Block<float, decltype(activation), cross_entropy.value, dense.value, count.value>{});
+        });
+      });
+    });
+  });
+}
+
+int64_t SumsOfBlock(const Problem& problem, int64_t sample, int64_t begin, int64_t end, double* partial) {
+  return WithBlock(problem, [&](auto block) { return decltype(block)::Sums(problem, sample, begin, end, partial); });
+}
+
+void GradOfBlock(const Problem& problem, const SumsGrad& grad, int64_t sample, int64_t begin, int64_t end) {
+  WithBlock(problem, [&](auto block) { decltype(block)::Grad(problem, grad, sample, begin, end); });
+}
+
+}  // namespace
+
+namespace cpu {
+const Kernels DICE_OP_KERNELS = {DICE_OP_LEVEL, SumsOfBlock, GradOfBlock};
+}  // namespace cpu
+}  // namespace dice_op

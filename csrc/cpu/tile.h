@@ -1,0 +1,344 @@
+// A tile: some hundred voxels of one sample in the first-level cache, turned into the form the
+// arithmetic wants, whatever their type and layout in memory. Groups of W voxels; in a group, one
+// register per class. Unnamed namespace: see core/voxel.h.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <type_traits>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "core/dtype.h"
+#include "cpu/pack.h"
+
+namespace dice_op {
+namespace {
+
+// Half to float and back, to nearest even, by integer arithmetic: independent of whether the thread
+// flushes subnormal numbers, as TensorFlow's do.
+DICE_OP_INLINE float ToFloat(Half half) {
+  const uint32_t magnitude = half.bits & 0x7fff;
+  const uint32_t exponent = magnitude & 0x7c00;
+  const uint32_t normal = (magnitude << 13) + (112u << 23);
+  const uint32_t special = normal + (112u << 23);  // infinity, NaN
+  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 5.9604644775390625e-8f;
+  const uint32_t bits = exponent == 0x7c00 ? special : exponent == 0 ? BitCast<uint32_t>(subnormal) : normal;
+  return BitCast<float>(bits | (static_cast<uint32_t>(half.bits & 0x8000) << 16));
+}
+DICE_OP_INLINE Half ToHalf(float value) {
+  const uint32_t bits = BitCast<uint32_t>(value);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  const uint32_t odd = (magnitude >> 13) & 1;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + odd) >> 13;
+  // adding 0.5 shifts the 24 bits so that the last one kept is half's smallest step
+  const uint32_t subnormal = BitCast<uint32_t>(BitCast<float>(magnitude) + 0.5f) - (126u << 23);
+  const uint32_t result = magnitude > 0x7f800000   ? 0x7e00
+                          : magnitude > 0x477fefff ? 0x7c00
+                          : magnitude < 0x38800000 ? subnormal
+                                                   : normal;
+  return {static_cast<uint16_t>(result | ((bits >> 16) & 0x8000))};
+}
+DICE_OP_INLINE float ToFloat(BFloat16 value) {
+  return BitCast<float>(static_cast<uint32_t>(value.bits) << 16);
+}
+DICE_OP_INLINE BFloat16 ToBFloat16(float value) {
+  const uint32_t bits = BitCast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return {static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
+}
+
+template <class T, class R>
+DICE_OP_INLINE R FromStorage(T value) {
+  if constexpr (std::is_arithmetic_v<T>) {
+    return static_cast<R>(value);
+  } else {
+    return static_cast<R>(ToFloat(value));
+  }
+}
+
+template <class T, class R>
+void Convert(const T* from, int64_t n, R* to) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<T, Half> && std::is_same_v<R, float>) {
+    for (; i + 8 <= n; i += 8) {
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+    }
+  }
+#endif
+  for (; i < n; ++i) to[i] = FromStorage<T, R>(from[i]);
+}
+
+template <class R, class T>
+void ConvertBack(const R* from, int64_t n, T* to) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<T, Half>) {
+#if defined(__F16C__)
+    for (; i + 8 <= n; i += 8) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    }
+#endif
+    for (; i < n; ++i) to[i] = ToHalf(from[i]);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    for (; i < n; ++i) to[i] = ToBFloat16(from[i]);
+  } else {
+    std::memcpy(to, from, n * sizeof(T));
+  }
+}
+
+// Four rows of four become four columns.
+template <class R>
+DICE_OP_INLINE void Transpose4(const R* const from[4], R* const to[4]) {
+  using P = Pack<R, 4>;
+  const auto a = P::Load(from[0]).v, b = P::Load(from[1]).v, c = P::Load(from[2]).v, d = P::Load(from[3]).v;
+  const auto ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const auto cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  P(__builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5)).Store(to[0]);
+  P(__builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7)).Store(to[1]);
+  P(__builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5)).Store(to[2]);
+  P(__builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7)).Store(to[3]);
+}
+
+// Between [W, C] in memory and [C, W] in a group: whole 4 x 4 squares, then what is left.
+template <int W, bool kToGroup, class R>
+DICE_OP_INLINE void TransposeGroup(const R* from, int classes, R* to) {
+  const auto rows = [&](auto* base, int v, int c) { return base + v * classes + c; };
+  const auto group = [&](auto* base, int v, int c) { return base + c * W + v; };
+  int c = 0;
+  if constexpr (W >= 4) {
+    for (; c + 4 <= classes; c += 4) {
+      for (int v = 0; v < W; v += 4) {
+        const R* source[4];
+        R* target[4];
+        for (int i = 0; i < 4; ++i) {
+          source[i] = kToGroup ? rows(from, v + i, c) : group(from, v, c + i);
+          target[i] = kToGroup ? group(to, v, c + i) : rows(to, v + i, c);
+        }
+        Transpose4(source, target);
+      }
+    }
+  }
+  for (; c < classes; ++c) {
+    for (int v = 0; v < W; ++v) {
+      if constexpr (kToGroup) {
+        *group(to, v, c) = *rows(from, v, c);
+      } else {
+        *rows(to, v, c) = *group(from, v, c);
+      }
+    }
+  }
+}
+
+template <int W, bool kToGroup, class R>
+void TransposeGroups(const R* from, int classes, int groups, R* to) {
+  const auto all = [&](int count) {
+    for (int g = 0; g < groups; ++g) {
+      TransposeGroup<W, kToGroup>(from + g * W * count, count, to + g * W * count);
+    }
+  };
+  switch (classes) {  // known counts unroll
+    case 1:
+      std::memcpy(to, from, sizeof(R) * groups * W);
+      return;
+    case 2:
+      return all(std::integral_constant<int, 2>{});
+    case 3:
+      return all(std::integral_constant<int, 3>{});
+    case 4:
+      return all(std::integral_constant<int, 4>{});
+    case 5:
+      return all(std::integral_constant<int, 5>{});
+    default:
+      return all(classes);
+  }
+}
+
+template <class R, int W>
+class Tile {
+ public:
+  using Int = typename IntFor<R>::type;
+
+  // Scratch memory for one thread's blocks.
+  explicit Tile(const Problem& problem)
+      : problem_(problem),
+        classes_(static_cast<int>(problem.classes)),
+        // logits and dense labels together fill about half of a 32 KB cache
+        capacity_(std::max<int>(W, std::min<int>(512, 2048 / std::max(1, classes_)) / W * W)) {
+    const size_t volume = static_cast<size_t>(capacity_) * classes_;
+    const size_t numbers = (problem.dense_labels ? 3 : 2) * volume + capacity_;
+    memory_.reset(new char[numbers * sizeof(R) + capacity_ * sizeof(Int) + kAlign]);
+    void* at = memory_.get();
+    size_t space = numbers * sizeof(R) + capacity_ * sizeof(Int) + kAlign;
+    std::align(kAlign, space - kAlign, at, space);
+    logits_ = static_cast<R*>(at);
+    rows_ = logits_ + volume;
+    labels_ = rows_ + volume;
+    weight_ = labels_ + (problem.dense_labels ? volume : 0);
+    index_ = reinterpret_cast<Int*>(weight_ + capacity_);
+  }
+
+  int capacity() const { return capacity_; }
+  int groups() const { return (count_ + W - 1) / W; }
+  R* logits(int group) { return logits_ + static_cast<size_t>(group) * classes_ * W; }
+  const R* labels(int group) const { return labels_ + static_cast<size_t>(group) * classes_ * W; }
+  const R* weight(int group) const { return weight_ + group * W; }
+  const Int* index(int group) const { return index_ + group * W; }
+
+  // Reads voxels [begin, begin + count) of a sample. The last group is filled up with voxels of
+  // weight 0. Returns the first voxel with a label that is no class, or -1.
+  int64_t Load(int64_t sample, int64_t begin, int count) {
+    sample_ = sample;
+    begin_ = begin;
+    count_ = count;
+    LoadPlane(problem_.logits, problem_.logits_dtype, logits_);
+    LoadWeight();
+    return problem_.dense_labels ? LoadDenseLabels() : LoadIndices();
+  }
+
+  // Writes what stands in logits() to an array of the logits' type and layout.
+  void Store(void* to) {
+    WithType(problem_.logits_dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      // half and bfloat16 are computed in float, double in double
+      if constexpr (std::is_same_v<T, R> || (!std::is_arithmetic_v<T> && std::is_same_v<R, float>)) {
+        T* base = static_cast<T*>(to) + sample_ * problem_.voxels * classes_;
+        if (channels_last()) {
+          const bool direct = std::is_same_v<T, R> && count_ % W == 0;
+          R* rows = direct ? reinterpret_cast<R*>(base + begin_ * classes_) : rows_;
+          TransposeGroups<W, false>(logits_, classes_, groups(), rows);
+          if (!direct) ConvertBack(rows, static_cast<int64_t>(count_) * classes_, base + begin_ * classes_);
+        } else {
+          ForEachRun([&](int group, int c, int width) {
+            ConvertBack(logits(group) + c * W, width, base + c * problem_.voxels + begin_ + group * W);
+          });
+        }
+      }
+    });
+  }
+
+ private:
+  static constexpr size_t kAlign = 64;
+
+  bool channels_last() const { return problem_.options.data_format == DataFormat::kChannelsLast; }
+
+  // fn(group, class, voxels of the group that exist)
+  template <class Fn>
+  void ForEachRun(Fn&& fn) {
+    for (int group = 0; group < groups(); ++group) {
+      const int width = std::min(W, count_ - group * W);
+      for (int c = 0; c < classes_; ++c) fn(group, c, width);
+    }
+  }
+
+  // Brings an array laid out as the logits into groups.
+  void LoadPlane(const void* from, DType dtype, R* to) {
+    WithType(dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      const T* base = static_cast<const T*>(from) + sample_ * problem_.voxels * classes_;
+      if (channels_last()) {
+        const int64_t n = static_cast<int64_t>(count_) * classes_;
+        const T* source = base + begin_ * classes_;
+        const R* rows = rows_;
+        if (std::is_same_v<T, R> && count_ % W == 0) {
+          rows = reinterpret_cast<const R*>(source);
+        } else {
+          Convert(source, n, rows_);
+          std::fill(rows_ + n, rows_ + static_cast<int64_t>(groups()) * W * classes_, R(0));
+        }
+        TransposeGroups<W, true>(rows, classes_, groups(), to);
+      } else {
+        ForEachRun([&](int group, int c, int width) {
+          R* target = to + (static_cast<size_t>(group) * classes_ + c) * W;
+          Convert(base + c * problem_.voxels + begin_ + group * W, width, target);
+          std::fill(target + width, target + W, R(0));
+        });
+      }
+    });
+  }
+
+  void LoadWeight() {
+    std::fill(weight_, weight_ + count_, R(1));
+    std::fill(weight_ + count_, weight_ + groups() * W, R(0));
+    if (!problem_.voxel_weight) return;
+    WithType(problem_.weight_dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      Convert(static_cast<const T*>(problem_.voxel_weight) + sample_ * problem_.voxels + begin_, count_, weight_);
+    });
+  }
+
+  int64_t LoadDenseLabels() {
+    LoadPlane(problem_.labels, problem_.labels_dtype, labels_);
+    if (problem_.labels_dtype >= DType::kHalf || problem_.labels_dtype == DType::kBool) return -1;
+    const int64_t n = static_cast<int64_t>(groups()) * W * classes_;
+    Int bad = 0;
+    for (int64_t i = 0; i < n; ++i) bad |= !(labels_[i] == R(0) || labels_[i] == R(1));
+    if (!bad) return -1;
+    for (int v = 0;; ++v) {
+      for (int c = 0; c < classes_; ++c) {
+        const R value = labels(v / W)[c * W + v % W];
+        if (value != R(0) && value != R(1)) return begin_ + v;
+      }
+    }
+  }
+
+  int64_t LoadIndices() {
+    std::fill(index_ + count_, index_ + groups() * W, Int(-1));
+    return WithType(problem_.labels_dtype, [&](auto type) -> int64_t {
+      using T = typename decltype(type)::type;
+      if constexpr (std::is_integral_v<T>) {
+        using Wide = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+        const auto fits = [](int64_t x) {
+          return x >= std::numeric_limits<Wide>::min() && x <= std::numeric_limits<Wide>::max();
+        };
+        const Wide first = static_cast<Wide>(problem_.first_class());
+        const Wide limit = static_cast<Wide>(problem_.label_limit());
+        const bool has_ignore = problem_.options.has_ignore_label && fits(problem_.options.ignore_label);
+        const Wide ignore = has_ignore ? static_cast<Wide>(problem_.options.ignore_label) : Wide(-1);
+        const T* labels = static_cast<const T*>(problem_.labels) + sample_ * problem_.voxels + begin_;
+        Wide bad = 0;
+        for (int v = 0; v < count_; ++v) {
+          const Wide label = static_cast<Wide>(labels[v]);
+          const bool valid = (label >= 0) & (label < limit);
+          index_[v] = valid ? static_cast<Int>(label - first) : Int(-1);
+          bad |= !valid;
+        }
+        if (has_ignore) {
+          bad = 0;
+          for (int v = 0; v < count_; ++v) {
+            const Wide label = static_cast<Wide>(labels[v]);
+            const bool ignored = label == ignore;
+            weight_[v] = ignored ? R(0) : weight_[v];
+            bad |= (!ignored) & ((label < 0) | (label >= limit));
+          }
+        }
+        if (!bad) return -1;
+        for (int v = 0;; ++v) {
+          const Wide label = static_cast<Wide>(labels[v]);
+          if (!(has_ignore && label == ignore) && (label < 0 || label >= limit)) return begin_ + v;
+        }
+      }
+      return -1;
+    });
+  }
+
+  const Problem& problem_;
+  const int classes_, capacity_;
+  int64_t sample_ = 0, begin_ = 0;
+  int count_ = 0;
+  std::unique_ptr<char[]> memory_;
+  R* logits_;   // [group][C][W]; gradients on the way out
+  R* rows_;     // [voxel][C], between memory and groups
+  R* labels_;   // [group][C][W], dense labels only
+  R* weight_;   // [voxel]
+  Int* index_;  // [voxel] class, or -1
+};
+
+}  // namespace
+}  // namespace dice_op

@@ -1,0 +1,95 @@
+"""The sums of dice_op.dice_sums in plain TensorFlow operations, differentiable to any order.
+
+It serves what the fused kernels leave out because it is rare: second derivatives, and gradients with
+respect to dense labels and voxel weights. It materialises tensors of the size of the volume.
+"""
+
+import tensorflow as tf
+
+PROBABILITY_EPSILON = 1e-7  # as in csrc/core/voxel.h: the kernels' cut-off for activation "none"
+
+
+def sums(
+    logits,
+    labels,
+    voxel_weight,
+    *,
+    activation,
+    data_format,
+    squared_pred,
+    with_cross_entropy,
+    focal_gamma,
+    ignore_label,
+):
+    """intersection, pred_sum, label_sum, cross_entropy [N, C] and weight_sum [N].
+
+    Arguments are the ops' inputs and attributes: `voxel_weight` and `ignore_label` are lists of at
+    most one entry.
+    """
+    dtype = tf.float64 if logits.dtype == tf.float64 else tf.float32
+    x = _flat(tf.cast(logits, dtype), data_format)  # [N, V, C]
+    batch, voxels, classes = tf.unstack(tf.shape(x))
+    weight = tf.ones([batch, voxels], dtype)
+    if voxel_weight:
+        weight = tf.reshape(tf.cast(voxel_weight[0], dtype), [batch, voxels])
+    if _is_dense(logits, labels, data_format):
+        t = _flat(tf.cast(tf.reshape(labels, tf.shape(logits)), dtype), data_format)
+    else:
+        index = tf.reshape(tf.cast(labels, tf.int64), [batch, voxels])
+        if ignore_label:
+            weight = tf.where(index == ignore_label[0], tf.zeros_like(weight), weight)
+        # one class: integer labels are the foreground mask
+        index -= tf.cast(classes == 1, tf.int64)
+        t = tf.one_hot(index, classes, dtype=dtype)
+    m = weight[..., tf.newaxis]
+    x = tf.where(m == 0, tf.zeros_like(x), x)
+
+    p = {"softmax": tf.nn.softmax, "sigmoid": tf.nn.sigmoid, "none": tf.identity}[activation](x)
+    power = tf.square if squared_pred else tf.identity
+    result = [
+        tf.reduce_sum(m * p * t, 1),
+        tf.reduce_sum(m * power(p), 1),
+        tf.reduce_sum(m * power(t), 1),
+    ]
+    if with_cross_entropy:
+        losses = _cross_entropy(activation, x, p, t, focal_gamma)
+        result.append(tf.reduce_sum(m * losses, 1))
+    else:
+        result.append(tf.zeros([batch, 0], dtype))
+    return [*result, tf.reduce_sum(weight, 1)]
+
+
+def _cross_entropy(activation, x, p, t, gamma):
+    def focused(probability, log_probability):
+        if gamma == 0:
+            return -log_probability
+        return -tf.pow(1 - probability, tf.cast(gamma, p.dtype)) * log_probability
+
+    if activation == "sigmoid":
+        absent = focused(1 - p, tf.math.log_sigmoid(-x))
+        return t * focused(p, tf.math.log_sigmoid(x)) + (1 - t) * absent
+    if activation == "softmax":
+        return tf.math.multiply_no_nan(focused(p, tf.nn.log_softmax(x)), t)
+    p = tf.maximum(p, PROBABILITY_EPSILON)
+    return t * focused(p, tf.math.log(p))
+
+
+def _flat(x, data_format):
+    """[N, spatial..., C] or [N, C, spatial...] as [N, V, C]."""
+    if data_format == "channels_first":
+        x = tf.transpose(tf.reshape(x, [tf.shape(x)[0], tf.shape(x)[1], _rest(x, 2)]), [0, 2, 1])
+        return x
+    return tf.reshape(x, [tf.shape(x)[0], _rest(x, 1, -1), tf.shape(x)[-1]])
+
+
+def _rest(x, first, last=None):
+    # not -1, which an empty tensor leaves undetermined
+    return tf.reduce_prod(tf.shape(x)[first:last])
+
+
+def _is_dense(logits, labels, data_format):
+    """The rule of csrc/core/problem.cc, for shapes it has accepted."""
+    if labels.dtype.is_floating:
+        return True
+    axis = 1 if data_format == "channels_first" else -1
+    return labels.shape.rank == logits.shape.rank and labels.shape[axis] != 1

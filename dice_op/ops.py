@@ -1,0 +1,177 @@
+"""The fused ops: `dice_sums`, and the registered gradients."""
+
+import typing
+
+import tensorflow as tf
+
+from dice_op import _loader, composite
+
+_ops = _loader.library()
+
+_ATTRIBUTES = (
+    "activation",
+    "data_format",
+    "squared_pred",
+    "with_cross_entropy",
+    "focal_gamma",
+    "ignore_label",
+)
+_LOGITS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
+_INTEGERS = (tf.bool, tf.uint8, tf.int8, tf.uint16, tf.int16, tf.int32, tf.int64)
+
+
+class DiceSums(typing.NamedTuple):
+    """Sums over the voxels of each sample and class; float32, float64 for float64 logits.
+
+    N samples, C classes; m: weight, p: probability, t: label, each per voxel.
+    """
+
+    intersection: tf.Tensor
+    """[N, C]: sum m p t."""
+    pred_sum: tf.Tensor
+    """[N, C]: sum m p, or sum m p^2 (`squared_pred`)."""
+    label_sum: tf.Tensor
+    """[N, C]: sum m t, or sum m t^2 (`squared_pred`)."""
+    cross_entropy: tf.Tensor | None
+    """[N, C]: sum m t (1 - p)^focal_gamma (-log p), for sigmoid plus sum m (1 - t) p^focal_gamma
+    (-log(1 - p)); None unless asked for."""
+    weight_sum: tf.Tensor
+    """[N]: sum m."""
+
+
+def dice_sums(
+    y_true,
+    y_pred,
+    *,
+    activation,
+    squared_pred=False,
+    voxel_weight=None,
+    ignore_label=None,
+    cross_entropy=False,
+    focal_gamma=0.0,
+    data_format="channels_last",
+):
+    """The sums that every loss of the Dice family is made of, in one pass over the logits.
+
+    Differentiable with respect to `y_pred` in one more pass that keeps nothing from the first; with
+    respect to dense `y_true` and `voxel_weight`, and to second order, through plain TensorFlow.
+
+    Args:
+      y_true: Labels. Either class indices `[N, spatial...]` (a channel axis of length 1 is
+        accepted), of any integer type up to 64 bits or bool; or one-hot or soft labels of the shape
+        of `y_pred`, of any type. With one class (C = 1) integers are the foreground mask, 0 or 1.
+      y_pred: Logits `[N, spatial..., C]`, or `[N, C, spatial...]` for `"channels_first"`; float16,
+        bfloat16, float32 or float64. Arithmetic is float32, float64 for float64.
+      activation: What turns `y_pred` into probabilities: `"softmax"`, `"sigmoid"`, or `"none"`
+        where it holds probabilities already.
+      squared_pred: Squares in both cardinalities (Milletari et al., "V-Net", 2016).
+      voxel_weight: Weight of each voxel, `[N, spatial...]`, any type. Voxels of weight 0 count for
+        nothing, whatever their logits hold.
+      ignore_label: Voxels with this class index count for nothing.
+      cross_entropy: Also sum the cross-entropy: categorical, or binary for `"sigmoid"`. For
+        `"none"` it is categorical, of probabilities not below 1e-7.
+      focal_gamma: Exponent of the focal cross-entropy (Lin et al., 2017).
+      data_format: `"channels_last"` or `"channels_first"`.
+
+    Returns:
+      A `DiceSums`.
+
+    Raises:
+      tf.errors.InvalidArgumentError, ValueError: shapes do not fit, or a label is no class; names
+        the argument, or the voxel and its value. Inside a graph, what its shapes show is raised
+        while tracing.
+      TypeError: `y_pred` or `y_true` have a dtype that is not listed above.
+    """
+    y_true = tf.convert_to_tensor(y_true)
+    y_pred = tf.convert_to_tensor(y_pred)
+    weight = [] if voxel_weight is None else [tf.convert_to_tensor(voxel_weight)]
+    _check_dtype("y_pred", y_pred, _LOGITS)
+    _check_dtype("y_true", y_true, _INTEGERS + _LOGITS)
+    for tensor in weight:
+        _check_dtype("voxel_weight", tensor, _INTEGERS + _LOGITS)
+    sums = _ops.dice_sums(
+        y_pred,
+        y_true,
+        weight,
+        Tsums=tf.float64 if y_pred.dtype == tf.float64 else tf.float32,
+        activation=activation,
+        data_format=data_format,
+        squared_pred=squared_pred,
+        with_cross_entropy=cross_entropy,
+        focal_gamma=focal_gamma,
+        ignore_label=[] if ignore_label is None else [ignore_label],
+    )
+    return DiceSums(*sums)._replace(cross_entropy=sums.cross_entropy if cross_entropy else None)
+
+
+def _check_dtype(name, tensor, allowed):
+    if tensor.dtype not in allowed:
+        names = ", ".join(dtype.name for dtype in allowed)
+        raise TypeError(f"{name} has dtype {tensor.dtype.name}, but must be one of: {names}")
+
+
+def _attributes(op):
+    attributes = {name: op.get_attr(name) for name in _ATTRIBUTES}
+    for name in ("activation", "data_format"):
+        if isinstance(attributes[name], bytes):
+            attributes[name] = attributes[name].decode()
+    return attributes
+
+
+def _split(op, inputs):
+    """An op's inputs as (logits, labels, [voxel_weight], the rest)."""
+    count = len(op.get_attr("Tweight"))
+    return inputs[0], inputs[1], list(inputs[2 : 2 + count]), list(inputs[2 + count :])
+
+
+def _composite_gradients(function, inputs, d_output, wanted):
+    """Gradients of `function` with respect to the inputs that can have and are `wanted` to have one."""
+    sources = {i: inputs[i] for i in wanted if inputs[i].dtype.is_floating}
+    gradients = [None] * len(inputs)
+    if sources:
+        with tf.GradientTape() as tape:
+            tape.watch(list(sources.values()))
+            output = function()
+        found = tape.gradient(output, sources, d_output)
+        for i, gradient in found.items():
+            gradients[i] = gradient
+    return gradients
+
+
+def _wanted(op, indices):
+    skipped = getattr(op, "skip_input_indices", None) or ()
+    return [i for i in indices if i not in skipped]
+
+
+@tf.RegisterGradient("DiceSums")
+def _dice_sums_grad(op, *d_sums):
+    inputs = list(op.inputs)
+    logits, labels, weight, _ = _split(op, inputs)
+    attributes = _attributes(op)
+    # The rare ones: dense labels and weights that somebody differentiates.
+    gradients = _composite_gradients(
+        lambda: composite.sums(logits, labels, weight, **attributes),
+        inputs,
+        list(d_sums),
+        _wanted(op, range(1, len(inputs))),
+    )
+    gradients[0] = _ops.dice_sums_grad(
+        logits, labels, weight, d_sums[0], d_sums[1], d_sums[3], **attributes
+    )
+    return gradients
+
+
+@tf.RegisterGradient("DiceSumsGrad")
+def _dice_sums_grad_grad(op, d_d_logits):
+    inputs = list(op.inputs)
+    logits, labels, weight, (d_intersection, d_pred_sum, d_cross_entropy) = _split(op, inputs)
+    attributes = _attributes(op)
+
+    def d_logits():
+        with tf.GradientTape() as tape:
+            tape.watch(logits)
+            sums = composite.sums(logits, labels, weight, **attributes)
+        targets = [sums[0], sums[1], sums[3]]
+        return tape.gradient(targets, logits, [d_intersection, d_pred_sum, d_cross_entropy])
+
+    return _composite_gradients(d_logits, inputs, d_d_logits, _wanted(op, range(len(inputs))))

@@ -1,0 +1,341 @@
+"""Train a small 3D U-Net to segment grey and white matter, with dice_op's fused Dice loss.
+
+The data is the MNI152 T1 brain, 1 mm, with its tissue maps, as they come with nilearn. The network
+learns from the back of the brain and is judged on the front, which it never saw. Besides the scores
+you get a picture, and what the loss costs on the whole volume next to plain TensorFlow.
+
+    python examples/brain_segmentation.py
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import measure_loss
+import numpy as np
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from nilearn import datasets
+
+
+@contextlib.contextmanager
+def native_logs_off():
+    """Drop what native code writes to stderr; Python's exceptions get through."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+# TensorFlow's first lines come before it has read its own log level.
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+with native_logs_off():
+    import keras
+    import tensorflow as tf
+    from keras import layers
+
+    import dice_op
+
+CLASSES = ("background", "grey matter", "white matter")
+TISSUES = (1, 2)
+FILTERS = (8, 16, 32)
+SIZE_MULTIPLE = 2 ** (len(FILTERS) - 1)  # each level of the U-Net halves the volume
+
+PATCH = 48
+BATCH = 2
+LEARNING_RATE = 1e-2
+
+# The front is held out. The brain is nearly symmetric, so one half would give the other away.
+HELD_OUT = 56
+MARGIN = 8
+# How far the network's view reaches, in voxels: tiles that overlap by it show no seams.
+HALO = 24
+TILE = 48
+
+MIN_LEAD = 0.2
+
+INK = "#e8eaed"
+TISSUE_COLOURS = {1: "#f2726f", 2: "#58b8f0"}
+FRAME = {"fill": False, "edgecolor": "#ffd166", "linewidth": 1.2, "linestyle": (0, (5, 3))}
+CENTRED = {"ha": "center", "va": "center"}
+
+
+def say(text):
+    """One line of progress."""
+    print(f"\n> {text}", flush=True)
+
+
+def load_brain():
+    """The T1 volume, float32 in 0..1, and its class indices, uint8; axes right, anterior, up."""
+    t1, grey, white = (
+        load(resolution=1).get_fdata(dtype=np.float32)
+        for load in (
+            datasets.load_mni152_template,
+            datasets.load_mni152_gm_template,
+            datasets.load_mni152_wm_template,
+        )
+    )
+    labels = np.where(grey > white, np.uint8(1), np.uint8(2))
+    labels[np.maximum(grey, white) < 0.3] = 0
+    return t1, labels
+
+
+def brain_box(labels):
+    """Slices around the brain, of a size that the U-Net can halve at every level."""
+    box = []
+    for axis, size in enumerate(labels.shape):
+        others = tuple(other for other in range(labels.ndim) if other != axis)
+        inside = np.flatnonzero(labels.any(axis=others))
+        length = inside[-1] + 1 - inside[0]
+        length += -length % SIZE_MULTIPLE
+        start = min(inside[0], size - length)
+        box.append(slice(start, start + length))
+    return tuple(box)
+
+
+def random_patches(t1, labels, seed):
+    """An endless data set of batches: T1 `[N, D, H, W, 1]` and uint8 labels `[N, D, H, W]`."""
+    centres = tf.constant(np.argwhere(labels > 0).astype(np.int32))
+    t1, labels = tf.constant(t1), tf.constant(labels)
+
+    def draw(number):
+        seeds = tf.stack([number, seed])
+        which, gain, contrast, noise = tf.unstack(tf.random.stateless_uniform([4], seeds))
+        centre = centres[tf.cast(which * len(centres), tf.int32)]
+        corner = tf.clip_by_value(centre - PATCH // 2, 0, tf.shape(t1) - PATCH)
+        image = tf.slice(t1, corner, [PATCH] * 3)
+        # Other contrast, other gain, some noise: as if from another scanner.
+        image = (0.9 + 0.2 * gain) * image ** tf.exp(0.5 * contrast - 0.25)
+        image += 0.06 * noise * tf.random.stateless_normal([PATCH] * 3, seeds)
+        return image[..., tf.newaxis], tf.slice(labels, corner, [PATCH] * 3)
+
+    numbers = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True)
+    return numbers.map(draw, num_parallel_calls=2).batch(BATCH).prefetch(2)
+
+
+def conv_block(x, filters):
+    """Twice convolution, normalisation, ReLU."""
+    for _ in range(2):
+        x = layers.Conv3D(filters, 3, padding="same", use_bias=False)(x)
+        x = layers.BatchNormalization(momentum=0.9)(x)
+        x = layers.ReLU()(x)
+    return x
+
+
+def build_unet():
+    """A 3D U-Net for volumes of any size; returns raw logits, the loss does the softmax."""
+    inputs = x = keras.Input((None, None, None, 1))
+    skips = []
+    for filters in FILTERS[:-1]:
+        x = conv_block(x, filters)
+        skips.append(x)
+        x = layers.MaxPooling3D(2)(x)
+    x = conv_block(x, FILTERS[-1])
+    for filters, skip in zip(reversed(FILTERS[:-1]), reversed(skips), strict=True):
+        x = layers.Conv3DTranspose(filters, 2, strides=2)(x)
+        x = conv_block(layers.Concatenate()([x, skip]), filters)
+    return keras.Model(inputs, layers.Conv3D(len(CLASSES), 1)(x), name="unet")
+
+
+def train(model, patches, epochs, steps):
+    """Compile with the fused loss and fit."""
+    schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, epochs * steps)
+    model.compile(keras.optimizers.Adam(schedule), loss=dice_op.losses.DiceLoss())
+    model.fit(
+        patches,
+        epochs=epochs,
+        steps_per_epoch=steps,
+        shuffle=False,  # the patches are random already
+        verbose=1 if sys.stdout.isatty() else 2,  # a bar where it can move, else a line per epoch
+    )
+
+
+def predict(model, t1):
+    """Class indices of the whole volume, in tiles from back to front."""
+    tiles = []
+    for start in range(0, t1.shape[1], TILE):
+        first = max(start - HALO, 0)
+        tile = t1[np.newaxis, :, first : start + TILE + HALO, :, np.newaxis]
+        logits = model(tile, training=False)
+        classes = np.argmax(logits[0], axis=-1).astype(np.uint8)
+        tiles.append(classes[:, start - first : start - first + TILE])
+    return np.concatenate(tiles, axis=1)
+
+
+def tissue_dice(prediction, truth):
+    """Dice coefficient of each tissue between two volumes of class indices."""
+    scores = {}
+    for tissue in TISSUES:
+        ours, theirs = prediction == tissue, truth == tissue
+        scores[CLASSES[tissue]] = 2 * np.sum(ours & theirs) / (np.sum(ours) + np.sum(theirs))
+    return scores
+
+
+def score(untrained, trained, truth):
+    """Held-out Dice of the network before and after, and of calling every voxel one tissue."""
+    constant = {
+        CLASSES[tissue]: tissue_dice(np.full_like(truth, tissue), truth)[CLASSES[tissue]]
+        for tissue in TISSUES
+    }
+    rows = {
+        "untrained network": tissue_dice(untrained, truth),
+        "one tissue everywhere": constant,
+        "trained network": tissue_dice(trained, truth),
+    }
+    return {title: {name: float(dice) for name, dice in row.items()} for title, row in rows.items()}
+
+
+def print_scores(scores):
+    """The held-out Dice as a table."""
+    names = [CLASSES[tissue] for tissue in TISSUES]
+    print(f"{'held-out Dice':24}" + "".join(f"{name:>15}" for name in names))
+    for title, row in scores.items():
+        print(f"{title:24}" + "".join(f"{row[name]:>15.3f}" for name in names))
+
+
+def require_learning(scores):
+    """Stop unless the trained network is clearly better than knowing nothing."""
+    for name, dice in scores["trained network"].items():
+        baseline = max(scores["untrained network"][name], scores["one tissue everywhere"][name])
+        if not dice > baseline + MIN_LEAD:
+            raise SystemExit(
+                f"The network did not learn {name}: held-out Dice {dice:.3f}, "
+                f"{baseline:.3f} without learning, {MIN_LEAD} more expected."
+            )
+
+
+def show_plane(axes, t1, labels):
+    """One plane: the T1, and over it the tissues in colour where labels are given."""
+    axes.imshow(t1.T, cmap="gray", vmin=0.2, vmax=0.92, origin="lower", interpolation="bilinear")
+    if labels is not None:
+        colours = np.zeros((*labels.shape, 4))
+        for tissue, colour in TISSUE_COLOURS.items():
+            colours[labels == tissue] = to_rgba(colour, alpha=0.8)
+        axes.imshow(colours.transpose(1, 0, 2), origin="lower", interpolation="nearest")
+    axes.set_axis_off()
+
+
+def frame_held_out(axes, plane, shape, start):
+    """A frame around what the network never saw; the coronal plane lies in it entirely."""
+    left, bottom = {"axial": (0, start), "coronal": (0, 0), "sagittal": (start, 0)}[plane]
+    width, height = shape[0] - left, shape[1] - bottom
+    frame = Rectangle((left - 0.5, bottom - 0.5), width, height, clip_on=False, **FRAME)
+    axes.add_patch(frame)
+
+
+def name_sides(axes, letters):
+    """What lies to the left and right of a plane."""
+    for letter, x in zip(letters, (-0.03, 1.03), strict=True):
+        axes.text(x, 0.5, letter, transform=axes.transAxes, color=INK, alpha=0.6, **CENTRED)
+
+
+def draw_picture(path, t1, truth, prediction, dice):
+    """T1, truth and prediction in three planes, with the held-out front framed."""
+    right, front, up = t1.shape
+    start = front - HELD_OUT
+    planes = {  # index, and the sides
+        "axial": (np.s_[:, :, round(0.57 * up)], "LR"),
+        "coronal": (np.s_[:, start + MARGIN, :], "LR"),
+        "sagittal": (np.s_[round(0.31 * right), :, :], "PA"),
+    }
+    columns = {"T1": None, "truth": truth, "prediction": prediction}
+
+    figure = Figure(figsize=(10, 10.4), facecolor="black")
+    layout = {"left": 0.06, "right": 0.98, "bottom": 0.06, "top": 0.875}
+    spacing = {"wspace": 0.04, "hspace": 0.1, "height_ratios": [front, up, up]}
+    grid = figure.subplots(3, 3, gridspec_kw=layout | spacing)
+    for row, (plane, (index, letters)) in zip(grid, planes.items(), strict=True):
+        for axes, labels in zip(row, columns.values(), strict=True):
+            show_plane(axes, t1[index], None if labels is None else labels[index])
+            frame_held_out(axes, plane, t1[index].shape, start)
+        name_sides(row[0], letters)
+        box = row[0].get_position()
+        middle = (box.y0 + box.y1) / 2
+        figure.text(0.025, middle, plane, color=INK, size=14, rotation=90, **CENTRED)
+    for axes, title in zip(grid[0], columns, strict=True):
+        axes.set_title(title, color=INK, size=14, pad=8)
+
+    title = "Grey and white matter by a 3D U-Net trained with dice_op"
+    figure.text(0.52, 0.965, title, color=INK, size=17, **CENTRED)
+    subtitle = ", ".join(f"{name} {value:.3f}" for name, value in dice.items())
+    figure.text(0.52, 0.935, f"held-out Dice: {subtitle}", color=INK, size=12.5, **CENTRED)
+    keys = [Patch(color=TISSUE_COLOURS[tissue], label=CLASSES[tissue]) for tissue in TISSUES]
+    keys.append(Patch(**FRAME, label="held out of training"))
+    figure.legend(handles=keys, loc="lower center", ncols=3, frameon=False, labelcolor=INK)
+    figure.savefig(path, dpi=130)
+
+
+def parse_arguments():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=50, help="steps per epoch")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--quick", action="store_true", help="only see that all parts run; judge nothing"
+    )
+    return parser.parse_args()
+
+
+def main():
+    """Load, train, judge, draw, measure."""
+    arguments = parse_arguments()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    keras.utils.set_random_seed(arguments.seed)
+    began = time.perf_counter()
+
+    say("Loading the MNI152 brain")
+    whole_t1, whole_labels = load_brain()
+    box = brain_box(whole_labels)
+    t1, labels = whole_t1[box], whole_labels[box]
+    held_out = np.s_[:, t1.shape[1] - HELD_OUT :]
+    seen = np.s_[:, : t1.shape[1] - HELD_OUT - MARGIN]
+    print(f"{whole_t1.shape} voxels, brain {t1.shape}, the front {HELD_OUT} mm held out")
+
+    epochs, steps = (1, 4) if arguments.quick else (arguments.epochs, arguments.steps)
+    model = build_unet()
+    untrained = predict(model, t1)
+    say(f"Training a 3D U-Net of {model.count_params():,} weights on {BATCH} x {PATCH}^3 patches")
+    train(model, random_patches(t1[seen], labels[seen], arguments.seed), epochs, steps)
+
+    say("Predicting the whole brain")
+    trained = predict(model, t1)
+    scores = score(untrained[held_out], trained[held_out], labels[held_out])
+    print_scores(scores)
+
+    picture = arguments.output / "brain.png"
+    draw_picture(picture, t1, labels, trained, scores["trained network"])
+    say(f"Picture: {picture}")
+    if not arguments.quick:
+        require_learning(scores)
+
+    measured = np.ascontiguousarray(labels[:64, :64, :64]) if arguments.quick else whole_labels
+    say(f"Loss and gradient on {measured.shape} voxels, 3 classes, float32 logits, uint8 labels")
+    expected, costs = measure_loss.compare(measured, repeats=1 if arguments.quick else 7)
+    print(measure_loss.table(expected, costs))
+
+    summary = {
+        "quick": arguments.quick,
+        "held_out_dice": scores,
+        "volume": measured.shape,
+        "loss_in_double_precision": expected,
+        "loss_and_gradient": costs,
+        "seconds": time.perf_counter() - began,
+    }
+    path = arguments.output / "summary.json"
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+    say(f"Summary: {path}, {summary['seconds']:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,352 @@
+"""The kernels through dice_op.core, on NumPy arrays: values, gradients, bits, errors.
+
+test_simd.py runs this file once more for each instruction set the processor has.
+"""
+
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import reference
+
+from dice_op import core
+
+NAMES = ("intersection", "pred_sum", "label_sum", "cross_entropy")
+FORMATS = ("channels_last", "channels_first")
+
+# (N, V, C): which part of the CPU path a shape reaches
+REGIMES = {
+    "one voxel": (1, 1, 3),
+    "one class": (2, 100, 1),
+    "two classes in registers": (1, 1000, 2),
+    "three, odd, in registers": (2, 333, 3),
+    "four, transposed in squares": (2, 512, 4),
+    "one voxel over a tile": (1, 513, 4),
+    "five, through the cache": (1, 700, 5),
+    "eight": (1, 129, 8),
+    "fourteen": (2, 301, 14),
+    "sixteen": (1, 64, 16),
+    "seventeen": (3, 65, 17),
+    "many": (1, 130, 104),
+    "over one block": (2, 2**14 + 77, 4),
+    "more classes than a tile's cache": (1, 9, 1100),
+}
+
+
+def make(shape, label_kind="uint8", activation="softmax", seed=0):
+    """Logits [N, V, C] float32, labels as passed, labels as t [N, V, C]."""
+    n, v, c = shape
+    rng = np.random.default_rng(seed)
+    x = (3 * rng.normal(size=shape)).astype(np.float32)
+    if activation == "none":
+        x = np.exp(x) / np.exp(x).sum(-1, keepdims=True) if c > 1 else 1 / (1 + np.exp(-x))
+        x = x.astype(np.float32)
+    index = rng.integers(0, max(c, 2), size=(n, v))
+    if label_kind == "soft":
+        t = rng.random(size=shape).astype(np.float32)
+        t[rng.random(size=shape) < 0.3] = 0
+        return x, t, t
+    t = reference.one_hot(index, c)
+    if label_kind.startswith("dense "):
+        return x, t.astype(label_kind[6:]), t
+    if c > 127 and label_kind in ("uint8", "int8"):
+        label_kind = "uint16"
+    return x, index.astype(label_kind), t
+
+
+def in_format(data_format, *arrays):
+    """[N, V, C] arrays laid out as asked; those of rank 2 as they are."""
+    if data_format == "channels_last":
+        return arrays
+    return tuple(np.ascontiguousarray(a.swapaxes(1, 2)) if a.ndim == 3 else a for a in arrays)
+
+
+def check(x, y, t, *, data_format="channels_last", weight=None, tolerance=1e-6, **options):
+    """Sums and gradient of one call against the reference."""
+    expected = reference.sums(
+        x, t, weight, **{k: v for k, v in renamed(options).items() if k != "ignore_label"}
+    )
+    x_, y_ = in_format(data_format, x, y)
+    actual = core.sums(
+        x_, y_, data_format=data_format, cross_entropy=True, voxel_weight=weight, **options
+    )
+    for name, value in zip(NAMES, expected, strict=True):
+        assert reference.relative_error(actual[name], value) <= tolerance, name
+
+    rng = np.random.default_rng(1)
+    kind = actual["pred_sum"].dtype
+    coefficients = [rng.normal(size=(x.shape[0], x.shape[2])).astype(kind) for _ in range(3)]
+    given = dict(zip(("d_intersection", "d_pred_sum", "d_cross_entropy"), coefficients, strict=True))
+    gradient = core.gradient(
+        x_, y_, data_format=data_format, voxel_weight=weight, **given, **options
+    )
+    assert gradient.dtype == x.dtype
+    wanted = reference.gradient(x, t, coefficients, weight, **renamed(options))
+    if np.any(wanted):  # one class under softmax has none
+        (gradient,) = in_format(data_format, gradient)
+        if data_format == "channels_first":
+            gradient = gradient.reshape(x_.shape).swapaxes(1, 2) if x.shape[2] == 1 else gradient
+        reference.assert_gradient(gradient, wanted, max(tolerance * 10, 1e-5))
+    else:
+        assert not np.any(gradient)
+
+
+def renamed(options):
+    names = {"squared_pred": "squared", "focal_gamma": "gamma"}
+    return {names.get(k, k): v for k, v in options.items() if k != "ignore_label"}
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_regimes(regime, activation, data_format):
+    x, y, t = make(REGIMES[regime], activation=activation)
+    check(x, y, t, activation=activation, data_format=data_format)
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize(
+    "label_kind",
+    ["bool", "int8", "uint16", "int16", "int32", "int64", "soft"]
+    + [f"dense {k}" for k in ("bool", "uint8", "int64", "float16", "bfloat16", "float32", "float64")],
+)
+def test_label_kinds(label_kind, data_format):
+    for classes in (1, 2, 5) if label_kind != "bool" else (1, 2):
+        for activation in ("softmax", "sigmoid", "none"):
+            x, y, t = make((2, 77, classes), label_kind, activation)
+            check(x, y, t, activation=activation, data_format=data_format)
+
+
+@pytest.mark.parametrize("label_kind", ["uint8", "soft"])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
+@pytest.mark.parametrize("focal_gamma", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("squared_pred", [False, True])
+def test_options(squared_pred, focal_gamma, activation, label_kind):
+    for classes in (3, 7):
+        x, y, t = make((2, 100, classes), label_kind, activation)
+        check(x, y, t, activation=activation, squared_pred=squared_pred, focal_gamma=focal_gamma)
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float32", "float64"])
+def test_dtypes(dtype, data_format):
+    for classes in (2, 4, 6):
+        x, y, t = make((2, 203, classes))
+        x = x.astype(dtype)
+        # a gradient in half keeps 11 bits, in bfloat16 8
+        tolerance = {2: 1e-3 if x.dtype == np.float16 else 1e-2, 4: 1e-6, 8: 1e-12}[x.itemsize]
+        expected = reference.sums(x, t, activation="softmax")
+        x_, y_ = in_format(data_format, x, y)
+        actual = core.sums(x_, y_, data_format=data_format, cross_entropy=True)
+        for name, value in zip(NAMES, expected, strict=True):
+            assert actual[name].dtype == (np.float64 if x.itemsize == 8 else np.float32)
+            assert reference.relative_error(actual[name], value) <= (1e-6 if x.itemsize < 8 else 1e-12)
+        a, b = np.random.default_rng(2).normal(size=(2, 2, classes)).astype(actual["pred_sum"].dtype)
+        gradient = core.gradient(x_, y_, d_intersection=a, d_pred_sum=b, data_format=data_format)
+        wanted = reference.gradient(x, t, (a, b, 0 * a), activation="softmax")
+        if data_format == "channels_first":
+            gradient = gradient.swapaxes(1, 2)
+        assert reference.gradient_error(gradient.astype(np.float64), wanted) <= tolerance
+
+
+def test_every_half_and_bfloat16_value():
+    """Reading: all 65536 bit patterns. Writing: values that round up, down, to even, to infinity."""
+    bits = np.arange(2**16, dtype=np.uint16)
+    floats = np.concatenate([np.float32(2.0) ** np.arange(-30, 20), np.linspace(-1e5, 1e5, 4001)])
+    floats = np.concatenate([floats, floats * (1 + 2**-11), floats * (1 + 2**-9)]).astype(np.float32)
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        x = bits.view(dtype)
+        x = x[np.isfinite(x.astype(np.float32))].reshape(1, -1, 1)
+        ones = np.ones((1, 1), np.float32)
+        # with activation "none" the intersection with one voxel is the voxel's value
+        for at in np.linspace(0, x.size - 1, 50).astype(int):
+            y = np.zeros(x.shape[:2], np.uint8)
+            y[0, at] = 1
+            got = core.sums(x, y, activation="none")["intersection"][0, 0]
+            assert got == np.float32(x[0, at, 0])
+        # and the gradient is the coefficient, written in the logits' type
+        zeros = np.zeros((1, 16, 1), dtype)
+        label = np.ones((1, 16), np.uint8)
+        for value in floats[:: max(1, floats.size // 400)]:
+            got = core.gradient(
+                zeros, label, activation="none", d_intersection=ones * value, d_pred_sum=0 * ones
+            )
+            with np.errstate(over="ignore"):
+                np.testing.assert_array_equal(got, np.full_like(got, np.float32(value).astype(dtype)))
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8", "bool"])
+def test_voxel_weight(dtype, data_format):
+    for classes in (1, 3, 9):
+        x, y, t = make((2, 213, classes), activation="sigmoid")
+        weight = np.random.default_rng(3).integers(0, 2 if dtype == "bool" else 4, (2, 213)).astype(dtype)
+        x[weight == 0] = np.nan  # a masked voxel may hold anything
+        check(x, y, t, activation="sigmoid", weight=weight, data_format=data_format)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int32", "int64"])
+@pytest.mark.parametrize("ignore", [1, 100, -1])
+def test_ignore_label(ignore, dtype):
+    if ignore < 0 and dtype.startswith("u"):
+        pytest.skip("unsigned labels are never negative")
+    x, y, t = make((2, 213, 4), dtype)
+    y = y.copy()
+    y[np.random.default_rng(4).random(y.shape) < 0.3] = ignore
+    weight = (y != ignore).astype(np.float32)
+    expected = reference.sums(x, reference.one_hot(y, 4), weight, activation="softmax")
+    actual = core.sums(x, y, ignore_label=ignore, cross_entropy=True)
+    for name, value in zip(NAMES, expected, strict=True):
+        assert reference.relative_error(actual[name], value) <= 1e-6
+    np.testing.assert_array_equal(actual["weight_sum"], weight.sum(1))
+    ones = np.ones((2, 4), np.float32)
+    gradient = core.gradient(x, y, d_intersection=ones, d_pred_sum=-ones, ignore_label=ignore)
+    assert not gradient[weight == 0].any()
+    assert gradient[weight == 1].any()
+
+
+def test_an_ignored_label_out_of_the_dtypes_range_matches_nothing():
+    x, y, _ = make((1, 50, 3))
+    np.testing.assert_equal(core.sums(x, y, ignore_label=-1), core.sums(x, y))
+    np.testing.assert_equal(core.sums(x, y, ignore_label=2**40), core.sums(x, y))
+
+
+@pytest.mark.parametrize("shape", [(2, 40000, 4), (3, 7001, 14), (1, 3001, 104)])
+def test_the_same_bits_at_any_number_of_threads(shape):
+    x, y, _ = make(shape)
+    ones = np.ones((shape[0], shape[2]), np.float32)
+
+    def run(threads):
+        sums = core.sums(x, y, cross_entropy=True, threads=threads)
+        gradient = core.gradient(x, y, d_intersection=ones, d_pred_sum=-ones, threads=threads)
+        return [v.tobytes() for v in (*sums.values(), gradient)]
+
+    first = run(1)
+    for threads in (2, 3, 8, 8):
+        assert run(threads) == first
+
+
+def test_extreme_logits():
+    x = np.array([[[1e4, -1e4, 0], [-1e4, 1e4, 1e4], [-np.inf, 3, 3]]], np.float32)
+    y = np.array([[0, 1, 1]], np.uint8)
+    t = reference.one_hot(y, 3)
+    for activation in ("softmax", "sigmoid"):
+        finite = np.where(np.isinf(x), -1e30, x)
+        sums = core.sums(finite if activation == "sigmoid" else x, y, activation=activation)
+        expected = reference.sums(np.maximum(x, -1e4), t, activation=activation)
+        for name, value in zip(NAMES[:3], expected[:3], strict=True):
+            np.testing.assert_allclose(sums[name], value, rtol=1e-6, atol=1e-30)
+    x = np.float32([[[1e4, -1e4, 0], [-1e4, 1e4, 1e4]]])
+    y = np.array([[1, 0]], np.uint8)  # both wrong by 20000
+    sums = core.sums(x, y, cross_entropy=True)
+    np.testing.assert_allclose(sums["cross_entropy"], [[2e4 + np.log(2), 2e4, 0]], rtol=1e-6)
+    focal = core.sums(x, y, cross_entropy=True, focal_gamma=2.0)
+    np.testing.assert_allclose(focal["cross_entropy"], [[2e4 + np.log(2), 2e4, 0]], rtol=1e-6)
+
+
+def test_nan_is_seen_not_hidden():
+    x, y, _ = make((2, 100, 4))
+    x[1, 50, 2] = np.nan
+    sums = core.sums(x, y)
+    assert np.isfinite(sums["pred_sum"][0]).all()
+    assert np.isnan(sums["pred_sum"][1]).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
+def test_zero_sized(shape):
+    x = np.zeros(shape, np.float32)
+    y = np.zeros(shape, np.float32)
+    sums = core.sums(x, y, cross_entropy=True)
+    for name in NAMES:
+        np.testing.assert_array_equal(sums[name], np.zeros((shape[0], shape[2])))
+    np.testing.assert_array_equal(sums["weight_sum"], np.full(shape[0], float(shape[1])))
+    ones = np.ones((shape[0], shape[2]), np.float32)
+    assert core.gradient(x, y, d_intersection=ones, d_pred_sum=ones).shape == shape
+
+
+def test_long_sums_keep_their_precision():
+    """10^7 equal voxels: a running float32 sum would be off by far more."""
+    x = np.zeros((1, 10**7, 3), np.float32)
+    x[..., 0] = 1.0
+    y = np.zeros((1, 10**7), np.uint8)
+    y[0, 123] = 2  # and a lesion of one voxel
+    p = np.exp([1.0, 0, 0]) / np.exp([1.0, 0, 0]).sum()
+    sums = core.sums(x, y)
+    np.testing.assert_allclose(sums["pred_sum"][0], 1e7 * p, rtol=1e-6)
+    np.testing.assert_allclose(sums["intersection"][0], [(1e7 - 1) * p[0], 0, p[2]], rtol=1e-6)
+    np.testing.assert_array_equal(sums["label_sum"][0], [1e7 - 1, 0, 1])
+
+
+def test_gradient_in_place():
+    for data_format in FORMATS:
+        x, y, _ = make((2, 20001, 5))
+        x, y = in_format(data_format, x, y)
+        ones = np.ones((2, 5), np.float32)
+        given = dict(d_intersection=ones, d_pred_sum=-ones, data_format=data_format)
+        expected = core.gradient(x, y, **given)
+        assert core.gradient(x, y, **given, out=x) is x
+        np.testing.assert_array_equal(x, expected)
+
+
+X = np.zeros((2, 4, 5, 3), np.float32)
+Y = np.zeros((2, 4, 5), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        (dict(logits=X.astype(np.int32)), ValueError, r"logits.*int32.*must be half"),
+        (dict(logits=X[0, 0, 0]), ValueError, r"logits.*\[3\].*rank 2"),
+        (dict(logits=X[:, ::2]), ValueError, r"logits is not contiguous"),
+        (dict(labels=Y[:, :3].copy()), ValueError, r"labels.*\[2, 3, 5\].*\[2, 4, 5\]"),
+        (dict(labels=Y.astype(np.float32)), ValueError, r"labels.*float32.*integers"),
+        (dict(labels=Y.astype(np.uint32)), TypeError, r"labels.*uint32.*must be"),
+        (dict(labels=Y + 3), ValueError, r"voxel \[0, 0, 0\].*value 3.*\[0, 3\)"),
+        (dict(labels=Y.astype(np.int64) - 2**40), ValueError, r"value -1099511627776"),
+        (dict(labels=np.full(X.shape, 255, np.uint8)), ValueError, r"one-hot.*0 or 1"),
+        (dict(labels=X, ignore_label=1), ValueError, r"ignore_label is 1.*voxel_weight"),
+        (dict(voxel_weight=Y[0]), ValueError, r"voxel_weight.*\[4, 5\].*\[2, 4, 5\]"),
+        (dict(activation="tanh"), ValueError, r"activation is 'tanh'.*'softmax', 'sigmoid', 'none'"),
+        (dict(data_format="NCHW"), ValueError, r"data_format is 'NCHW'"),
+        (dict(focal_gamma=-1.0), ValueError, r"focal_gamma is -1"),
+    ],
+)
+def test_errors_say_what_is_wrong(change, error, says):
+    with pytest.raises(error, match=says):
+        core.sums(**{"logits": X, "labels": Y, **change})
+
+
+def test_the_first_bad_label_is_named_by_its_coordinates():
+    x = np.zeros((2, 30, 40, 50, 4), np.float32)
+    y = np.zeros(x.shape[:-1], np.int16)
+    y[1, 29, 38, 7] = y[1, 20, 3, 49] = 17
+    with pytest.raises(ValueError, match=r"voxel \[1, 20, 3, 49\] have the value 17"):
+        core.sums(x, y)
+    y[1, 20, 3, 49] = -1
+    with pytest.raises(ValueError, match=r"voxel \[1, 29, 38, 7\].*17.*or the ignore_label -1"):
+        core.sums(x, y, ignore_label=-1)
+    with pytest.raises(ValueError, match=r"value 255.*foreground mask"):
+        core.sums(x[..., :1].copy(), np.full(x.shape[:-1], 255, np.uint8), activation="sigmoid")
+
+
+def test_gradient_errors():
+    ones = np.ones((2, 3), np.float32)
+    with pytest.raises(ValueError, match=r"d_pred_sum must be of dtype float32 and shape \[2, 3\]"):
+        core.gradient(X, Y, d_intersection=ones, d_pred_sum=ones[:1])
+    with pytest.raises(ValueError, match="out must have"):
+        core.gradient(X, Y, d_intersection=ones, d_pred_sum=ones, out=X[0])
+
+
+def test_importing_the_package_imports_no_tensorflow():
+    code = "import sys, dice_op; dice_op.core.build_info(); assert 'tensorflow' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_build_info():
+    info = core.build_info()
+    assert set(info) == {
+        "version", "tensorflow", "cuda", "cuda_archs", "simd_levels", "simd_level", "compiler"
+    }  # fmt: skip
+    assert info["simd_level"] in info["simd_levels"]

@@ -1,0 +1,60 @@
+"""Every instruction set the processor has: the whole of test_core.py, and the objects themselves."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from dice_op import core
+
+HERE = pathlib.Path(__file__).parent
+BUILD = HERE.parent / "build"
+LEVELS = core.build_info()["simd_levels"]
+
+
+def run(level, *arguments):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "DICE_OP_SIMD": level},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_level(level):
+    code = "from dice_op import core; print(core.build_info()['simd_level'])"
+    if run(level, "-c", code).stdout.strip() != level:
+        pytest.skip(f"this processor has no {level}")
+    if level == core.build_info()["simd_level"]:
+        pytest.skip("test_core.py ran at this level already")
+    result = run(level, "-m", "pytest", "-q", "-x", str(HERE / "test_core.py"))
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_an_unknown_level_is_the_best_one():
+    code = "from dice_op import core; print(core.build_info()['simd_level'])"
+    assert run("sse9", "-c", code).stdout == run("", "-c", code).stdout
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_object_exports_its_table_and_nothing_else(level):
+    """Inline functions with external linkage would be merged across levels by the linker, and the
+    copy that is kept might need an instruction that the processor lacks."""
+    objects = list(BUILD.glob(f"CMakeFiles/dice_op_cpu_{level}.dir/**/kernels.cc.o"))
+    if not objects:
+        pytest.skip("not built from this checkout")
+    symbols = subprocess.run(
+        ["nm", "--demangle", "--defined-only", "--extern-only", objects[0]],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    defined = [line.split(maxsplit=2)[1:] for line in symbols.splitlines()]
+    # DW.ref.*: a pointer to the unwinder's entry, the same in every object
+    defined = [(kind, name) for kind, name in defined if not name.startswith("DW.ref.")]
+    assert len(defined) == 1, defined
+    assert defined[0][1].startswith("dice_op::cpu::k")
