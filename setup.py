@@ -27,7 +27,7 @@ class CMakeBuild(build_ext):
         configure = [
             *("-S", ROOT, "-B", build, "-G", "Ninja", "--log-level=WARNING"),
             f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR, 'ninja')}",
-            f"-DPython3_EXECUTABLE={sys.executable}",
+            f"-DPython_EXECUTABLE={sys.executable}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         try:

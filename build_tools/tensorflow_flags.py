@@ -10,4 +10,6 @@ import tensorflow as tf  # noqa: E402
 flags = [f for f in tf.sysconfig.get_compile_flags() if not f.startswith(("-I", "--std", "-std"))]
 directory = tf.sysconfig.get_lib()
 library = next(f[3:] for f in tf.sysconfig.get_link_flags() if f.startswith("-l:"))
-print(";".join([tf.__version__, tf.sysconfig.get_include(), os.path.join(directory, library), *flags]))
+print(
+    ";".join([tf.__version__, tf.sysconfig.get_include(), os.path.join(directory, library), *flags])
+)

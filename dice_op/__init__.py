@@ -3,9 +3,9 @@
 >>> import dice_op
 >>> model.compile(optimizer="adam", loss=dice_op.losses.DiceLoss())
 
-`dice_op.losses` holds the Keras losses, `dice_op.dice_sums` the sums they are made of, `dice_op.core`
-the same on NumPy arrays. Importing the package imports neither TensorFlow nor Keras; the first use of
-what needs them does.
+`dice_op.losses` holds the Keras losses, `dice_op.dice_sums` the sums they are made of, and
+`dice_op.core` the same on NumPy arrays. Importing the package imports neither TensorFlow nor Keras;
+the first use of what needs them does.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """The sums of dice_op.dice_sums in plain TensorFlow operations, differentiable to any order.
 
-It serves what the fused kernels leave out because it is rare: second derivatives, and gradients with
-respect to dense labels and voxel weights. It materialises tensors of the size of the volume.
+It serves what the fused kernels leave out because it is rare: second derivatives, and gradients
+with respect to dense labels and voxel weights. It materialises tensors of the volume's size.
 """
 
 import tensorflow as tf

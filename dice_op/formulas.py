@@ -14,14 +14,15 @@ def ratio(numerator, denominator):
 
 
 def dice(sums, *, smooth_nr=0.0, smooth_dr=0.0):
-    """(2 I + smooth_nr) / (P + T + smooth_dr): the soft Dice coefficient (Milletari et al., 2016)."""
+    """(2 I + smooth_nr) / (P + T + smooth_dr): soft Dice (Milletari et al., 2016)."""
     return ratio(2 * sums.intersection + smooth_nr, sums.pred_sum + sums.label_sum + smooth_dr)
 
 
 def jaccard(sums, *, smooth_nr=0.0, smooth_dr=0.0):
-    """(2 I + smooth_nr) / (2 (P + T - I) + smooth_dr): intersection over union (Rahman & Wang, 2016).
+    """(2 I + smooth_nr) / (2 (P + T - I) + smooth_dr): soft Jaccard (Rahman & Wang, 2016).
 
-    The factor 2 keeps the smoothing comparable with `dice`, as MONAI has it.
+    That is intersection over union. The factor 2 keeps the smoothing comparable with `dice`, as
+    MONAI has it.
     """
     union = sums.pred_sum + sums.label_sum - sums.intersection
     return ratio(2 * sums.intersection + smooth_nr, 2 * union + smooth_dr)
@@ -29,29 +30,32 @@ def jaccard(sums, *, smooth_nr=0.0, smooth_dr=0.0):
 
 def over_batch(sums):
     """Sums of the whole batch as those of one sample: `[1, C]`."""
-    return tf.nest.map_structure(lambda s: tf.reduce_sum(s, 0, keepdims=True), sums)
+    totals = [None if s is None else tf.reduce_sum(s, 0, keepdims=True) for s in sums]
+    return type(sums)(*totals)
 
 
 def select_classes(sums, first):
     """The sums without the classes below `first`."""
-    return sums._replace(
-        **{k: v[:, first:] for k, v in sums._asdict().items() if k != "weight_sum" and v is not None}
-    )
+    return _per_class(lambda s: s[:, first:], sums)
 
 
 def over_classes(sums, class_weight=None):
-    """Sums over all classes as those of one: `[N, 1]`; each class weighted by `class_weight` `[C]`."""
+    """Sums over all classes as those of one, `[N, 1]`; with `class_weight` `[C]`, weighted."""
 
     def total(s):
         return tf.reduce_sum(s if class_weight is None else s * class_weight, 1, keepdims=True)
 
-    return sums._replace(
-        **{k: total(v) for k, v in sums._asdict().items() if k != "weight_sum" and v is not None}
-    )
+    return _per_class(total, sums)
+
+
+def _per_class(function, sums):
+    """The sums with `function` applied to those that are `[N, C]`."""
+    *per_class, weight_sum = sums
+    return type(sums)(*(None if s is None else function(s) for s in per_class), weight_sum)
 
 
 def mean_over_classes(losses, class_weight=None):
-    """`[N, C]` to `[N]`: the mean, or with `class_weight` `[C]` the weighted sum, not normalised."""
+    """`[N, C]` to `[N]`: the mean; with `class_weight` `[C]` the weighted sum, not normalised."""
     if class_weight is None:
         return tf.reduce_mean(losses, 1)
     return tf.reduce_sum(losses * class_weight, 1)

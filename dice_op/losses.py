@@ -64,13 +64,26 @@ class SumsLoss(keras.losses.Loss):
             which enters the sums.
         """
         y_pred = tf.convert_to_tensor(y_pred)
-        if sample_weight is not None:
-            sample_weight = tf.convert_to_tensor(sample_weight)
-            if _is_per_voxel(sample_weight, y_pred):
-                losses = self.call(y_true, y_pred, voxel_weight=sample_weight)
-                return self._reduce(losses, losses)
-        losses = self.call(y_true, y_pred)
-        return self._reduce(losses, losses, sample_weight)
+        if sample_weight is None:
+            losses = self.call(y_true, y_pred)
+            return self._reduce(losses, losses)
+        weight = tf.convert_to_tensor(sample_weight)
+
+        def per_voxel():
+            losses = self.call(y_true, y_pred, voxel_weight=weight)
+            return losses, tf.ones_like(losses)
+
+        def per_sample():
+            losses = self.call(y_true, y_pred)
+            flat = tf.reshape(tf.cast(weight, losses.dtype), [-1])
+            return losses, tf.broadcast_to(flat, tf.shape(losses))
+
+        choice = _is_per_voxel(weight, y_pred)
+        if isinstance(choice, bool):
+            losses, weight = per_voxel() if choice else per_sample()
+        else:
+            losses, weight = tf.cond(choice, per_voxel, per_sample)
+        return self._reduce(losses, losses, weight)
 
     def call(self, y_true, y_pred, voxel_weight=None):
         """The loss of each sample, `[N]`."""
@@ -216,6 +229,9 @@ class DiceLoss(SumsLoss):
                 f"class_weight has {len(self.class_weight)} entries, but {counted} classes count"
                 f"{'' if self.include_background else ' (include_background=False)'}"
             )
+        if counted is None:  # checked when it runs
+            known = tf.ensure_shape(sums.intersection, [None, len(self.class_weight)])
+            sums = sums._replace(intersection=known)
         return sums, tf.constant(self.class_weight, sums.intersection.dtype)
 
     def get_config(self):
@@ -249,7 +265,21 @@ def _class_weight(weights):
     return weights
 
 
-def _is_per_voxel(sample_weight, y_pred):
-    """Weights of shape [N, spatial...] (or with a channel axis of 1) rather than [N] or [N, 1]."""
-    rank = sample_weight.shape.rank
-    return rank > 1 and not (rank == 2 and sample_weight.shape[1] == 1) and y_pred.shape.rank > 2
+def _is_per_voxel(weight, y_pred):
+    """Whether `weight` is `[N, spatial...]` (also with a channel axis), not `[N]` or `[N, 1]`.
+
+    A tensor where ranks are known only when running: Keras traces so after weights of both kinds.
+    """
+    if weight.shape.rank is None or y_pred.shape.rank is None:
+        column = tf.logical_and(tf.rank(weight) == 2, tf.reduce_all(tf.shape(weight)[1:] == 1))
+        voxels = tf.logical_and(tf.rank(weight) > 1, tf.rank(y_pred) > 2)
+        return tf.logical_and(voxels, tf.logical_not(column))
+    column = weight.shape.rank == 2 and weight.shape[1] == 1
+    if weight.shape.rank > 1 and y_pred.shape.rank > 2 and not column:
+        return True
+    if weight.shape.rank > 0 and not weight.shape[:1].is_compatible_with(y_pred.shape[:1]):
+        raise ValueError(
+            f"sample_weight has shape {weight.shape}, but y_pred {y_pred.shape}: it must be [N], a "
+            "weight per sample, or [N, spatial...], a weight per voxel"
+        )
+    return False

@@ -125,7 +125,7 @@ def _split(op, inputs):
 
 
 def _composite_gradients(function, inputs, d_output, wanted):
-    """Gradients of `function` with respect to the inputs that can have and are `wanted` to have one."""
+    """Gradients of `function` with respect to those of the `wanted` inputs that can have one."""
     sources = {i: inputs[i] for i in wanted if inputs[i].dtype.is_floating}
     gradients = [None] * len(inputs)
     if sources:

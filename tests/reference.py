@@ -12,7 +12,9 @@ STEP = 1e-30
 def one_hot(index, classes):
     """[...] class indices to [..., C]; an index that is no class gives zeros. C = 1: the mask."""
     first = 1 if classes == 1 else 0
-    return (np.asarray(index, np.int64)[..., None] == np.arange(first, first + classes)).astype(float)
+    return (np.asarray(index, np.int64)[..., None] == np.arange(first, first + classes)).astype(
+        float
+    )
 
 
 def _softplus(x):
@@ -49,7 +51,7 @@ def sums(x, t, weight=None, **options):
 
 
 def gradient(x, t, coefficients, weight=None, **options):
-    """d(sum of coefficient * sum)/dx for coefficients of (intersection, pred_sum, cross_entropy)."""
+    """d(sum of coefficient * sum)/dx, coefficients of (intersection, pred_sum, cross_entropy)."""
     x, t = np.asarray(x, np.float64), np.asarray(t, np.float64)
     m = np.ones(x.shape[:2]) if weight is None else np.asarray(weight, np.float64)
     x = np.where(m[..., None] == 0, 0, x)

@@ -1,10 +1,5 @@
 """The TensorFlow ops: gradients to second order, half types, memory, graphs, errors."""
 
-import json
-import subprocess
-import sys
-import textwrap
-
 import numpy as np
 import pytest
 import reference
@@ -61,7 +56,7 @@ def assert_jacobians(function, arguments, tolerance):
 @pytest.mark.parametrize("labels", LABELS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_compute_gradient(activation, labels, data_format, dtype):
-    """First and second order, of all the sums at once. The tolerance is the numeric derivative's."""
+    """First and second order, of all sums at once. The tolerance is the numeric derivative's."""
     x, y = make(labels, activation, data_format, dtype)
     tolerance = 5e-3 if dtype == "float32" else 1e-6
 
@@ -147,7 +142,7 @@ def test_forward_mode_persistent_tapes_and_jacobian():
     assert tape.gradient(sums, x) is not None and tape.gradient(sums, x) is not None
     with tf.autodiff.ForwardAccumulator(x, tangent) as accumulator:
         sums = pred_sum(x)
-    expected = tf.tensordot(jacobian, tangent, [[2, 3, 4], [0, 1, 2]])
+    expected = tf.tensordot(jacobian, tangent, [[2, 3, 4, 5], [0, 1, 2, 3]])
     assert reference.relative_error(accumulator.jvp(sums), expected) <= 1e-12
 
 
@@ -255,26 +250,14 @@ def test_empty_masks():
 def test_zero_sized_batch():
     x = tf.zeros((0, 4, 4, 4, 3))
     y = tf.zeros((0, 4, 4, 4), tf.uint8)
-    value, gradient = value_and_gradient(lambda x: dice_op.losses.DiceLoss(reduction="sum")(y, x), x)
+    value, gradient = value_and_gradient(
+        lambda x: dice_op.losses.DiceLoss(reduction="sum")(y, x), x
+    )
     assert gradient.shape == x.shape
     assert tf.reduce_sum(value) == 0
 
 
-def run_python(code, **environment):
-    import os
-
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
-def test_the_same_bits_at_any_number_of_threads():
+def test_the_same_bits_at_any_number_of_threads(run_python):
     """Through TensorFlow's pool: one process per thread count."""
     code = """
         import hashlib, sys
@@ -297,7 +280,6 @@ def test_the_same_bits_at_any_number_of_threads():
 
 
 MEMORY = """
-    import json, sys
     import numpy as np, tensorflow as tf
     import dice_op
 
@@ -308,35 +290,33 @@ MEMORY = """
 
     loss = dice_op.losses.DiceLoss()
 
-    @tf.function(reduce_retracing=True)
+    @tf.function
     def given(x, y):
         with tf.GradientTape() as tape:
             tape.watch(x)
             value = loss(y, x)
         return tape.gradient(value, x)
 
-    @tf.function(reduce_retracing=True)
+    @tf.function
     def made_inside(x, y):
-        logits = tf.negative(x)
-        return tf.reduce_max(given(logits, y))
+        return tf.reduce_max(given(tf.negative(x), y))
 
     def measure(function, side):
-        x = tf.zeros((1, side, side, side, 4))
-        y = tf.zeros((1, side, side, side), tf.uint8)
-        x, y = tf.identity(x + 1), tf.identity(y + 1)
+        x = tf.constant(np.ones((1, side, side, side, 4), np.float32))
+        y = tf.constant(np.ones((1, side, side, side), np.uint8))
         before = status("VmRSS")
         open("/proc/self/clear_refs", "w").write("5")
         result = function(x, y)
         return (status("VmHWM") - before) / (side**3 * 16)
 
-    for function in (given, made_inside):
-        measure(function, 8)
-        measure(function, 9)
-    print(json.dumps([measure(given, 200), measure(made_inside, 200)]))
+    for side in (40, 64):  # traces, starts the threads
+        measure({function}, side)
+    print(measure({function}, 200))
 """
 
 
-def test_peak_extra_memory():
+@pytest.mark.parametrize("function", ["given", "made_inside"])
+def test_peak_extra_memory(function, run_python):
     """Beyond logits and labels: the gradient and nothing else. Where the logits are made inside the
     function and nobody else holds them, the gradient takes their memory: logits and gradient
     together need one buffer."""
@@ -344,9 +324,7 @@ def test_peak_extra_memory():
         open("/proc/self/clear_refs", "w").write("5")
     except OSError:
         pytest.skip("this system cannot reset the peak resident size")
-    given, made_inside = json.loads(run_python(MEMORY))
-    assert 0.9 <= given <= 1.05
-    assert 0.9 <= made_inside <= 1.05
+    assert 0.9 <= float(run_python(MEMORY.replace("{function}", function))) <= 1.05
 
 
 def test_graph_with_unknown_shapes():
@@ -375,7 +353,9 @@ def test_graph_with_unknown_shapes():
     eager = dice_op.dice_sums(y, x, activation="softmax").pred_sum
     np.testing.assert_array_equal(function(x, y), eager)
     np.testing.assert_array_equal(partly(x, y), eager)
-    with pytest.raises(tf.errors.InvalidArgumentError, match=r"labels \(y_true\) have shape \[2, 2\]"):
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match=r"labels \(y_true\) have shape \[2, 2\]"
+    ):
         function(x, y[:, 0])
 
 
@@ -391,7 +371,9 @@ def test_graph_with_unknown_shapes():
 )
 def test_errors_before_anything_runs(shape, dtype, says, graph):
     def function():
-        return dice_op.dice_sums(tf.zeros(shape, dtype), tf.zeros((2, 4, 5, 3)), activation="softmax")
+        return dice_op.dice_sums(
+            tf.zeros(shape, dtype), tf.zeros((2, 4, 5, 3)), activation="softmax"
+        )
 
     with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=says):
         (tf.function(function) if graph else function)()
@@ -406,7 +388,7 @@ def test_other_errors():
         dice_op.dice_sums(tf.cast(y, tf.uint32), x, **options)
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"voxel \[0, 0, 0\] have the value 3"):
         dice_op.dice_sums(y + 3, x, **options)
-    with pytest.raises(tf.errors.InvalidArgumentError, match=r"voxel_weight has shape \[2, 4\]"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"voxel_weight.* has shape \[2, 4\]"):
         dice_op.dice_sums(y, x, voxel_weight=tf.ones((2, 4)), **options)
     with pytest.raises(tf.errors.InvalidArgumentError, match="rank 2"):
         dice_op.dice_sums(y[0, 0], x[0, 0, 0], **options)

@@ -96,8 +96,7 @@ class ParallelFor {
 size_t DiceSumsWorkspace(const Problem& problem);
 
 // Labels outside the classes make the sums meaningless: the first of them is returned.
-BadLabel DiceSums(const Problem& problem, const Sums& sums, void* workspace,
-                  const ParallelFor& parallel);
+BadLabel DiceSums(const Problem& problem, const Sums& sums, void* workspace, const ParallelFor& parallel);
 
 // Expects labels that DiceSums accepted; others belong to no class.
 void DiceSumsGrad(const Problem& problem, const SumsGrad& grad, const ParallelFor& parallel);

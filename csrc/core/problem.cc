@@ -42,13 +42,12 @@ Dims WithoutUnitAxis(Dims dims, size_t rank, size_t axis) {
 bool IsFloat(DType dtype) { return dtype >= DType::kHalf; }
 
 const char* Name(DType dtype) {
-  static constexpr const char* kNames[] = {"bool",  "uint8", "int8",    "uint16",   "int16",  "int32",
+  static constexpr const char* kNames[] = {"bool",  "uint8", "int8",     "uint16",  "int16",  "int32",
                                            "int64", "half",  "bfloat16", "float32", "float64"};
   return kNames[static_cast<int>(dtype)];
 }
 
-std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optional<Dims>& weight,
-                        Problem* problem) {
+std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optional<Dims>& weight, Problem* problem) {
   const Options& options = problem->options;
   const bool last = options.data_format == DataFormat::kChannelsLast;
   const std::string layout = last ? "[batch, spatial..., classes]" : "[batch, classes, spatial...]";
@@ -76,17 +75,15 @@ std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optio
   const bool mask = Match(classes, 1) && one_channel;
   if (!indices && !all_channels && !mask) {
     if (one_channel) {
-      return std::string("labels (y_true) have dtype ") + Name(problem->labels_dtype) + " and shape " +
-             Show(labels) + ", one value per voxel, while logits (y_pred) have " +
-             std::to_string(classes) +
+      return std::string("labels (y_true) have dtype ") + Name(problem->labels_dtype) + " and shape " + Show(labels) +
+             ", one value per voxel, while logits (y_pred) have " + std::to_string(classes) +
              " classes: class indices must be integers (cast them, as with tf.cast(y_true, tf.int32)); "
              "soft or one-hot labels must have the shape " +
              Show(logits);
     }
-    return "labels (y_true) have shape " + Show(labels) + ", but for logits (y_pred) of shape " +
-           Show(logits) + " (" + (last ? "channels_last" : "channels_first") +
-           ") they must be class indices of shape " + Show(spatial) + ", or one-hot or soft labels of shape " +
-           Show(logits);
+    return "labels (y_true) have shape " + Show(labels) + ", but for logits (y_pred) of shape " + Show(logits) + " (" +
+           (last ? "channels_last" : "channels_first") + ") they must be class indices of shape " + Show(spatial) +
+           ", or one-hot or soft labels of shape " + Show(logits);
   }
   problem->dense_labels = !indices;
   if (options.has_ignore_label && problem->dense_labels) {
@@ -95,8 +92,8 @@ std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optio
            "voxel_weight that is 0 where voxels are to be ignored";
   }
   if (weight && !Match(WithoutUnitAxis(*weight, rank, axis), spatial)) {
-    return "voxel_weight has shape " + Show(*weight) + ", but for logits (y_pred) of shape " + Show(logits) +
-           " must have shape " + Show(spatial);
+    return "voxel_weight (sample_weight) has shape " + Show(*weight) + ", but for logits (y_pred) of shape " +
+           Show(logits) + " must have shape " + Show(spatial);
   }
   problem->batch = logits[0];
   problem->classes = classes;
@@ -126,11 +123,9 @@ std::string DescribeBadLabel(const Problem& problem, const Dims& logits, const B
     return 0;
   });
   return where + " have the value " + std::to_string(value) + ", but must be in [0, " +
-         std::to_string(problem.label_limit()) + ")" +
-         (problem.classes == 1 ? " (one class: a foreground mask)" : "") +
-         (problem.options.has_ignore_label
-              ? " or the ignore_label " + std::to_string(problem.options.ignore_label)
-              : "; to leave such voxels out, pass ignore_label=" + std::to_string(value));
+         std::to_string(problem.label_limit()) + ")" + (problem.classes == 1 ? " (one class: a foreground mask)" : "") +
+         (problem.options.has_ignore_label ? " or the ignore_label " + std::to_string(problem.options.ignore_label)
+                                           : "; to leave such voxels out, pass ignore_label=" + std::to_string(value));
 }
 
 }  // namespace dice_op

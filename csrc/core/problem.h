@@ -15,8 +15,7 @@ using Dims = std::vector<int64_t>;  // -1: not known yet
 // Fills in the shape of `problem`, whose options and dtypes are set. Returns what is wrong, in
 // words for the person who made the call, or an empty string. Unknown dimensions pass: the kernel
 // asks again when they are known.
-std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optional<Dims>& weight,
-                        Problem* problem);
+std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optional<Dims>& weight, Problem* problem);
 
 // Names the voxel by its coordinates, the value found there, and the values allowed.
 std::string DescribeBadLabel(const Problem& problem, const Dims& logits, const BadLabel& bad);

@@ -182,8 +182,8 @@ struct BinaryTerms {
 // Calls fn(i, loss, slope) for every class i: the cross-entropy that the voxel adds to class i, and
 // what Activation::Backward wants as h for a unit coefficient.
 template <class Activation, class Classes, class Label, class R, class Scalar, class Fn>
-DICE_OP_HD void CrossEntropy(const Classes& k, const R* z, const R* p, R log_norm, const Label& label,
-                             Scalar gamma, Fn&& fn) {
+DICE_OP_HD void CrossEntropy(const Classes& k, const R* z, const R* p, R log_norm, const Label& label, Scalar gamma,
+                             Fn&& fn) {
   if constexpr (Activation::kBinary) {
     for (int i = 0; i < k.size(); ++i) {
       const auto terms = BinaryTerms<R>::Of(z[i], p[i], gamma);
@@ -221,8 +221,7 @@ DICE_OP_HD void ClearMasked(const Classes& k, R* z, R weight, const Terms<Scalar
 }
 
 // Adds the voxel of weight `m` to the running sums. z: logits in, destroyed; p: scratch.
-template <class Activation, bool kCrossEntropy, class Classes, class Label, class R, class Scalar,
-          class Accumulators>
+template <class Activation, bool kCrossEntropy, class Classes, class Label, class R, class Scalar, class Accumulators>
 DICE_OP_HD void AddVoxel(const Classes& k, R* z, R* p, const Label& label, R m, const Terms<Scalar>& terms,
                          Accumulators& sums) {
   ClearMasked(k, z, m, terms);
@@ -236,23 +235,21 @@ DICE_OP_HD void AddVoxel(const Classes& k, R* z, R* p, const Label& label, R m, 
     sums.label_sum[i] = sums.label_sum[i] + (terms.squared ? label.Times(mt, k.Class(i), i) : mt);
   }
   if constexpr (kCrossEntropy) {
-    CrossEntropy<Activation>(k, z, p, log_norm, label, terms.gamma, [&](int i, R loss, R) {
-      sums.cross_entropy[i] = sums.cross_entropy[i] + m * loss;
-    });
+    CrossEntropy<Activation>(k, z, p, log_norm, label, terms.gamma,
+                             [&](int i, R loss, R) { sums.cross_entropy[i] = sums.cross_entropy[i] + m * loss; });
   }
 }
 
 // Turns the logits z into dL/dlogits, in d. p, h: scratch. a, b, e: dL/d(intersection, pred_sum,
 // cross_entropy) of the classes held.
 template <class Activation, bool kCrossEntropy, class Classes, class Label, class R, class Scalar>
-DICE_OP_HD void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const Label& label, R m,
-                          const Terms<Scalar>& terms, const Scalar* a, const Scalar* b, const Scalar* e) {
+DICE_OP_HD void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const Label& label, R m, const Terms<Scalar>& terms,
+                          const Scalar* a, const Scalar* b, const Scalar* e) {
   ClearMasked(k, z, m, terms);
   R log_norm = R(0);
   Activation::Forward(k, z, p, kCrossEntropy ? &log_norm : nullptr);
   if constexpr (kCrossEntropy) {
-    CrossEntropy<Activation>(k, z, p, log_norm, label, terms.gamma,
-                             [&](int i, R, R slope) { h[i] = R(e[i]) * slope; });
+    CrossEntropy<Activation>(k, z, p, log_norm, label, terms.gamma, [&](int i, R, R slope) { h[i] = R(e[i]) * slope; });
   }
   for (int i = 0; i < k.size(); ++i) {
     const R cardinality = terms.squared ? R(Scalar(2) * b[i]) * p[i] : R(b[i]);

@@ -21,8 +21,8 @@ struct Blocks {
   int64_t count;       // in all
 
   explicit Blocks(const Problem& problem)
-      : voxels(std::max(kBlockVoxelsMin, kBlockElements / std::max<int64_t>(1, problem.classes) / kBlockVoxelsMin *
-                                             kBlockVoxelsMin)),
+      : voxels(std::max(kBlockVoxelsMin,
+                        kBlockElements / std::max<int64_t>(1, problem.classes) / kBlockVoxelsMin * kBlockVoxelsMin)),
         per_sample((problem.voxels + voxels - 1) / voxels),
         count(problem.batch * per_sample) {}
 
@@ -45,7 +45,9 @@ void Run(const ParallelFor& parallel, int64_t count, int64_t cost, Fn&& fn) {
   if (count > 0) {
     parallel.Run(
         count, cost,
-        [](void* context, int64_t begin, int64_t end) { (*static_cast<std::remove_reference_t<Fn>*>(context))(begin, end); },
+        [](void* context, int64_t begin, int64_t end) {
+          (*static_cast<std::remove_reference_t<Fn>*>(context))(begin, end);
+        },
         &fn);
   }
 }

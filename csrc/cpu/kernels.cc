@@ -127,8 +127,7 @@ struct Block {
     const auto of_sample = [&](const void* coefficients) {
       return coefficients ? static_cast<const R*>(coefficients) + sample * problem.classes : nullptr;
     };
-    const R *a = of_sample(grad.d_intersection), *b = of_sample(grad.d_pred_sum),
-            *e = of_sample(grad.d_cross_entropy);
+    const R *a = of_sample(grad.d_intersection), *b = of_sample(grad.d_pred_sum), *e = of_sample(grad.d_cross_entropy);
     Tile<R, W> tile(problem);
     Row<P, kCount> p(k.size()), h(k.size()), z_row(kCount);
     for (int64_t v = begin; v < end; v += tile.capacity()) {

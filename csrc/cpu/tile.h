@@ -44,9 +44,7 @@ DICE_OP_INLINE Half ToHalf(float value) {
                                                    : normal;
   return {static_cast<uint16_t>(result | ((bits >> 16) & 0x8000))};
 }
-DICE_OP_INLINE float ToFloat(BFloat16 value) {
-  return BitCast<float>(static_cast<uint32_t>(value.bits) << 16);
-}
+DICE_OP_INLINE float ToFloat(BFloat16 value) { return BitCast<float>(static_cast<uint32_t>(value.bits) << 16); }
 DICE_OP_INLINE BFloat16 ToBFloat16(float value) {
   const uint32_t bits = BitCast<uint32_t>(value);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;

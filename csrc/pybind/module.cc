@@ -20,8 +20,7 @@ namespace {
 // Takes blocks one by one from a counter, on `threads` threads that live for the call.
 class Threads final : public cpu::ParallelFor {
  public:
-  explicit Threads(int threads)
-      : threads_(threads > 0 ? threads : std::max(1u, std::thread::hardware_concurrency())) {}
+  explicit Threads(int threads) : threads_(threads > 0 ? threads : std::max(1u, std::thread::hardware_concurrency())) {}
 
   void Run(int64_t count, int64_t, Body body, void* context) const override {
     std::atomic<int64_t> next{0};
@@ -41,9 +40,9 @@ class Threads final : public cpu::ParallelFor {
 DType DTypeOf(const py::array& array, const char* name) {
   const std::string dtype = py::str(array.dtype().attr("name"));
   static const std::pair<const char*, DType> kTypes[] = {
-      {"bool", DType::kBool},     {"uint8", DType::kUint8},     {"int8", DType::kInt8},
-      {"uint16", DType::kUint16}, {"int16", DType::kInt16},     {"int32", DType::kInt32},
-      {"int64", DType::kInt64},   {"float16", DType::kHalf},    {"bfloat16", DType::kBFloat16},
+      {"bool", DType::kBool},     {"uint8", DType::kUint8},    {"int8", DType::kInt8},
+      {"uint16", DType::kUint16}, {"int16", DType::kInt16},    {"int32", DType::kInt32},
+      {"int64", DType::kInt64},   {"float16", DType::kHalf},   {"bfloat16", DType::kBFloat16},
       {"float32", DType::kFloat}, {"float64", DType::kDouble},
   };
   for (const auto& [known, type] : kTypes) {
@@ -86,9 +85,9 @@ Problem ProblemOf(const py::array& logits, const py::array& labels, const std::s
   options.activation = OneOf<Activation>(
       "activation", activation,
       {{"softmax", Activation::kSoftmax}, {"sigmoid", Activation::kSigmoid}, {"none", Activation::kNone}});
-  options.data_format = OneOf<DataFormat>(
-      "data_format", data_format,
-      {{"channels_last", DataFormat::kChannelsLast}, {"channels_first", DataFormat::kChannelsFirst}});
+  options.data_format =
+      OneOf<DataFormat>("data_format", data_format,
+                        {{"channels_last", DataFormat::kChannelsLast}, {"channels_first", DataFormat::kChannelsFirst}});
   options.squared_pred = squared_pred;
   options.cross_entropy = cross_entropy;
   options.focal_gamma = focal_gamma;
@@ -117,8 +116,8 @@ py::dtype SumsType(const Problem& problem) {
 py::dict SumsOf(const py::array& logits, const py::array& labels, const std::string& activation, bool squared_pred,
                 const std::optional<py::array>& voxel_weight, const std::optional<int64_t>& ignore_label,
                 bool cross_entropy, double focal_gamma, const std::string& data_format, int threads) {
-  const Problem problem = ProblemOf(logits, labels, activation, squared_pred, voxel_weight, ignore_label,
-                                    cross_entropy, focal_gamma, data_format);
+  const Problem problem = ProblemOf(logits, labels, activation, squared_pred, voxel_weight, ignore_label, cross_entropy,
+                                    focal_gamma, data_format);
   py::dict result;
   const auto output = [&](const char* name, std::vector<py::ssize_t> shape) {
     py::array array(SumsType(problem), shape);
@@ -200,28 +199,29 @@ PYBIND11_MODULE(core, m) {
   m.def("build_info", &BuildInfo,
         "What this build is: version, tensorflow and cuda it was built for (None: without), cuda_archs, "
         "simd_levels it holds, simd_level in use here, compiler.");
-  m.def("sums", &SumsOf, arg("logits"), arg("labels"), py::kw_only(), arg("activation") = "softmax",
-        arg("squared_pred") = false, arg("voxel_weight") = py::none(), arg("ignore_label") = py::none(),
-        arg("cross_entropy") = false, arg("focal_gamma") = 0.0, arg("data_format") = "channels_last",
-        arg("threads") = 0,
-        "The sums of each sample and class, in one pass.\n\n"
-        "Args:\n"
-        "  logits: [N, spatial..., C] (channels_last) or [N, C, spatial...]; float16, bfloat16, float32, float64.\n"
-        "  labels: class indices [N, spatial...], any integer or bool; or one-hot or soft labels of the logits' shape.\n"
-        "  activation: 'softmax', 'sigmoid' or 'none' (logits are probabilities already).\n"
-        "  squared_pred: squares in pred_sum and label_sum.\n"
-        "  voxel_weight: [N, spatial...], any dtype; voxels of weight 0 count for nothing.\n"
-        "  ignore_label: voxels with this class index count for nothing.\n"
-        "  cross_entropy, focal_gamma: also sum t (1-p)^gamma (-log p).\n"
-        "  threads: 0 for one per processor. The result does not depend on it, bit for bit.\n\n"
-        "Returns: a dict of intersection, pred_sum, label_sum [, cross_entropy] of shape [N, C] and weight_sum [N],\n"
-        "  float32 (float64 for float64 logits).\n\n"
-        "Raises: ValueError, TypeError, saying which argument is wrong and what it must be.");
-  m.def("gradient", &GradientOf, arg("logits"), arg("labels"), py::kw_only(), arg("d_intersection"),
-        arg("d_pred_sum"), arg("d_cross_entropy") = py::none(), arg("activation") = "softmax",
-        arg("squared_pred") = false, arg("voxel_weight") = py::none(), arg("ignore_label") = py::none(),
-        arg("focal_gamma") = 0.0, arg("data_format") = "channels_last", arg("threads") = 0, arg("out") = py::none(),
-        "The gradient of a loss with respect to the logits, in one pass, from its derivatives with respect to the sums.\n\n"
+  m.def(
+      "sums", &SumsOf, arg("logits"), arg("labels"), py::kw_only(), arg("activation") = "softmax",
+      arg("squared_pred") = false, arg("voxel_weight") = py::none(), arg("ignore_label") = py::none(),
+      arg("cross_entropy") = false, arg("focal_gamma") = 0.0, arg("data_format") = "channels_last", arg("threads") = 0,
+      "The sums of each sample and class, in one pass.\n\n"
+      "Args:\n"
+      "  logits: [N, spatial..., C] (channels_last) or [N, C, spatial...]; float16, bfloat16, float32, float64.\n"
+      "  labels: class indices [N, spatial...], any integer or bool; or one-hot or soft labels of the logits' shape.\n"
+      "  activation: 'softmax', 'sigmoid' or 'none' (logits are probabilities already).\n"
+      "  squared_pred: squares in pred_sum and label_sum.\n"
+      "  voxel_weight: [N, spatial...], any dtype; voxels of weight 0 count for nothing.\n"
+      "  ignore_label: voxels with this class index count for nothing.\n"
+      "  cross_entropy, focal_gamma: also sum t (1-p)^gamma (-log p).\n"
+      "  threads: 0 for one per processor. The result does not depend on it, bit for bit.\n\n"
+      "Returns: a dict of intersection, pred_sum, label_sum [, cross_entropy] of shape [N, C] and weight_sum [N],\n"
+      "  float32 (float64 for float64 logits).\n\n"
+      "Raises: ValueError, TypeError, saying which argument is wrong and what it must be.");
+  m.def("gradient", &GradientOf, arg("logits"), arg("labels"), py::kw_only(), arg("d_intersection"), arg("d_pred_sum"),
+        arg("d_cross_entropy") = py::none(), arg("activation") = "softmax", arg("squared_pred") = false,
+        arg("voxel_weight") = py::none(), arg("ignore_label") = py::none(), arg("focal_gamma") = 0.0,
+        arg("data_format") = "channels_last", arg("threads") = 0, arg("out") = py::none(),
+        "The gradient of a loss with respect to the logits, in one pass, from its derivatives with respect to the "
+        "sums.\n\n"
         "Args:\n"
         "  d_intersection, d_pred_sum, d_cross_entropy: [N, C], of the sums' dtype.\n"
         "  out: array to write to, of the logits' dtype and shape; may be the logits themselves.\n"

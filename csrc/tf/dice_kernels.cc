@@ -110,10 +110,8 @@ class DiceSumsGradCpu final : public DiceKernel {
     // Where nobody else holds the logits, the gradient takes their memory: each tile is read whole
     // before it is written.
     Tensor* d_logits;
-    OP_REQUIRES_OK(context,
-                   context->forward_input_or_allocate_output({0}, 0, context->input(0).shape(), &d_logits));
-    const SumsGrad grad{coefficients[0], coefficients[1], cross_entropy ? coefficients[2] : nullptr,
-                        d_logits->data()};
+    OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({0}, 0, context->input(0).shape(), &d_logits));
+    const SumsGrad grad{coefficients[0], coefficients[1], cross_entropy ? coefficients[2] : nullptr, d_logits->data()};
     cpu::DiceSumsGrad(problem, grad, ThreadPool(context));
   }
 };

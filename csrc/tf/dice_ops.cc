@@ -59,21 +59,21 @@ absl::Status GradShape(InferenceContext* c) {
 }  // namespace
 }  // namespace dice_op
 
-#define DICE_OP_INPUTS                                                                                       \
-  Input("logits: T")                                                                                         \
-      .Input("labels: Tlabels")                                                                              \
-      .Input("voxel_weight: Tweight") /* none or one */                                                      \
-      .Attr("T: {half, bfloat16, float, double}")                                                            \
-      .Attr("Tlabels: {bool, uint8, int8, uint16, int16, int32, int64, half, bfloat16, float, double}")      \
-      .Attr(                                                                                                 \
-          "Tweight: list({bool, uint8, int8, uint16, int16, int32, int64, half, bfloat16, float, double}) "  \
-          ">= 0")                                                                                            \
-      .Attr("Tsums: {float, double}") /* double for double logits */                                         \
-      .Attr("activation: {'softmax', 'sigmoid', 'none'}")                                                    \
-      .Attr("data_format: {'channels_last', 'channels_first'} = 'channels_last'")                            \
-      .Attr("squared_pred: bool = false")                                                                    \
-      .Attr("with_cross_entropy: bool = false")                                                                   \
-      .Attr("focal_gamma: float = 0.0")                                                                      \
+#define DICE_OP_INPUTS                                                                                      \
+  Input("logits: T")                                                                                        \
+      .Input("labels: Tlabels")                                                                             \
+      .Input("voxel_weight: Tweight") /* none or one */                                                     \
+      .Attr("T: {half, bfloat16, float, double}")                                                           \
+      .Attr("Tlabels: {bool, uint8, int8, uint16, int16, int32, int64, half, bfloat16, float, double}")     \
+      .Attr(                                                                                                \
+          "Tweight: list({bool, uint8, int8, uint16, int16, int32, int64, half, bfloat16, float, double}) " \
+          ">= 0")                                                                                           \
+      .Attr("Tsums: {float, double}") /* double for double logits */                                        \
+      .Attr("activation: {'softmax', 'sigmoid', 'none'}")                                                   \
+      .Attr("data_format: {'channels_last', 'channels_first'} = 'channels_last'")                           \
+      .Attr("squared_pred: bool = false")                                                                   \
+      .Attr("with_cross_entropy: bool = false")                                                             \
+      .Attr("focal_gamma: float = 0.0")                                                                     \
       .Attr("ignore_label: list(int) = []") /* none or one */
 
 REGISTER_OP("DiceSums")
