@@ -15,12 +15,14 @@ import sys
 import time
 from pathlib import Path
 
-import measure_loss
 import numpy as np
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from nilearn import datasets
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import measure_loss  # noqa: E402
 
 
 @contextlib.contextmanager

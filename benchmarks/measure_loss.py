@@ -1,5 +1,7 @@
 """Time and memory of a Dice loss and its gradient on a whole volume: dice_op and plain TensorFlow.
 
+    python benchmarks/measure_loss.py labels.npy
+
 Every contender runs in a process of its own, started by `compare`, so that none inherits memory
 from another. All get the same labels and logits and are held to the same loss in double precision.
 """

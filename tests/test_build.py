@@ -1,0 +1,183 @@
+"""The package around the kernels: layers, loading, what the binaries hold, `python -m dice_op`."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from dice_op import core
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = pathlib.Path(core.__file__).parent
+# What each folder of csrc/ may include besides the standard library.
+MAY_INCLUDE = {
+    "core": r'"core/[a-z_]+\.h"',
+    "cpu": r'"(core|cpu)/[a-z_]+\.h"',
+    "tf": r'"core/(dice_op|problem)\.h"|"tf/[a-z_]+\.h"|"tensorflow/.*"',
+    "pybind": r'"core/(dice_op|problem)\.h"|<pybind11/.*>',
+}
+SYSTEM_HEADER = r"<[a-z_]+(\.h)?>"
+
+
+@pytest.mark.parametrize("layer", [p.name for p in sorted((ROOT / "csrc").iterdir())])
+def test_layers(layer):
+    sources = list((ROOT / "csrc" / layer).iterdir())
+    assert sources
+    for source in sources:
+        for header in re.findall(r"^#\s*include (\S+)", source.read_text(), re.MULTILINE):
+            allowed = rf"({MAY_INCLUDE[layer]}|{SYSTEM_HEADER})"
+            assert re.fullmatch(allowed, header), f"{source.name} includes {header}"
+
+
+def test_only_the_op_is_compiled_with_tensorflow():
+    commands = json.loads((ROOT / "build" / "compile_commands.json").read_text())
+    with_tensorflow = {
+        pathlib.Path(c["file"]).parent.name
+        for c in commands
+        if "tensorflow" in c["command"].lower()
+    }
+    # core's module is told TensorFlow's version, for build_info(), and nothing more
+    includes = {
+        pathlib.Path(c["file"]).parent.name
+        for c in commands
+        if re.search(r"-(I|isystem) ?\S*tensorflow", c["command"])
+    }
+    assert includes == {"tf"}
+    assert with_tensorflow == {"tf", "pybind"}
+
+
+def test_configures_where_there_is_no_tensorflow(tmp_path):
+    blocked = tmp_path / "path" / "tensorflow"
+    blocked.mkdir(parents=True)
+    (blocked / "__init__.py").write_text("raise ImportError('no TensorFlow here')")
+
+    def configure(*options):
+        command = [sys.executable, "-m", "cmake", "-S", ROOT, "-B", tmp_path / "build", *options]
+        return subprocess.run(
+            [*command, f"-DPython_EXECUTABLE={sys.executable}"],
+            env={**os.environ, "PYTHONPATH": str(blocked.parent)},
+            capture_output=True,
+            text=True,
+        )
+
+    without = configure("-DDICE_OP_WITH_TENSORFLOW=OFF")
+    assert without.returncode == 0, without.stderr
+    asked_for = configure("-DDICE_OP_WITH_TENSORFLOW=ON")
+    assert asked_for.returncode != 0
+    message = " ".join(asked_for.stderr.split())
+    assert "pip install tensorflow-cpu" in message
+    assert "-DDICE_OP_WITH_TENSORFLOW=OFF" in message
+
+
+def test_binaries_hold_no_path_of_the_machine_that_built_them():
+    for library in PACKAGE.glob("*.so"):
+        assert os.fsencode(ROOT) not in library.read_bytes(), library.name
+
+
+def test_the_op_library_exports_nothing():
+    """Its symbols must not meet those of another library in the same process."""
+    symbols = subprocess.run(
+        ["nm", "-D", "--defined-only", PACKAGE / "dice_op.so"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert symbols == ""
+
+
+def test_build_info():
+    info = core.build_info()
+    import tensorflow as tf
+
+    assert f'version = "{info["version"]}"' in (ROOT / "pyproject.toml").read_text()
+    assert info["tensorflow"] == tf.__version__
+    assert info["simd_level"] in info["simd_levels"]
+    assert info["cuda"] is None and info["cuda_archs"] == []
+    assert info["compiler"]
+
+
+def test_importing_the_package_imports_no_tensorflow(run_python):
+    loaded = run_python(
+        """
+        import sys
+        import numpy as np
+        import dice_op
+        dice_op.core.sums(np.zeros((1, 5, 3), np.float32), np.zeros((1, 5), np.uint8))
+        print("tensorflow" in sys.modules, "keras" in sys.modules)
+        """
+    )
+    assert loaded.split() == ["False", "False"]
+
+
+def test_the_library_loads_on_its_own(run_python):
+    """People load dice_op.so without the package; what it computes is the same."""
+    out = run_python(
+        """
+        import sys
+        import tensorflow as tf
+        ops = tf.load_op_library(sys.argv[1])
+        x, y = tf.zeros((1, 7, 2)), tf.ones((1, 7), tf.uint8)
+        print(*ops.dice_sums(x, y, [], activation="softmax", Tsums=tf.float32)[0].numpy()[0])
+        """,
+        PACKAGE / "dice_op.so",
+    )
+    assert [float(v) for v in out.split()] == [0, 3.5]
+
+
+@pytest.mark.parametrize("built", ["2.20.0", "3.0.1", ""])
+def test_another_tensorflow_is_named(built, run_python):
+    """Both versions and the command that mends it. The build is made to look like another one's."""
+    out = run_python(
+        f"""
+        from dice_op import core
+        info = {{**core.build_info(), "tensorflow": {built or None!r}}}
+        core.build_info = lambda: info
+        import tensorflow as tf
+        try:
+            import dice_op.losses
+        except ImportError as error:
+            print(tf.__version__, error)
+        """
+    )
+    running, _, message = out.partition(" ")
+    if not built:
+        assert "has no TensorFlow op" in message and "pip install" in message
+        return
+    assert f"built with {built}" in message and f"TensorFlow {running} is running" in message
+    assert f'pip install "tensorflow=={built.rpartition(".")[0]}.*"' in message
+
+
+def run_info(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "dice_op", *arguments], capture_output=True, text=True
+    )
+
+
+def test_info():
+    report = json.loads(run_info("info", "--json").stdout)
+    info = core.build_info()
+    assert report["version"] == info["version"]
+    assert report["tensorflow"] == report["build_tensorflow"] == info["tensorflow"]
+    assert report["op"].startswith("loaded from ")
+    assert report["simd_level"] == info["simd_level"]
+    text = run_info("info").stdout
+    for key in report:
+        assert re.search(rf"^{key} +\S", text, re.MULTILINE), key
+    assert run_info().returncode == 2  # no command: usage
+
+
+def test_info_without_tensorflow(run_python):
+    out = run_python(
+        """
+        import importlib.util
+        real = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *a: None if name == "tensorflow" else real(name, *a)
+        from dice_op.__main__ import main
+        main(["info"])
+        """
+    )
+    assert re.search(r"^op +not loaded: TensorFlow is not installed", out, re.MULTILINE)

@@ -1,0 +1,24 @@
+"""`make demo` in small: every part of it runs, a few steps each, and writes what it promises."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+EXAMPLE = pathlib.Path(__file__).parent.parent / "examples" / "brain_segmentation.py"
+
+
+def test_quick_demo(tmp_path):
+    result = subprocess.run(
+        [sys.executable, EXAMPLE, "--quick", "--output", tmp_path], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "brain.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    costs = summary["loss_and_gradient"]
+    assert set(costs) == {"dice_op", "plain", "plain_xla"}
+    assert costs["dice_op"]["error"] <= 1e-6
+    for name in ("grey matter", "white matter"):
+        assert 0 <= summary["held_out_dice"]["trained network"][name] <= 1
+    for words in ("held-out Dice", "peak extra memory", "plain TensorFlow, XLA"):
+        assert words in result.stdout
