@@ -153,6 +153,16 @@ DICE_OP_INLINE Pack<T, W> Log1p(Pack<T, W> x) {
   return Select(lost != P(T(0)), Log(u) * (x / lost), x);
 }
 
+// Lanes of a (0 to W-1) and b (W to 2W-1).
+template <int... kLanes, class T, int W>
+DICE_OP_INLINE Pack<T, W> Shuffle(Pack<T, W> a, Pack<T, W> b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return Pack<T, W>(__builtin_shufflevector(a.v, b.v, kLanes...));
+#else
+  return Pack<T, W>(__builtin_shuffle(a.v, b.v, typename Pack<T, W>::Mask{kLanes...}));
+#endif
+}
+
 // The sum of the lanes, in pairs, as a double.
 template <class T, int W>
 DICE_OP_INLINE double SumLanes(Pack<T, W> x) {

@@ -95,13 +95,13 @@ void ConvertBack(const R* from, int64_t n, T* to) {
 template <class R>
 DICE_OP_INLINE void Transpose4(const R* const from[4], R* const to[4]) {
   using P = Pack<R, 4>;
-  const auto a = P::Load(from[0]).v, b = P::Load(from[1]).v, c = P::Load(from[2]).v, d = P::Load(from[3]).v;
-  const auto ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const auto cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  P(__builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5)).Store(to[0]);
-  P(__builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7)).Store(to[1]);
-  P(__builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5)).Store(to[2]);
-  P(__builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7)).Store(to[3]);
+  const P a = P::Load(from[0]), b = P::Load(from[1]), c = P::Load(from[2]), d = P::Load(from[3]);
+  const P ab_low = Shuffle<0, 4, 1, 5>(a, b), ab_high = Shuffle<2, 6, 3, 7>(a, b);
+  const P cd_low = Shuffle<0, 4, 1, 5>(c, d), cd_high = Shuffle<2, 6, 3, 7>(c, d);
+  Shuffle<0, 1, 4, 5>(ab_low, cd_low).Store(to[0]);
+  Shuffle<2, 3, 6, 7>(ab_low, cd_low).Store(to[1]);
+  Shuffle<0, 1, 4, 5>(ab_high, cd_high).Store(to[2]);
+  Shuffle<2, 3, 6, 7>(ab_high, cd_high).Store(to[3]);
 }
 
 // Between [W, C] in memory and [C, W] in a group: whole 4 x 4 squares, then what is left.
