@@ -64,6 +64,7 @@ class SumsLoss(keras.losses.Loss):
             which enters the sums.
         """
         y_pred = tf.convert_to_tensor(y_pred)
+        _check_not_activated(y_pred, self.activation)
         if sample_weight is None:
             losses = self.call(y_true, y_pred)
             return self._reduce(losses, losses)
@@ -128,7 +129,8 @@ class DiceLoss(SumsLoss):
 
     Args:
       activation: What turns `y_pred` into probabilities: `"softmax"`, `"sigmoid"` (also for
-        overlapping regions), or `"none"` where the model ends in one already.
+        overlapping regions), or `"none"` where the model ends in one already. A softmax upon a
+        softmax is found and refused.
       include_background: Whether class 0 counts.
       class_weight: Weight of each counted class. The losses are summed with these weights, which
         are not normalised: for a weighted mean let them sum to 1. With `average="micro"` they
@@ -263,6 +265,19 @@ def _class_weight(weights):
             "not all 0"
         )
     return weights
+
+
+def _check_not_activated(y_pred, activation):
+    """Finds the model that ends in a softmax, where the loss would apply another."""
+    activated = hasattr(y_pred, "_keras_logits")  # Keras' mark on what its activations return
+    if not activated and tf.is_symbolic_tensor(y_pred):
+        activated = y_pred.op.type in ("Softmax", "Sigmoid")
+    if activated and activation != "none":
+        raise ValueError(
+            f"y_pred are probabilities, the output of a softmax or sigmoid, and {activation=} would "
+            "apply another: remove the model's last activation, so that y_pred are logits (the more "
+            'exact way), or pass activation="none"'
+        )
 
 
 def _is_per_voxel(weight, y_pred):

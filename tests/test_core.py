@@ -263,6 +263,15 @@ def test_extreme_logits():
     np.testing.assert_allclose(focal["cross_entropy"], [[2e4 + np.log(2), 2e4, 0]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("focal_gamma", [0.0, 2.0])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_gradient_of_extreme_logits(activation, focal_gamma):
+    for classes in (2, 4, 5):
+        x, y, t = make((2, 100, classes))
+        x = np.random.default_rng(6).choice(np.float32([1e4, -1e4, 88, -88, 3]), size=x.shape)
+        check(x, y, t, activation=activation, focal_gamma=focal_gamma)
+
+
 def test_nan_is_seen_not_hidden():
     x, y, _ = make((2, 100, 4))
     x[1, 50, 2] = np.nan

@@ -383,6 +383,21 @@ def test_arguments_that_do_not_fit_the_logits(arguments, classes, says):
         DiceLoss(**arguments)(y, x)
 
 
+@pytest.mark.parametrize("end", ["softmax", "sigmoid"])
+def test_a_model_that_ends_in_an_activation(end):
+    model, images, labels = model_and_data()
+    probabilities = keras.Sequential([model, keras.layers.Activation(end)])
+    says = "y_pred are probabilities.*remove the model's last activation.*activation=.none."
+    for compiled in (True, False):
+        probabilities.compile("adam", loss=DiceLoss(activation=end), run_eagerly=not compiled)
+        with pytest.raises(ValueError, match=says):
+            probabilities.fit(images, labels, verbose=0)
+        probabilities.compile("adam", loss=DiceLoss(activation="none"), run_eagerly=not compiled)
+        expected = DiceLoss(activation=end)(labels, model.predict(images, verbose=0))
+        value = probabilities.evaluate(images, labels, verbose=0)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
 def test_unknown_shapes():
     """Checks that need the number of classes happen when it is known: when running."""
     x, y = make()
