@@ -274,9 +274,9 @@ def _check_not_activated(y_pred, activation):
         activated = y_pred.op.type in ("Softmax", "Sigmoid")
     if activated and activation != "none":
         raise ValueError(
-            f"y_pred are probabilities, the output of a softmax or sigmoid, and {activation=} would "
-            "apply another: remove the model's last activation, so that y_pred are logits (the more "
-            'exact way), or pass activation="none"'
+            "y_pred are probabilities, the output of a softmax or sigmoid, and "
+            f"{activation=} would apply another: remove the model's last activation, so that "
+            'y_pred are logits (the more exact way), or pass activation="none"'
         )
 
 
