@@ -32,15 +32,26 @@ def sums(
     weight = tf.ones([batch, voxels], dtype)
     if voxel_weight:
         weight = tf.reshape(tf.cast(voxel_weight[0], dtype), [batch, voxels])
-    if _is_dense(logits, labels, data_format):
-        t = _flat(tf.cast(tf.reshape(labels, tf.shape(logits)), dtype), data_format)
-    else:
+
+    def dense():
+        return _flat(tf.cast(tf.reshape(labels, tf.shape(logits)), dtype), data_format)
+
+    def one_hot():
+        # one class: the indices are the foreground mask
+        first = tf.cast(classes == 1, tf.int64)
+        return tf.one_hot(index - first, classes, dtype=dtype)
+
+    # The rule of csrc/core/problem.cc, for shapes it has accepted.
+    if _one_value_per_voxel(logits, labels, data_format):
         index = tf.reshape(tf.cast(labels, tf.int64), [batch, voxels])
         if ignore_label:
             weight = tf.where(index == ignore_label[0], tf.zeros_like(weight), weight)
-        # one class: integer labels are the foreground mask
-        index -= tf.cast(classes == 1, tf.int64)
-        t = tf.one_hot(index, classes, dtype=dtype)
+        if labels.dtype.is_floating and not ignore_label:
+            t = tf.cond(classes == 1, dense, one_hot)
+        else:
+            t = one_hot()
+    else:
+        t = dense()
     m = weight[..., tf.newaxis]
     x = tf.where(m == 0, tf.zeros_like(x), x)
 
@@ -87,9 +98,11 @@ def _rest(x, first, last=None):
     return tf.reduce_prod(tf.shape(x)[first:last])
 
 
-def _is_dense(logits, labels, data_format):
-    """The rule of csrc/core/problem.cc, for shapes it has accepted."""
-    if labels.dtype.is_floating:
-        return True
+def _one_value_per_voxel(logits, labels, data_format):
+    if logits.shape.rank is None or labels.shape.rank is None:
+        raise ValueError(
+            "second derivatives and gradients of labels or voxel weights need y_pred and y_true "
+            "with a known number of axes: give them one with tf.ensure_shape"
+        )
     axis = 1 if data_format == "channels_first" else -1
-    return labels.shape.rank == logits.shape.rank and labels.shape[axis] != 1
+    return labels.shape.rank < logits.shape.rank or labels.shape[axis] == 1

@@ -58,8 +58,9 @@ def dice_sums(
 
     Args:
       y_true: Labels. Either class indices `[N, spatial...]` (a channel axis of length 1 is
-        accepted), of any integer type up to 64 bits or bool; or one-hot or soft labels of the shape
-        of `y_pred`, of any type. With one class (C = 1) integers are the foreground mask, 0 or 1.
+        accepted); or one-hot or soft labels of the shape of `y_pred`. Any integer type up to 64
+        bits, bool or float; indices in floats must be whole numbers. With one class (C = 1) they
+        are the foreground mask: integers 0 or 1, floats soft (but 0 or 1 with `ignore_label`).
       y_pred: Logits `[N, spatial..., C]`, or `[N, C, spatial...]` for `"channels_first"`; float16,
         bfloat16, float32 or float64. Arithmetic is float32, float64 for float64.
       activation: What turns `y_pred` into probabilities: `"softmax"`, `"sigmoid"`, or `"none"`

@@ -112,6 +112,7 @@ def test_regimes(regime, activation, data_format):
 @pytest.mark.parametrize(
     "label_kind",
     ["bool", "int8", "uint16", "int16", "int32", "int64", "soft"]
+    + ["float16", "bfloat16", "float32", "float64"]  # class indices, as NIfTI readers give them
     + [
         f"dense {k}"
         for k in ("bool", "uint8", "int64", "float16", "bfloat16", "float32", "float64")
@@ -204,7 +205,7 @@ def test_voxel_weight(dtype, data_format):
         check(x, y, t, activation="sigmoid", weight=weight, data_format=data_format)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int32", "int64"])
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int32", "int64", "float32"])
 @pytest.mark.parametrize("ignore", [1, 100, -1])
 def test_ignore_label(ignore, dtype):
     if ignore < 0 and dtype.startswith("u"):
@@ -327,7 +328,13 @@ Y = np.zeros((2, 4, 5), np.uint8)
         (dict(logits=X[0, 0, 0]), ValueError, r"logits.*\[3\].*rank 2"),
         (dict(logits=X[:, ::2]), ValueError, r"logits is not contiguous"),
         (dict(labels=Y[:, :3].copy()), ValueError, r"labels.*\[2, 3, 5\].*\[2, 4, 5\]"),
-        (dict(labels=Y.astype(np.float32)), ValueError, r"labels.*float32.*integers"),
+        (
+            dict(labels=Y + 0.5),
+            ValueError,
+            r"value 0.5, but must be whole numbers in \[0, 3\).*soft",
+        ),
+        (dict(labels=Y + np.float16("nan")), ValueError, r"value nan, but must be whole"),
+        (dict(labels=Y + 3e9), ValueError, r"value 3000000000, but must be in \[0, 3\)"),
         (dict(labels=Y.astype(np.uint32)), TypeError, r"labels.*uint32.*must be"),
         (dict(labels=Y + 3), ValueError, r"voxel \[0, 0, 0\].*value 3.*\[0, 3\)"),
         (dict(labels=Y.astype(np.int64) - 2**40), ValueError, r"value -1099511627776"),

@@ -80,7 +80,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("labels", ["indices", "indices with a channel", "one-hot"])
+@pytest.mark.parametrize("labels", ["indices", "indices with a channel", "float", "one-hot"])
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form, data_format, labels):
@@ -95,12 +95,15 @@ def test_forms(form, data_format, labels):
     expected, gradient = reference.loss_and_gradient(flat(x), flat(t), of_sums, **options)
     gradient = gradient.reshape(x.shape)
 
-    y = {"indices": y, "indices with a channel": y[..., None], "one-hot": t.astype(np.float32)}[
-        labels
-    ]
+    y = {
+        "indices": y,
+        "indices with a channel": y[..., None],
+        "float": y.astype(np.float64),
+        "one-hot": t.astype(np.float32),
+    }[labels]
     if data_format == "channels_first":
         x, gradient = np.moveaxis(x, -1, 1), np.moveaxis(gradient, -1, 1)
-        y = np.moveaxis(y, -1, 1) if labels != "indices" else y
+        y = np.moveaxis(y, -1, 1) if y.ndim == x.ndim else y
     x = tf.constant(x)
     loss = DiceLoss(**arguments, data_format=data_format)
     with tf.GradientTape() as tape:
@@ -247,6 +250,38 @@ def test_mixed_precision_with_loss_scaling(policy, seen):
     assert history[-1] < 0.5 * history[0]
     assert float(optimizer.dynamic_scale) > 1
     assert seen == {("uint8", policy[6:])}
+
+
+def test_two_replicas_train_as_one_device(run_python):
+    """Same batch, same weights after it: each replica's share of the loss is scaled by Keras. Under
+    a strategy Keras also builds the loss once with float labels, whatever the data."""
+    weights = run_python(
+        """
+        import numpy as np, tensorflow as tf
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        halves = [tf.config.LogicalDeviceConfiguration()] * 2
+        tf.config.set_logical_device_configuration(cpu, halves)
+        import keras
+        import dice_op
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(4, 6, 6, 6, 1)).astype("float32")
+        y = rng.integers(0, 3, size=(4, 6, 6, 6)).astype("uint8")
+        for strategy in (
+            tf.distribute.get_strategy(),
+            tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]),
+        ):
+            with strategy.scope():
+                keras.utils.set_random_seed(1)
+                model = keras.Sequential([keras.Input((6, 6, 6, 1)), keras.layers.Conv3D(3, 3)])
+                model.add(keras.layers.ZeroPadding3D(1))
+                model.compile(keras.optimizers.SGD(10.0), loss=dice_op.losses.DiceLoss())
+            model.fit(x, y, batch_size=4, epochs=3, shuffle=False, verbose=0)
+            print(*np.concatenate([w.ravel() for w in model.get_weights()]))
+        """
+    )
+    one, two = (np.array(line.split(), np.float64) for line in weights.strip().splitlines())
+    assert np.abs(one[-3:]).min() > 1e-3  # the biases, which start at zero
+    np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-6)
 
 
 def test_several_outputs_and_losses():

@@ -1,6 +1,7 @@
 #include "core/problem.h"
 
 #include <cmath>
+#include <cstdio>
 
 #include "core/dtype.h"
 
@@ -67,20 +68,12 @@ std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optio
   spatial.erase(spatial.begin() + axis);
   const int64_t classes = logits[axis];
 
-  // The shape says which kind the labels are. One channel is both: a mask is t itself, and reading
-  // an integer one as class indices checks its values as well.
+  // The shape says which kind the labels are. One channel is both: a mask of floats is t itself, and
+  // reading one of integers as class indices checks its values as well.
   const bool one_channel = Match(WithoutUnitAxis(labels, rank, axis), spatial);
-  const bool all_channels = Match(labels, logits);
-  const bool indices = one_channel && !IsFloat(problem->labels_dtype);
-  const bool mask = Match(classes, 1) && one_channel;
-  if (!indices && !all_channels && !mask) {
-    if (one_channel) {
-      return std::string("labels (y_true) have dtype ") + Name(problem->labels_dtype) + " and shape " + Show(labels) +
-             ", one value per voxel, while logits (y_pred) have " + std::to_string(classes) +
-             " classes: class indices must be integers (cast them, as with tf.cast(y_true, tf.int32)); "
-             "soft or one-hot labels must have the shape " +
-             Show(logits);
-    }
+  const bool mask = Match(classes, 1) && IsFloat(problem->labels_dtype) && !options.has_ignore_label;
+  const bool indices = one_channel && !mask;
+  if (!one_channel && !Match(labels, logits)) {
     return "labels (y_true) have shape " + Show(labels) + ", but for logits (y_pred) of shape " + Show(logits) + " (" +
            (last ? "channels_last" : "channels_first") + ") they must be class indices of shape " + Show(spatial) +
            ", or one-hot or soft labels of shape " + Show(logits);
@@ -88,7 +81,7 @@ std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optio
   problem->dense_labels = !indices;
   if (options.has_ignore_label && problem->dense_labels) {
     return "ignore_label is " + std::to_string(options.ignore_label) +
-           ", which needs integer class labels, but labels (y_true) hold one value per class: pass a "
+           ", which needs class indices, but labels (y_true) hold one value per class: pass a "
            "voxel_weight that is 0 where voxels are to be ignored";
   }
   if (weight && !Match(WithoutUnitAxis(*weight, rank, axis), spatial)) {
@@ -115,17 +108,25 @@ std::string DescribeBadLabel(const Problem& problem, const Dims& logits, const B
            " must be 0 or 1 for every class, but another value stands there; scale the masks (255 is "
            "common) or pass class indices";
   }
-  const int64_t value = WithType(problem.labels_dtype, [&](auto type) -> int64_t {
+  bool whole = true;
+  const std::string value = WithType(problem.labels_dtype, [&](auto type) {
     using T = typename decltype(type)::type;
+    const T label = static_cast<const T*>(problem.labels)[bad.sample * problem.voxels + bad.voxel];
     if constexpr (std::is_integral_v<T>) {
-      return static_cast<int64_t>(static_cast<const T*>(problem.labels)[bad.sample * problem.voxels + bad.voxel]);
+      return std::to_string(label);
+    } else {
+      const double number = FromStorage<T, double>(label);
+      whole = number == std::trunc(number) && std::abs(number) < 1e15;
+      char text[32];
+      std::snprintf(text, sizeof(text), "%.15g", number);
+      return std::string(text);
     }
-    return 0;
   });
-  return where + " have the value " + std::to_string(value) + ", but must be in [0, " +
+  return where + " have the value " + value + ", but must be " + (whole ? "" : "whole numbers ") + "in [0, " +
          std::to_string(problem.label_limit()) + ")" + (problem.classes == 1 ? " (one class: a foreground mask)" : "") +
          (problem.options.has_ignore_label ? " or the ignore_label " + std::to_string(problem.options.ignore_label)
-                                           : "; to leave such voxels out, pass ignore_label=" + std::to_string(value));
+          : whole                          ? "; to leave such voxels out, pass ignore_label=" + value
+                                           : "; soft labels have one value per class, as the logits have");
 }
 
 }  // namespace dice_op

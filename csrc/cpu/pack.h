@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/dtype.h"
+
 namespace dice_op {
 namespace {
 
@@ -33,8 +35,6 @@ template <class T, int W>
 struct VectorOf {
   typedef T type __attribute__((vector_size(W * sizeof(T))));
 };
-
-#define DICE_OP_INLINE inline __attribute__((always_inline))
 
 template <class T, int W>
 struct __attribute__((may_alias)) Pack {
@@ -69,14 +69,6 @@ struct __attribute__((may_alias)) Pack {
   DICE_OP_INLINE friend Pack Max(Pack a, Pack b) { return Pack(a.v > b.v ? a.v : b.v); }
   DICE_OP_INLINE friend Pack Abs(Pack a) { return Pack(a.v < T(0) ? -a.v : a.v); }
 };
-
-template <class To, class From>
-DICE_OP_INLINE To BitCast(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(To));
-  return to;
-}
 
 // 2^n p(r) with x = n log 2 + r, |r| <= log(2)/2; error below 2 units in the last place. Minimax
 // polynomial of the Cephes library (S. Moshier). Results under the smallest normal number are 0,

@@ -20,17 +20,7 @@
 namespace dice_op {
 namespace {
 
-// Half to float and back, to nearest even, by integer arithmetic: independent of whether the thread
-// flushes subnormal numbers, as TensorFlow's do.
-DICE_OP_INLINE float ToFloat(Half half) {
-  const uint32_t magnitude = half.bits & 0x7fff;
-  const uint32_t exponent = magnitude & 0x7c00;
-  const uint32_t normal = (magnitude << 13) + (112u << 23);
-  const uint32_t special = normal + (112u << 23);  // infinity, NaN
-  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 5.9604644775390625e-8f;
-  const uint32_t bits = exponent == 0x7c00 ? special : exponent == 0 ? BitCast<uint32_t>(subnormal) : normal;
-  return BitCast<float>(bits | (static_cast<uint32_t>(half.bits & 0x8000) << 16));
-}
+// To nearest even, by integer arithmetic as in core/dtype.h.
 DICE_OP_INLINE Half ToHalf(float value) {
   const uint32_t bits = BitCast<uint32_t>(value);
   const uint32_t magnitude = bits & 0x7fffffff;
@@ -44,20 +34,10 @@ DICE_OP_INLINE Half ToHalf(float value) {
                                                    : normal;
   return {static_cast<uint16_t>(result | ((bits >> 16) & 0x8000))};
 }
-DICE_OP_INLINE float ToFloat(BFloat16 value) { return BitCast<float>(static_cast<uint32_t>(value.bits) << 16); }
 DICE_OP_INLINE BFloat16 ToBFloat16(float value) {
   const uint32_t bits = BitCast<uint32_t>(value);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return {static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
-}
-
-template <class T, class R>
-DICE_OP_INLINE R FromStorage(T value) {
-  if constexpr (std::is_arithmetic_v<T>) {
-    return static_cast<R>(value);
-  } else {
-    return static_cast<R>(ToFloat(value));
-  }
 }
 
 template <class T, class R>
@@ -290,39 +270,41 @@ class Tile {
     std::fill(index_ + count_, index_ + groups() * W, Int(-1));
     return WithType(problem_.labels_dtype, [&](auto type) -> int64_t {
       using T = typename decltype(type)::type;
-      if constexpr (std::is_integral_v<T>) {
-        using Wide = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-        const auto fits = [](int64_t x) {
-          return x >= std::numeric_limits<Wide>::min() && x <= std::numeric_limits<Wide>::max();
-        };
-        const Wide first = static_cast<Wide>(problem_.first_class());
-        const Wide limit = static_cast<Wide>(problem_.label_limit());
-        const bool has_ignore = problem_.options.has_ignore_label && fits(problem_.options.ignore_label);
-        const Wide ignore = has_ignore ? static_cast<Wide>(problem_.options.ignore_label) : Wide(-1);
-        const T* labels = static_cast<const T*>(problem_.labels) + sample_ * problem_.voxels + begin_;
-        Wide bad = 0;
+      using Wide =
+          std::conditional_t<!std::is_integral_v<T>, double, std::conditional_t<sizeof(T) == 8, int64_t, int32_t>>;
+      const auto fits = [](int64_t x) {
+        return x >= std::numeric_limits<Wide>::lowest() && x <= std::numeric_limits<Wide>::max();
+      };
+      const Wide first = static_cast<Wide>(problem_.first_class());
+      const Wide limit = static_cast<Wide>(problem_.label_limit());
+      const bool has_ignore = problem_.options.has_ignore_label && fits(problem_.options.ignore_label);
+      const Wide ignore = has_ignore ? static_cast<Wide>(problem_.options.ignore_label) : Wide(-1);
+      const T* labels = static_cast<const T*>(problem_.labels) + sample_ * problem_.voxels + begin_;
+      const auto is_class = [&](Wide label) {
+        const bool inside = (label >= 0) & (label < limit);
+        return inside & (static_cast<Int>(inside ? label : Wide(0)) == label);  // a whole number
+      };
+      bool bad = false;
+      for (int v = 0; v < count_; ++v) {
+        const Wide label = FromStorage<T, Wide>(labels[v]);
+        const bool valid = is_class(label);
+        index_[v] = valid ? static_cast<Int>(label - first) : Int(-1);
+        bad |= !valid;
+      }
+      if (has_ignore) {
+        bad = false;
         for (int v = 0; v < count_; ++v) {
-          const Wide label = static_cast<Wide>(labels[v]);
-          const bool valid = (label >= 0) & (label < limit);
-          index_[v] = valid ? static_cast<Int>(label - first) : Int(-1);
-          bad |= !valid;
-        }
-        if (has_ignore) {
-          bad = 0;
-          for (int v = 0; v < count_; ++v) {
-            const Wide label = static_cast<Wide>(labels[v]);
-            const bool ignored = label == ignore;
-            weight_[v] = ignored ? R(0) : weight_[v];
-            bad |= (!ignored) & ((label < 0) | (label >= limit));
-          }
-        }
-        if (!bad) return -1;
-        for (int v = 0;; ++v) {
-          const Wide label = static_cast<Wide>(labels[v]);
-          if (!(has_ignore && label == ignore) && (label < 0 || label >= limit)) return begin_ + v;
+          const Wide label = FromStorage<T, Wide>(labels[v]);
+          const bool ignored = label == ignore;
+          weight_[v] = ignored ? R(0) : weight_[v];
+          bad |= !ignored & !is_class(label);
         }
       }
-      return -1;
+      if (!bad) return -1;
+      for (int v = 0;; ++v) {
+        const Wide label = FromStorage<T, Wide>(labels[v]);
+        if (!(has_ignore && label == ignore) && !is_class(label)) return begin_ + v;
+      }
     });
   }
 
