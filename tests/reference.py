@@ -19,7 +19,7 @@ def one_hot(index, classes):
 
 def _softplus(x):
     size = x * np.where(x.real < 0, -1, 1)
-    return np.where(x.real > 0, x, 0) + np.log1p(np.exp(-size))
+    return np.where(x.real < 0, 0, x) + np.log1p(np.exp(-size))
 
 
 def voxel_terms(x, t, activation, squared=False, gamma=0.0):

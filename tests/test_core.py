@@ -273,6 +273,31 @@ def test_gradient_of_extreme_logits(activation, focal_gamma):
         check(x, y, t, activation=activation, focal_gamma=focal_gamma)
 
 
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_confident_false_positives_keep_their_gradient(data_format):
+    """Sigmoid, element by element: where p rounds to 1, p (1 - p) does not vanish. Nor does the
+    gradient of the cross-entropy of a confident true positive."""
+    x = np.linspace(-30, 30, 601, dtype=np.float32).reshape(1, -1, 1)
+    for classes in (1, 3, 5):
+        logits = np.repeat(x, classes, axis=2)
+        t = reference.one_hot(np.full(x.shape[:2], classes - 1 if classes > 1 else 1), classes)
+        for a, b, e in ((0, 1, 0), (0, 0, 1)):
+            coefficients = [np.full((1, classes), k, np.float32) for k in (a, b, e)]
+            wanted = reference.gradient(logits, t, coefficients, activation="sigmoid")
+            x_, t_ = in_format(data_format, logits, t.astype(np.float32))
+            gradient = core.gradient(
+                x_,
+                t_,
+                activation="sigmoid",
+                data_format=data_format,
+                d_intersection=coefficients[0],
+                d_pred_sum=coefficients[1],
+                d_cross_entropy=coefficients[2],
+            )
+            (gradient,) = in_format(data_format, gradient)  # back: its own inverse
+            np.testing.assert_allclose(gradient.reshape(wanted.shape), wanted, rtol=2e-6)
+
+
 def test_nan_is_seen_not_hidden():
     x, y, _ = make((2, 100, 4))
     x[1, 50, 2] = np.nan

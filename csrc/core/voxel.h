@@ -48,6 +48,10 @@ struct IndexLabel {
   DICE_OP_HD R Times(R x, int c, int) const {
     return Select(index == c, x, R(0));
   }
+  template <class R>
+  DICE_OP_HD R Mix(R present, R absent, int c, int) const {
+    return Select(index == c, present, absent);
+  }
 };
 
 // t is any number per class; `stride` apart in memory.
@@ -56,6 +60,7 @@ struct DenseLabel {
   static constexpr bool kOneHot = false;
   const R* t;
   DICE_OP_HD R Times(R x, int, int i) const { return x * t[i]; }
+  DICE_OP_HD R Mix(R present, R absent, int, int i) const { return present * t[i] + absent * (R(1) - t[i]); }
 };
 
 // What the run-time options do to a voxel. `Scalar` is the plain number type beneath R.
@@ -119,23 +124,23 @@ struct Softmax {
   }
 };
 
+// p and q = 1 - p, each exact also where the other rounds to 1: a confident mistake keeps its gradient.
+template <class R>
+struct Logistic {
+  R p, q, e;  // e = exp(-|z|)
+  DICE_OP_HD static Logistic Of(R z) {
+    const R e = Exp(-Abs(z));
+    const R larger = R(1) / (R(1) + e), smaller = e * larger;
+    const auto negative = z < R(0);
+    return {Select(negative, smaller, larger), Select(negative, larger, smaller), e};
+  }
+};
+
 struct Sigmoid {
   static constexpr bool kBinary = true;  // a cross-entropy term for every class, present or not
   template <class Classes, class R>
   DICE_OP_HD static void Forward(const Classes& k, R* z, R* p, R*) {
-    for (int i = 0; i < k.size(); ++i) {
-      const R e = Exp(-Abs(z[i]));
-      const R larger = R(1) / (R(1) + e);  // the sigmoid of |z|
-      p[i] = Select(z[i] < R(0), e * larger, larger);
-    }
-  }
-  // h: dL/dlogits of the cross-entropy.
-  template <class Classes, class R>
-  DICE_OP_HD static void Backward(const Classes& k, const R* p, const R* h, R* d) {
-    for (int i = 0; i < k.size(); ++i) {
-      d[i] = d[i] * p[i] * (R(1) - p[i]);
-      if (h) d[i] = d[i] + h[i];
-    }
+    for (int i = 0; i < k.size(); ++i) p[i] = Logistic<R>::Of(z[i]).p;
   }
 };
 
@@ -167,28 +172,27 @@ struct BinaryTerms {
   R present, absent;  // (1-p)^gamma (-log p),  p^gamma (-log(1-p))
   R d_present, d_absent;
   template <class Scalar>
-  DICE_OP_HD static BinaryTerms Of(R z, R p, Scalar gamma) {
-    const R tail = Log1p(Exp(-Abs(z)));
+  DICE_OP_HD static BinaryTerms Of(R z, const Logistic<R>& s, Scalar gamma) {
+    const R tail = Log1p(s.e);
     const R not_log_p = Max(-z, R(0)) + tail;  // -log p
     const R not_log_q = Max(z, R(0)) + tail;   // -log(1-p)
-    if (gamma == Scalar(0)) return {not_log_p, not_log_q, p - R(1), p};
-    const R q = R(1) - p, g = R(gamma);
+    if (gamma == Scalar(0)) return {not_log_p, not_log_q, -s.q, s.p};
+    const R g = R(gamma);
     const R p_power = Exp(-(g * not_log_p)), q_power = Exp(-(g * not_log_q));
-    return {q_power * not_log_p, p_power * not_log_q, -(q_power * (q + g * p * not_log_p)),
-            p_power * (p + g * q * not_log_q)};
+    return {q_power * not_log_p, p_power * not_log_q, -(q_power * (s.q + g * s.p * not_log_p)),
+            p_power * (s.p + g * s.q * not_log_q)};
   }
 };
 
 // Calls fn(i, loss, slope) for every class i: the cross-entropy that the voxel adds to class i, and
-// what Activation::Backward wants as h for a unit coefficient.
+// what Activation::Backward wants as h for a unit coefficient (nothing where the terms are binary).
 template <class Activation, class Classes, class Label, class R, class Scalar, class Fn>
 DICE_OP_HD void CrossEntropy(const Classes& k, const R* z, const R* p, R log_norm, const Label& label, Scalar gamma,
                              Fn&& fn) {
   if constexpr (Activation::kBinary) {
     for (int i = 0; i < k.size(); ++i) {
-      const auto terms = BinaryTerms<R>::Of(z[i], p[i], gamma);
-      fn(i, terms.absent + label.Times(terms.present - terms.absent, k.Class(i), i),
-         terms.d_absent + label.Times(terms.d_present - terms.d_absent, k.Class(i), i));
+      const auto terms = BinaryTerms<R>::Of(z[i], Logistic<R>::Of(z[i]), gamma);
+      fn(i, label.Mix(terms.present, terms.absent, k.Class(i), i), R(0));
     }
   } else if constexpr (Label::kOneHot) {
     // One class has a term: pick its numbers first, then take logarithm and power once.
@@ -246,17 +250,32 @@ template <class Activation, bool kCrossEntropy, class Classes, class Label, clas
 DICE_OP_HD void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const Label& label, R m, const Terms<Scalar>& terms,
                           const Scalar* a, const Scalar* b, const Scalar* e) {
   ClearMasked(k, z, m, terms);
-  R log_norm = R(0);
-  Activation::Forward(k, z, p, kCrossEntropy ? &log_norm : nullptr);
-  if constexpr (kCrossEntropy) {
-    CrossEntropy<Activation>(k, z, p, log_norm, label, terms.gamma, [&](int i, R, R slope) { h[i] = R(e[i]) * slope; });
+  // dL/dp of class i by way of intersection and cardinality
+  const auto direct = [&](int i, R p_i) {
+    const R cardinality = terms.squared ? R(Scalar(2) * b[i]) * p_i : R(b[i]);
+    return cardinality + label.Times(R(a[i]), k.Class(i), i);
+  };
+  if constexpr (Activation::kBinary) {  // no class knows of another
+    for (int i = 0; i < k.size(); ++i) {
+      const auto s = Logistic<R>::Of(z[i]);
+      R total = direct(i, s.p) * s.p * s.q;
+      if constexpr (kCrossEntropy) {
+        const auto binary = BinaryTerms<R>::Of(z[i], s, terms.gamma);
+        total = total + R(e[i]) * label.Mix(binary.d_present, binary.d_absent, k.Class(i), i);
+      }
+      d[i] = m * total;
+    }
+  } else {
+    R log_norm = R(0);
+    Activation::Forward(k, z, p, kCrossEntropy ? &log_norm : nullptr);
+    if constexpr (kCrossEntropy) {
+      CrossEntropy<Activation>(k, z, p, log_norm, label, terms.gamma,
+                               [&](int i, R, R slope) { h[i] = R(e[i]) * slope; });
+    }
+    for (int i = 0; i < k.size(); ++i) d[i] = direct(i, p[i]);
+    Activation::Backward(k, p, kCrossEntropy ? h : static_cast<const R*>(nullptr), d);
+    for (int i = 0; i < k.size(); ++i) d[i] = m * d[i];
   }
-  for (int i = 0; i < k.size(); ++i) {
-    const R cardinality = terms.squared ? R(Scalar(2) * b[i]) * p[i] : R(b[i]);
-    d[i] = cardinality + label.Times(R(a[i]), k.Class(i), i);
-  }
-  Activation::Backward(k, p, kCrossEntropy ? h : static_cast<const R*>(nullptr), d);
-  for (int i = 0; i < k.size(); ++i) d[i] = m * d[i];
 }
 
 }  // namespace
