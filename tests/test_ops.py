@@ -311,7 +311,7 @@ MEMORY = """
 
     for side in (40, 64):  # traces, starts the threads
         measure({function}, side)
-    print(measure({function}, 200))
+    print(measure({function}, 256))
 """
 
 
