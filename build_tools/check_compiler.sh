@@ -23,5 +23,5 @@ int main() {
 }
 END
 then
-  fail "$CXX cannot build a C++17 program: a newer compiler is needed"
+  fail "$CXX cannot build a C++17 program: it is too old, or has no C++ library"
 fi

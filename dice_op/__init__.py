@@ -10,7 +10,13 @@ the first use of what needs them does.
 
 import importlib
 
-from dice_op import core
+try:
+    from dice_op import core
+except ImportError as error:
+    raise ImportError(
+        f"dice_op's compiled module cannot be loaded from {__path__[0]} ({error}). In a source "
+        "folder run `make build`, or leave the folder to use an installed dice_op"
+    ) from error
 
 __version__ = core.build_info()["version"]
 

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from importlib import metadata
 
 import tensorflow as tf
 
@@ -14,23 +15,35 @@ def _minor(version):
     return ".".join(version.split(".")[:2])
 
 
+def _rebuild(running):
+    return (
+        f"DICE_OP_TENSORFLOW={_minor(running)} pip install --force-reinstall --no-deps . "
+        "(in dice_op's source folder)"
+    )
+
+
+def _package():
+    """Which of the two packages TensorFlow came from: one must not be installed over the other."""
+    try:
+        metadata.version("tensorflow-cpu")
+    except metadata.PackageNotFoundError:
+        return "tensorflow"
+    return "tensorflow-cpu"
+
+
 def mismatch(built, running):
     """What to tell someone whose TensorFlow is not the one this build is for; None if it is.
 
     TensorFlow's C++ symbols carry the version of its libraries, so a build fits one minor version.
     """
     if built is None:
-        return (
-            "this build of dice_op has no TensorFlow op; reinstall it where TensorFlow is "
-            "installed: pip install --force-reinstall --no-deps dice-op"
-        )
+        return f"this build of dice_op has no TensorFlow op; rebuild it: {_rebuild(running)}"
     if _minor(built) == _minor(running):
         return None
     return (
         f"this build of dice_op is for TensorFlow {_minor(built)} (built with {built}), but "
         f"TensorFlow {running} is running. Install the TensorFlow it was built for: "
-        f'pip install "tensorflow=={_minor(built)}.*" - or rebuild dice_op for this one: '
-        "pip install --no-build-isolation --force-reinstall --no-deps dice-op"
+        f'pip install "{_package()}=={_minor(built)}.*" - or rebuild dice_op: {_rebuild(running)}'
     )
 
 
@@ -45,8 +58,8 @@ def library():
     problem = mismatch(core.build_info()["tensorflow"], tf.__version__)
     if problem is None and not LIBRARY.exists():
         problem = (
-            f"{LIBRARY} is missing, the installation is incomplete; reinstall it: "
-            "pip install --force-reinstall --no-deps dice-op"
+            f"{LIBRARY} is missing, the installation is incomplete; rebuild dice_op: "
+            f"{_rebuild(tf.__version__)}"
         )
     if problem is not None:
         raise ImportError(f"dice_op cannot load: {problem}")
@@ -56,6 +69,6 @@ def library():
         raise ImportError(
             f"dice_op cannot load: {LIBRARY.name}, built with TensorFlow "
             f"{core.build_info()['tensorflow']}, does not fit the running TensorFlow "
-            f"{tf.__version__}. Rebuild it: pip install --no-build-isolation --force-reinstall "
-            f"--no-deps dice-op. TensorFlow said: {error.message}"
+            f"{tf.__version__}. Rebuild it: {_rebuild(tf.__version__)}. TensorFlow said: "
+            f"{error.message}"
         ) from error

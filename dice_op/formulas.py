@@ -28,6 +28,13 @@ def jaccard(sums, *, smooth_nr=0.0, smooth_dr=0.0):
     return ratio(2 * sums.intersection + smooth_nr, 2 * union + smooth_dr)
 
 
+def weighted(sums, sample_weight):
+    """The sums of samples whose voxels all have the weight `sample_weight` `[N]` more."""
+    weight = tf.cast(sample_weight, sums.intersection.dtype)
+    sums = _per_class(lambda s: s * weight[:, tf.newaxis], sums)
+    return sums._replace(weight_sum=sums.weight_sum * weight)
+
+
 def over_batch(sums):
     """Sums of the whole batch as those of one sample: `[1, C]`."""
     totals = [None if s is None else tf.reduce_sum(s, 0, keepdims=True) for s in sums]

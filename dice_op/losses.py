@@ -1,5 +1,7 @@
 """Keras losses of the Dice family over the fused sums."""
 
+import operator
+
 import keras
 import tensorflow as tf
 
@@ -37,6 +39,7 @@ class SumsLoss(keras.losses.Loss):
         activation,
         ignore_label,
         squared_pred,
+        batch,
         data_format,
         reduction,
         name,
@@ -46,8 +49,9 @@ class SumsLoss(keras.losses.Loss):
         _one_of("activation", activation, _ACTIVATIONS)
         _one_of("data_format", data_format, _DATA_FORMATS)
         self.activation = activation
-        self.ignore_label = None if ignore_label is None else int(ignore_label)
+        self.ignore_label = None if ignore_label is None else operator.index(ignore_label)
         self.squared_pred = bool(squared_pred)
+        self.batch = bool(batch)
         self.data_format = data_format
         self._reduce = _Reduce(name=self.name, reduction=reduction, dtype=dtype)
 
@@ -75,9 +79,12 @@ class SumsLoss(keras.losses.Loss):
             return losses, tf.ones_like(losses)
 
         def per_sample():
+            flat = tf.broadcast_to(tf.reshape(weight, [-1]), [tf.shape(y_pred)[0]])
+            if self.batch:  # one loss, whose sums the samples enter with their weights
+                losses = self.call(y_true, y_pred, sample_weight=flat)
+                return losses, tf.ones_like(losses)
             losses = self.call(y_true, y_pred)
-            flat = tf.reshape(tf.cast(weight, losses.dtype), [-1])
-            return losses, tf.broadcast_to(flat, tf.shape(losses))
+            return losses, tf.cast(flat, losses.dtype)
 
         choice = _is_per_voxel(weight, y_pred)
         if isinstance(choice, bool):
@@ -86,8 +93,8 @@ class SumsLoss(keras.losses.Loss):
             losses, weight = tf.cond(choice, per_voxel, per_sample)
         return self._reduce(losses, losses, weight)
 
-    def call(self, y_true, y_pred, voxel_weight=None):
-        """The loss of each sample, `[N]`."""
+    def call(self, y_true, y_pred, voxel_weight=None, sample_weight=None):
+        """The loss of each sample, `[N]`; the weights enter the sums."""
         sums = dice_sums(
             y_true,
             y_pred,
@@ -97,6 +104,8 @@ class SumsLoss(keras.losses.Loss):
             ignore_label=self.ignore_label,
             data_format=self.data_format,
         )
+        if sample_weight is not None:
+            sums = formulas.weighted(sums, sample_weight)
         losses = self.from_sums(sums)
         return tf.broadcast_to(losses, [tf.shape(sums.intersection)[0]])
 
@@ -106,6 +115,7 @@ class SumsLoss(keras.losses.Loss):
             "activation": self.activation,
             "squared_pred": self.squared_pred,
             "ignore_label": self.ignore_label,
+            "batch": self.batch,
             "data_format": self.data_format,
             "dtype": self.dtype,
         }
@@ -125,12 +135,12 @@ class DiceLoss(SumsLoss):
     - binary, over all voxels and channels jointly: `DiceLoss(activation="sigmoid",
       average="micro")`.
 
-    Classes absent from a sample and its prediction have loss 0, not NaN.
+    Classes absent from a sample and its prediction have loss 0, not NaN, if smooth_nr = smooth_dr.
 
     Args:
       activation: What turns `y_pred` into probabilities: `"softmax"`, `"sigmoid"` (also for
         overlapping regions), or `"none"` where the model ends in one already. A softmax upon a
-        softmax is found and refused.
+        softmax is refused where it can be seen: as the model's last operation.
       include_background: Whether class 0 counts.
       class_weight: Weight of each counted class. The losses are summed with these weights, which
         are not normalised: for a weighted mean let them sum to 1. With `average="micro"` they
@@ -141,13 +151,16 @@ class DiceLoss(SumsLoss):
         loss is 0.
       average: `"macro"`: a loss per class, then their mean; `"micro"`: sums over all classes, then
         one loss.
-      batch: Sums over the whole batch instead of per sample, as nnU-Net's `batch_dice`.
+      batch: Sums over the whole batch instead of per sample, as nnU-Net's `batch_dice`; weights per
+        sample enter these sums. The batch's loss then stands for each sample, so that the reduction
+        should be a mean.
       ignore_label: Voxels with this integer label count for nothing.
       data_format: `"channels_last"` or `"channels_first"`.
       reduction, name, dtype: as for every Keras loss; `dtype` is the loss's, never the logits'.
 
     Call:
-      y_true: class indices `[N, spatial...]` of any integer type, or labels of `y_pred`'s shape.
+      y_true: class indices `[N, spatial...]`, or labels of `y_pred`'s shape. With one class: the
+        mask, `[N, spatial...]` or `[N, spatial..., 1]`, 0 or 1. Types: see `dice_op.dice_sums`.
       y_pred: logits `[N, spatial..., C]` (or channels first), any float type.
       sample_weight: `[N]`, or one weight per voxel, `[N, spatial...]`.
 
@@ -177,6 +190,7 @@ class DiceLoss(SumsLoss):
             activation=activation,
             ignore_label=ignore_label,
             squared_pred=squared_pred,
+            batch=batch,
             data_format=data_format,
             reduction=reduction,
             name=name,
@@ -192,7 +206,6 @@ class DiceLoss(SumsLoss):
         self.smooth_nr = float(smooth_nr)
         self.smooth_dr = float(smooth_dr)
         self.average = average
-        self.batch = bool(batch)
 
     def from_sums(self, sums):
         sums, weight = self._counted(sums)
@@ -245,7 +258,6 @@ class DiceLoss(SumsLoss):
             "smooth_nr": self.smooth_nr,
             "smooth_dr": self.smooth_dr,
             "average": self.average,
-            "batch": self.batch,
         }
 
 
@@ -258,6 +270,10 @@ def _one_of(argument, value, allowed):
 def _class_weight(weights):
     if weights is None:
         return None
+    if isinstance(weights, (str, dict)) or not hasattr(weights, "__iter__"):
+        raise ValueError(
+            f"class_weight is {weights!r}, but must be a list of one weight per class, in order"
+        )
     weights = [float(w) for w in weights]
     if not weights or not all(0 <= w < float("inf") for w in weights) or not any(weights):
         raise ValueError(
@@ -271,7 +287,10 @@ def _check_not_activated(y_pred, activation):
     """Finds the model that ends in a softmax, where the loss would apply another."""
     activated = hasattr(y_pred, "_keras_logits")  # Keras' mark on what its activations return
     if not activated and tf.is_symbolic_tensor(y_pred):
-        activated = y_pred.op.type in ("Softmax", "Sigmoid")
+        op = y_pred.op
+        while op.type in ("Cast", "Identity"):  # as a mixed-precision model's last layer
+            op = op.inputs[0].op
+        activated = op.type in ("Softmax", "Sigmoid")
     if activated and activation != "none":
         raise ValueError(
             "y_pred are probabilities, the output of a softmax or sigmoid, and "

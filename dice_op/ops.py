@@ -58,9 +58,10 @@ def dice_sums(
 
     Args:
       y_true: Labels. Either class indices `[N, spatial...]` (a channel axis of length 1 is
-        accepted); or one-hot or soft labels of the shape of `y_pred`. Any integer type up to 64
-        bits, bool or float; indices in floats must be whole numbers. With one class (C = 1) they
-        are the foreground mask: integers 0 or 1, floats soft (but 0 or 1 with `ignore_label`).
+        accepted); or one-hot or soft labels of the shape of `y_pred`, in [0, 1]. bool, uint8, int8,
+        uint16, int16, int32, int64 or a float; indices in floats must be whole numbers. With one
+        class (C = 1) they are the foreground mask: integers 0 or 1, floats soft (but 0 or 1 with
+        `ignore_label`).
       y_pred: Logits `[N, spatial..., C]`, or `[N, C, spatial...]` for `"channels_first"`; float16,
         bfloat16, float32 or float64. Arithmetic is float32, float64 for float64.
       activation: What turns `y_pred` into probabilities: `"softmax"`, `"sigmoid"`, or `"none"`

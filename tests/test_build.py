@@ -148,7 +148,26 @@ def test_another_tensorflow_is_named(built, run_python):
         assert "has no TensorFlow op" in message and "pip install" in message
         return
     assert f"built with {built}" in message and f"TensorFlow {running} is running" in message
-    assert f'pip install "tensorflow=={built.rpartition(".")[0]}.*"' in message
+    assert re.search(rf'pip install "tensorflow(-cpu)?=={built.rpartition(".")[0]}\.\*"', message)
+    assert f"DICE_OP_TENSORFLOW={running.rpartition('.')[0]} pip install" in message
+
+
+def test_a_source_folder_that_is_not_built(tmp_path, run_python):
+    folder = tmp_path / "dice_op"
+    folder.mkdir()
+    (folder / "__init__.py").write_text((PACKAGE / "__init__.py").read_text())
+    out = run_python(
+        """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        try:
+            import dice_op
+        except ImportError as error:
+            print(error)
+        """,
+        tmp_path,
+    )
+    assert str(folder) in out and "run `make build`" in out
 
 
 def run_info(*arguments):

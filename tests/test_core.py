@@ -225,6 +225,15 @@ def test_ignore_label(ignore, dtype):
     assert gradient[weight == 1].any()
 
 
+def test_labels_of_masked_voxels_may_be_anything_finite():
+    x, _, t = make((2, 213, 3))
+    weight = np.random.default_rng(3).integers(0, 2, (2, 213)).astype(np.float32)
+    for dtype, other in (("float32", -1000), ("uint8", 255)):
+        y = t.astype(dtype)
+        y[weight == 0] = other
+        check(x, y, t, activation="softmax", weight=weight)
+
+
 def test_an_ignored_label_out_of_the_dtypes_range_matches_nothing():
     x, y, _ = make((1, 50, 3))
     np.testing.assert_equal(core.sums(x, y, ignore_label=-1), core.sums(x, y))
@@ -363,7 +372,15 @@ Y = np.zeros((2, 4, 5), np.uint8)
         (dict(labels=Y.astype(np.uint32)), TypeError, r"labels.*uint32.*must be"),
         (dict(labels=Y + 3), ValueError, r"voxel \[0, 0, 0\].*value 3.*\[0, 3\)"),
         (dict(labels=Y.astype(np.int64) - 2**40), ValueError, r"value -1099511627776"),
-        (dict(labels=np.full(X.shape, 255, np.uint8)), ValueError, r"one-hot.*0 or 1"),
+        (dict(labels=np.full(X.shape, 255, np.uint8)), ValueError, r"one-hot.*0 or 1.*255 is"),
+        (dict(labels=X + 255), ValueError, r"voxel \[0, 0, 0\]: soft.*float32 must be in \[0, 1\]"),
+        (dict(labels=X - np.float16(0.1)), ValueError, r"soft labels"),
+        (dict(labels=X + np.nan), ValueError, r"soft labels"),
+        (
+            dict(logits=X[..., :1].copy(), labels=Y + 255),
+            ValueError,
+            r"mask; scale it \(255 is com",
+        ),
         (dict(labels=X, ignore_label=1), ValueError, r"ignore_label is 1.*voxel_weight"),
         (dict(voxel_weight=Y[0]), ValueError, r"voxel_weight.*\[4, 5\].*\[2, 4, 5\]"),
         (

@@ -180,6 +180,26 @@ def test_sample_weight():
         reference.assert_gradient(tape.gradient(value, x), gradient.reshape(x.shape))
 
 
+def test_sample_weight_with_batch():
+    """Weights per sample enter the batch's sums: as if each voxel had its sample's weight."""
+    x, y = make()
+    weight = np.float32([1, 0, 4])
+    expected, gradient = reference.loss_and_gradient(
+        flat(x),
+        flat(reference.one_hot(y, 3)),
+        lambda *s: per_class(*over_batch(*s)).mean(),
+        np.repeat(weight[:, None], y[0].size, axis=1),
+        activation="softmax",
+    )
+    x = tf.constant(x)
+    for given in (weight, weight[:, None]):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = DiceLoss(batch=True)(y, x, given)
+        assert abs(float(value) - expected) <= 1e-6
+        reference.assert_gradient(tape.gradient(value, x), gradient.reshape(x.shape))
+
+
 @pytest.fixture
 def seen(monkeypatch):
     """The dtypes that reach the op."""
@@ -396,6 +416,9 @@ def test_saved_model_in_another_process(tmp_path, run_python):
         (dict(class_weight=[1, -2, 1]), "class_weight is .*at least 0"),
         (dict(class_weight=[0, 0]), "class_weight is .*not all 0"),
         (dict(class_weight=[]), "class_weight is .*one finite weight per class"),
+        (dict(class_weight={0: 1, 1: 2}), "class_weight is {0: 1, 1: 2}.*a list of one weight"),
+        (dict(class_weight="12"), "class_weight is '12'.*a list of one weight"),
+        (dict(class_weight=2.0), "class_weight is 2.0.*a list of one weight"),
     ],
 )
 def test_wrong_arguments(arguments, says):
@@ -418,19 +441,21 @@ def test_arguments_that_do_not_fit_the_logits(arguments, classes, says):
         DiceLoss(**arguments)(y, x)
 
 
+@pytest.mark.parametrize("last", [[], [keras.layers.Activation("linear", dtype="float32")]])
 @pytest.mark.parametrize("end", ["softmax", "sigmoid"])
-def test_a_model_that_ends_in_an_activation(end):
+def test_a_model_that_ends_in_an_activation(end, last):
     model, images, labels = model_and_data()
-    probabilities = keras.Sequential([model, keras.layers.Activation(end)])
+    dtype = "mixed_float16" if last else None
+    probabilities = keras.Sequential([model, keras.layers.Activation(end, dtype=dtype), *last])
     says = "y_pred are probabilities.*remove the model's last activation.*activation=.none."
-    for compiled in (True, False):
+    for compiled in (True, False) if not last else (True,):
         probabilities.compile("adam", loss=DiceLoss(activation=end), run_eagerly=not compiled)
         with pytest.raises(ValueError, match=says):
             probabilities.fit(images, labels, verbose=0)
         probabilities.compile("adam", loss=DiceLoss(activation="none"), run_eagerly=not compiled)
         expected = DiceLoss(activation=end)(labels, model.predict(images, verbose=0))
         value = probabilities.evaluate(images, labels, verbose=0)
-        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        np.testing.assert_allclose(value, expected, rtol=1e-3 if last else 1e-5)
 
 
 def test_unknown_shapes():

@@ -82,7 +82,7 @@ std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optio
   if (options.has_ignore_label && problem->dense_labels) {
     return "ignore_label is " + std::to_string(options.ignore_label) +
            ", which needs class indices, but labels (y_true) hold one value per class: pass a "
-           "voxel_weight that is 0 where voxels are to be ignored";
+           "voxel_weight (sample_weight) that is 0 where voxels are to be ignored";
   }
   if (weight && !Match(WithoutUnitAxis(*weight, rank, axis), spatial)) {
     return "voxel_weight (sample_weight) has shape " + Show(*weight) + ", but for logits (y_pred) of shape " +
@@ -104,9 +104,10 @@ std::string DescribeBadLabel(const Problem& problem, const Dims& logits, const B
 
   const std::string where = "labels (y_true) at voxel " + Show(position);
   if (problem.dense_labels) {
-    return where + ": one-hot labels of dtype " + Name(problem.labels_dtype) +
-           " must be 0 or 1 for every class, but another value stands there; scale the masks (255 is "
-           "common) or pass class indices";
+    return where + ": " + (IsFloat(problem.labels_dtype) ? "soft" : "one-hot") + " labels of dtype " +
+           Name(problem.labels_dtype) + " must be " + (IsFloat(problem.labels_dtype) ? "in [0, 1]" : "0 or 1") +
+           " for every class, but another value stands there; scale the masks (255 is common) or pass class "
+           "indices";
   }
   bool whole = true;
   const std::string value = WithType(problem.labels_dtype, [&](auto type) {
@@ -122,11 +123,14 @@ std::string DescribeBadLabel(const Problem& problem, const Dims& logits, const B
       return std::string(text);
     }
   });
-  return where + " have the value " + value + ", but must be " + (whole ? "" : "whole numbers ") + "in [0, " +
-         std::to_string(problem.label_limit()) + ")" + (problem.classes == 1 ? " (one class: a foreground mask)" : "") +
-         (problem.options.has_ignore_label ? " or the ignore_label " + std::to_string(problem.options.ignore_label)
-          : whole                          ? "; to leave such voxels out, pass ignore_label=" + value
-                                           : "; soft labels have one value per class, as the logits have");
+  const std::string text = where + " have the value " + value + ", but must be " + (whole ? "" : "whole numbers ") +
+                           "in [0, " + std::to_string(problem.label_limit()) + ")";
+  if (problem.options.has_ignore_label) {
+    return text + " or the ignore_label " + std::to_string(problem.options.ignore_label);
+  }
+  if (problem.classes == 1) return text + ": with one class they are a foreground mask; scale it (255 is common)";
+  if (!whole) return text + "; soft labels have one value per class, as the logits have";
+  return text + "; to leave such voxels out, pass ignore_label=" + value;
 }
 
 }  // namespace dice_op

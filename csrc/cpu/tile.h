@@ -203,6 +203,7 @@ class Tile {
 
  private:
   static constexpr size_t kAlign = 64;
+  static constexpr double kSoftLabelSlack = 1e-3;
 
   bool channels_last() const { return problem_.options.data_format == DataFormat::kChannelsLast; }
 
@@ -253,15 +254,22 @@ class Tile {
 
   int64_t LoadDenseLabels() {
     LoadPlane(problem_.labels, problem_.labels_dtype, labels_);
-    if (problem_.labels_dtype >= DType::kHalf || problem_.labels_dtype == DType::kBool) return -1;
-    const int64_t n = static_cast<int64_t>(groups()) * W * classes_;
+    if (problem_.labels_dtype == DType::kBool) return -1;
+    const bool soft = problem_.labels_dtype >= DType::kHalf;
+    // Interpolation may overshoot a little. NaN is refused as well.
+    const auto is_label = [soft](R t) {
+      return soft ? (t >= R(-kSoftLabelSlack)) & (t <= R(1 + kSoftLabelSlack)) : (t == R(0)) | (t == R(1));
+    };
     Int bad = 0;
-    for (int64_t i = 0; i < n; ++i) bad |= !(labels_[i] == R(0) || labels_[i] == R(1));
+    for (int group = 0; group < groups(); ++group) {
+      for (int c = 0; c < classes_; ++c) {
+        for (int v = 0; v < W; ++v) bad |= !is_label(labels(group)[c * W + v]) & (weight(group)[v] != R(0));
+      }
+    }
     if (!bad) return -1;
     for (int v = 0;; ++v) {
       for (int c = 0; c < classes_; ++c) {
-        const R value = labels(v / W)[c * W + v % W];
-        if (value != R(0) && value != R(1)) return begin_ + v;
+        if (weight_[v] != R(0) && !is_label(labels(v / W)[c * W + v % W])) return begin_ + v;
       }
     }
   }
