@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace dice_op {
 
@@ -107,4 +108,27 @@ const char* SimdLevels();
 const char* SimdLevel();
 
 }  // namespace cpu
+
+// Everything is enqueued on `stream` (a cudaStream_t) of the current device; pointers are device
+// memory. Each returns what went wrong, in words, or an empty string. At most 256 classes.
+namespace cuda {
+
+// Bytes of scratch memory that DiceSums needs, aligned to 8.
+std::string DiceSumsWorkspace(const Problem& problem, size_t* bytes);
+
+// A label that is no class makes its sample's sums NaN.
+std::string DiceSums(const Problem& problem, const Sums& sums, void* workspace, void* stream);
+
+// Expects labels that DiceSums accepted; others belong to no class.
+std::string DiceSumsGrad(const Problem& problem, const SumsGrad& grad, void* stream);
+
+// The first label that is no class, and none if all are. Needs 8 bytes of scratch memory, aligned to 8,
+// and waits for the stream: for those who look for the reason of a NaN.
+std::string FindBadLabel(const Problem& problem, void* workspace, void* stream, BadLabel* bad);
+
+// What the kernels were compiled with ("13.0") and for ("75,80,90").
+const char* Version();
+const char* Archs();
+
+}  // namespace cuda
 }  // namespace dice_op

@@ -17,7 +17,11 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+#ifdef __CUDACC__
+#define DICE_OP_INLINE __host__ __device__ __forceinline__
+#else
 #define DICE_OP_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace {  // see core/voxel.h
 
@@ -42,6 +46,26 @@ DICE_OP_INLINE float ToFloat(Half half) {
 }
 DICE_OP_INLINE float ToFloat(BFloat16 value) { return BitCast<float>(static_cast<uint32_t>(value.bits) << 16); }
 
+// To nearest even, by integer arithmetic for the same reason.
+DICE_OP_INLINE Half ToHalf(float value) {
+  const uint32_t bits = BitCast<uint32_t>(value);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  const uint32_t odd = (magnitude >> 13) & 1;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + odd) >> 13;
+  // adding 0.5 shifts the 24 bits so that the last one kept is half's smallest step
+  const uint32_t subnormal = BitCast<uint32_t>(BitCast<float>(magnitude) + 0.5f) - (126u << 23);
+  const uint32_t result = magnitude > 0x7f800000   ? 0x7e00
+                          : magnitude > 0x477fefff ? 0x7c00
+                          : magnitude < 0x38800000 ? subnormal
+                                                   : normal;
+  return {static_cast<uint16_t>(result | ((bits >> 16) & 0x8000))};
+}
+DICE_OP_INLINE BFloat16 ToBFloat16(float value) {
+  const uint32_t bits = BitCast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return {static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
+}
+
 template <class T, class R>
 DICE_OP_INLINE R FromStorage(T value) {
   if constexpr (std::is_arithmetic_v<T>) {
@@ -49,6 +73,23 @@ DICE_OP_INLINE R FromStorage(T value) {
   } else {
     return static_cast<R>(ToFloat(value));
   }
+}
+template <class T, class R>
+DICE_OP_INLINE T ToStorage(R value) {
+  if constexpr (std::is_same_v<T, Half>) {
+    return ToHalf(value);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    return ToBFloat16(value);
+  } else {
+    return static_cast<T>(value);
+  }
+}
+
+// Whether a dense label may be t. Interpolation may overshoot a little; NaN is refused.
+template <class R>
+DICE_OP_INLINE bool IsSoftLabel(R t, bool soft) {
+  constexpr R kSlack = R(1e-3);
+  return soft ? (t >= -kSlack) & (t <= 1 + kSlack) : (t == R(0)) | (t == R(1));
 }
 
 }  // namespace
@@ -59,8 +100,11 @@ struct Type {
 };
 
 // Calls fn(Type<T>{}) with the C++ type of `dtype`.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable  // fn may be of the host or of the device
+#endif
 template <class Fn>
-auto WithType(DType dtype, Fn&& fn) {
+DICE_OP_INLINE auto WithType(DType dtype, Fn&& fn) {
   switch (dtype) {
     case DType::kBool:
     case DType::kUint8:

@@ -3,8 +3,9 @@
 // `R` is a number: a float in a CUDA thread, or a SIMD register that holds the same class of
 // several voxels on a CPU. `Classes` says which of a voxel's classes the caller holds: all of them
 // on a CPU, every kLanes-th in a CUDA thread that shares a voxel with its neighbours, where Sum and
-// Max combine across those. A file that includes this has defined, for its R: Exp, Log, Log1p, Max,
-// Abs, Select and the comparisons.
+// Max combine across those. There a thread may hold a class too many: its logit is -infinity, which
+// adds nothing to the others. A file that includes this has defined, for its R: Exp,
+// ExpOfDifference(a, b) = exp(a - b) and what that gives for a = b, Reciprocal, Log, Log1p, Max, Abs, Select and the comparisons.
 //
 // Everything lies in an unnamed namespace: the CPU kernels compile this file once per instruction
 // set, and internal linkage keeps a linker from merging those copies into one that the processor
@@ -14,7 +15,7 @@
 #include "core/dice_op.h"
 
 #ifdef __CUDACC__
-#define DICE_OP_HD __host__ __device__ __forceinline__
+#define DICE_OP_HD __device__ __forceinline__
 #else
 #define DICE_OP_HD inline __attribute__((always_inline))
 #endif
@@ -27,7 +28,6 @@ template <int kCount>
 struct AllClasses {
   int count;
   DICE_OP_HD int size() const { return kCount ? kCount : count; }
-  DICE_OP_HD bool Has(int) const { return true; }
   DICE_OP_HD int Class(int i) const { return i; }
   template <class R>
   DICE_OP_HD static R Sum(R x) {
@@ -43,6 +43,7 @@ struct AllClasses {
 template <class Int>
 struct IndexLabel {
   static constexpr bool kOneHot = true;
+  static constexpr bool kSingle = false;
   Int index;
   template <class R>
   DICE_OP_HD R Times(R x, int c, int) const {
@@ -54,10 +55,23 @@ struct IndexLabel {
   }
 };
 
-// t is any number per class; `stride` apart in memory.
+// The same for one voxel alone, whose label's logit can be had by its number: no class need be searched.
+template <class R>
+struct SingleLabel {
+  static constexpr bool kOneHot = true;
+  static constexpr bool kSingle = true;
+  int index;  // the class, or negative; negative also for a voxel without weight
+  int item;   // which of the classes held it is, or -1
+  R z;        // its logit, where it is held
+  DICE_OP_HD R Times(R x, int, int i) const { return Select(item == i, x, R(0)); }
+  DICE_OP_HD R Mix(R present, R absent, int, int i) const { return Select(item == i, present, absent); }
+};
+
+// t is any number per class.
 template <class R>
 struct DenseLabel {
   static constexpr bool kOneHot = false;
+  static constexpr bool kSingle = false;
   const R* t;
   DICE_OP_HD R Times(R x, int, int i) const { return x * t[i]; }
   DICE_OP_HD R Mix(R present, R absent, int, int i) const { return present * t[i] + absent * (R(1) - t[i]); }
@@ -87,37 +101,50 @@ struct Focal {
   }
 };
 
+// What makes a probability of a logit in one voxel: exp(z - top) * scale.
+template <class R>
+struct Norm {
+  R top, scale, total;  // scale = 1 / total
+};
+
 struct Softmax {
   static constexpr bool kBinary = false;  // one cross-entropy term per voxel: the label's
-  // z: logits, on return shifted so that z - *log_norm is log p; p: probabilities.
+  // z: logits; p: probabilities.
   template <class Classes, class R>
-  DICE_OP_HD static void Forward(const Classes& k, R* z, R* p, R* log_norm) {
+  DICE_OP_HD static Norm<R> Forward(const Classes& k, const R* z, R* p) {
     R top = z[0];
     for (int i = 1; i < k.size(); ++i) top = Max(top, z[i]);
     top = k.Max(top);
     R total = R(0);
     for (int i = 0; i < k.size(); ++i) {
-      z[i] = z[i] - top;
-      p[i] = Exp(z[i]);
-      if (k.Has(i)) total = total + p[i];
+      p[i] = ExpOfDifference(z[i], top);
+      total = total + p[i];
     }
     total = k.Sum(total);
-    const R scale = R(1) / total;
+    const R scale = Reciprocal(total);
     for (int i = 0; i < k.size(); ++i) p[i] = p[i] * scale;
-    if (log_norm) *log_norm = Log(total);
+    return {top, scale, total};
+  }
+  template <class R>
+  DICE_OP_HD static R Probability(R z, const Norm<R>& norm) {
+    return ExpOfDifference(z, norm.top) * norm.scale;
+  }
+  template <class R>
+  DICE_OP_HD static R LogTotal(const Norm<R>& norm) {
+    return Log(norm.total * Reciprocal(ExpOfDifferenceToItself(norm.top)));
   }
   template <class R, class Scalar>
-  DICE_OP_HD static Focal<R> CategoricalTerm(R z, R p, R log_norm, Scalar gamma) {
-    return Focal<R>::Of(p, z - log_norm, gamma);
+  DICE_OP_HD static Focal<R> CategoricalTerm(R z, R p, const Norm<R>& norm, R log_total, Scalar gamma) {
+    return Focal<R>::Of(p, (z - norm.top) - log_total, gamma);
   }
-  // d: in dL/dp without the cross-entropy, out dL/dlogits; h: p dL/dp of the cross-entropy.
-  template <class Classes, class R>
-  DICE_OP_HD static void Backward(const Classes& k, const R* p, const R* h, R* d) {
+  // d: in dL/dp without the cross-entropy, out dL/dlogits; h(i): p dL/dp of the cross-entropy.
+  template <bool kCrossEntropy, class Classes, class R, class H>
+  DICE_OP_HD static void Backward(const Classes& k, const R* p, const H& h, R* d) {
     R dot = R(0);
     for (int i = 0; i < k.size(); ++i) {
       d[i] = p[i] * d[i];
-      if (h) d[i] = d[i] + h[i];
-      if (k.Has(i)) dot = dot + d[i];
+      if constexpr (kCrossEntropy) d[i] = d[i] + h(i);
+      dot = dot + d[i];
     }
     dot = k.Sum(dot);
     for (int i = 0; i < k.size(); ++i) d[i] = d[i] - p[i] * dot;
@@ -130,7 +157,7 @@ struct Logistic {
   R p, q, e;  // e = exp(-|z|)
   DICE_OP_HD static Logistic Of(R z) {
     const R e = Exp(-Abs(z));
-    const R larger = R(1) / (R(1) + e), smaller = e * larger;
+    const R larger = Reciprocal(R(1) + e), smaller = e * larger;
     const auto negative = z < R(0);
     return {Select(negative, smaller, larger), Select(negative, larger, smaller), e};
   }
@@ -139,8 +166,13 @@ struct Logistic {
 struct Sigmoid {
   static constexpr bool kBinary = true;  // a cross-entropy term for every class, present or not
   template <class Classes, class R>
-  DICE_OP_HD static void Forward(const Classes& k, R* z, R* p, R*) {
+  DICE_OP_HD static Norm<R> Forward(const Classes& k, const R* z, R* p) {
     for (int i = 0; i < k.size(); ++i) p[i] = Logistic<R>::Of(z[i]).p;
+    return {};
+  }
+  template <class R>
+  DICE_OP_HD static R Probability(R z, const Norm<R>&) {
+    return Logistic<R>::Of(z).p;
   }
 };
 
@@ -150,18 +182,28 @@ struct Identity {
   // The cross-entropy takes smaller probabilities for this one, as keras.losses do (backend epsilon).
   static constexpr double kEpsilon = 1e-7;
   template <class Classes, class R>
-  DICE_OP_HD static void Forward(const Classes& k, R* z, R* p, R*) {
+  DICE_OP_HD static Norm<R> Forward(const Classes& k, const R* z, R* p) {
     for (int i = 0; i < k.size(); ++i) p[i] = z[i];
+    return {};
+  }
+  template <class R>
+  DICE_OP_HD static R Probability(R z, const Norm<R>&) {
+    return z;
+  }
+  template <class R>
+  DICE_OP_HD static R LogTotal(const Norm<R>&) {
+    return R(0);
   }
   template <class R, class Scalar>
-  DICE_OP_HD static Focal<R> CategoricalTerm(R, R p, R, Scalar gamma) {
+  DICE_OP_HD static Focal<R> CategoricalTerm(R, R p, const Norm<R>&, R, Scalar gamma) {
     const R cut = Max(p, R(kEpsilon));
     return Focal<R>::Of(cut, Log(cut), gamma);
   }
-  template <class Classes, class R>
-  DICE_OP_HD static void Backward(const Classes& k, const R* p, const R* h, R* d) {
-    if (!h) return;
-    for (int i = 0; i < k.size(); ++i) d[i] = d[i] + Select(p[i] < R(kEpsilon), R(0), h[i] / p[i]);
+  template <bool kCrossEntropy, class Classes, class R, class H>
+  DICE_OP_HD static void Backward(const Classes& k, const R* p, const H& h, R* d) {
+    if constexpr (kCrossEntropy) {
+      for (int i = 0; i < k.size(); ++i) d[i] = d[i] + Select(p[i] < R(kEpsilon), R(0), h(i) / p[i]);
+    }
   }
 };
 
@@ -187,8 +229,8 @@ struct BinaryTerms {
 // Calls fn(i, loss, slope) for every class i: the cross-entropy that the voxel adds to class i, and
 // what Activation::Backward wants as h for a unit coefficient (nothing where the terms are binary).
 template <class Activation, class Classes, class Label, class R, class Scalar, class Fn>
-DICE_OP_HD void CrossEntropy(const Classes& k, const R* z, const R* p, R log_norm, const Label& label, Scalar gamma,
-                             Fn&& fn) {
+DICE_OP_HD void CrossEntropy(const Classes& k, const R* z, const R* p, const Norm<R>& norm, const Label& label,
+                             Scalar gamma, Fn&& fn) {
   if constexpr (Activation::kBinary) {
     for (int i = 0; i < k.size(); ++i) {
       const auto terms = BinaryTerms<R>::Of(z[i], Logistic<R>::Of(z[i]), gamma);
@@ -201,14 +243,14 @@ DICE_OP_HD void CrossEntropy(const Classes& k, const R* z, const R* p, R log_nor
       z_t = z_t + label.Times(z[i], k.Class(i), i);
       p_t = p_t + label.Times(p[i], k.Class(i), i);
     }
-    p_t = k.Sum(p_t);
-    const auto focal = Activation::CategoricalTerm(k.Sum(z_t), p_t, log_norm, gamma);
+    const auto focal = Activation::CategoricalTerm(z_t, p_t, norm, Activation::LogTotal(norm), gamma);
     for (int i = 0; i < k.size(); ++i) {
       fn(i, label.Times(focal.loss, k.Class(i), i), label.Times(focal.slope, k.Class(i), i));
     }
   } else {
+    const R log_total = Activation::LogTotal(norm);
     for (int i = 0; i < k.size(); ++i) {
-      const auto focal = Activation::CategoricalTerm(z[i], p[i], log_norm, gamma);
+      const auto focal = Activation::CategoricalTerm(z[i], p[i], norm, log_total, gamma);
       const R present = label.Times(R(1), k.Class(i), i);
       const auto some = present != R(0);  // keeps 0 * log(0) out
       fn(i, Select(some, present * focal.loss, R(0)), Select(some, present * focal.slope, R(0)));
@@ -229,31 +271,50 @@ template <class Activation, bool kCrossEntropy, class Classes, class Label, clas
 DICE_OP_HD void AddVoxel(const Classes& k, R* z, R* p, const Label& label, R m, const Terms<Scalar>& terms,
                          Accumulators& sums) {
   ClearMasked(k, z, m, terms);
-  R log_norm = R(0);
-  Activation::Forward(k, z, p, kCrossEntropy ? &log_norm : nullptr);
+  const auto norm = Activation::Forward(k, z, p);
   for (int i = 0; i < k.size(); ++i) {
     const R mp = m * p[i];
-    const R mt = label.Times(m, k.Class(i), i);
-    sums.intersection[i] = sums.intersection[i] + label.Times(mp, k.Class(i), i);
     sums.pred_sum[i] = sums.pred_sum[i] + (terms.squared ? mp * p[i] : mp);
-    sums.label_sum[i] = sums.label_sum[i] + (terms.squared ? label.Times(mt, k.Class(i), i) : mt);
+    if constexpr (!Label::kSingle) {
+      const R mt = label.Times(m, k.Class(i), i);
+      sums.intersection[i] = sums.intersection[i] + label.Times(mp, k.Class(i), i);
+      sums.label_sum[i] = sums.label_sum[i] + (terms.squared ? label.Times(mt, k.Class(i), i) : mt);
+    }
   }
-  if constexpr (kCrossEntropy) {
-    CrossEntropy<Activation>(k, z, p, log_norm, label, terms.gamma,
+  if constexpr (Label::kSingle) {
+    if (label.item >= 0) {
+      const R p_t = Activation::Probability(label.z, norm);
+      sums.AddLabel(label.item, m * p_t, m, [&] {
+        if constexpr (Activation::kBinary) {
+          return R(0);
+        } else {
+          const R log_total = Activation::LogTotal(norm);
+          return m * Activation::CategoricalTerm(label.z, p_t, norm, log_total, terms.gamma).loss;
+        }
+      });
+    }
+  }
+  if constexpr (kCrossEntropy && (Activation::kBinary || !Label::kSingle)) {
+    CrossEntropy<Activation>(k, z, p, norm, label, terms.gamma,
                              [&](int i, R loss, R) { sums.cross_entropy[i] = sums.cross_entropy[i] + m * loss; });
   }
 }
 
 // Turns the logits z into dL/dlogits, in d. p, h: scratch. a, b, e: dL/d(intersection, pred_sum,
-// cross_entropy) of the classes held.
+// cross_entropy) of the classes held. Where the label is a SingleLabel, a and e (but the binary e) are
+// those of all classes, and e may be null.
 template <class Activation, bool kCrossEntropy, class Classes, class Label, class R, class Scalar>
 DICE_OP_HD void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const Label& label, R m, const Terms<Scalar>& terms,
                           const Scalar* a, const Scalar* b, const Scalar* e) {
   ClearMasked(k, z, m, terms);
+  R a_t = R(0);  // a of a single label
+  if constexpr (Label::kSingle) {
+    if (label.item >= 0) a_t = a[label.index];
+  }
   // dL/dp of class i by way of intersection and cardinality
   const auto direct = [&](int i, R p_i) {
     const R cardinality = terms.squared ? R(Scalar(2) * b[i]) * p_i : R(b[i]);
-    return cardinality + label.Times(R(a[i]), k.Class(i), i);
+    return cardinality + label.Times(Label::kSingle ? a_t : R(a[i]), k.Class(i), i);
   };
   if constexpr (Activation::kBinary) {  // no class knows of another
     for (int i = 0; i < k.size(); ++i) {
@@ -266,14 +327,19 @@ DICE_OP_HD void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const Label&
       d[i] = m * total;
     }
   } else {
-    R log_norm = R(0);
-    Activation::Forward(k, z, p, kCrossEntropy ? &log_norm : nullptr);
-    if constexpr (kCrossEntropy) {
-      CrossEntropy<Activation>(k, z, p, log_norm, label, terms.gamma,
-                               [&](int i, R, R slope) { h[i] = R(e[i]) * slope; });
+    const auto norm = Activation::Forward(k, z, p);
+    R h_t = R(0);  // p dL/dp by way of the cross-entropy, of a single label
+    if constexpr (Label::kSingle && kCrossEntropy) {
+      if (e && label.item >= 0) {
+        const R p_t = Activation::Probability(label.z, norm), log_total = Activation::LogTotal(norm);
+        h_t = R(e[label.index]) * Activation::CategoricalTerm(label.z, p_t, norm, log_total, terms.gamma).slope;
+      }
+    } else if constexpr (kCrossEntropy) {
+      CrossEntropy<Activation>(k, z, p, norm, label, terms.gamma, [&](int i, R, R slope) { h[i] = R(e[i]) * slope; });
     }
+    const auto by_cross_entropy = [&](int i) { return Label::kSingle ? label.Times(h_t, k.Class(i), i) : h[i]; };
     for (int i = 0; i < k.size(); ++i) d[i] = direct(i, p[i]);
-    Activation::Backward(k, p, kCrossEntropy ? h : static_cast<const R*>(nullptr), d);
+    Activation::template Backward<kCrossEntropy>(k, p, by_cross_entropy, d);
     for (int i = 0; i < k.size(); ++i) d[i] = m * d[i];
   }
 }

@@ -136,6 +136,19 @@ DICE_OP_INLINE Pack<double, W> Log(Pack<double, W> x) {
   return x;
 }
 
+template <class T, int W>
+DICE_OP_INLINE Pack<T, W> ExpOfDifference(Pack<T, W> a, Pack<T, W> b) {
+  return Exp(a - b);
+}
+template <class T, int W>
+DICE_OP_INLINE Pack<T, W> ExpOfDifferenceToItself(Pack<T, W>) {
+  return Pack<T, W>(T(1));
+}
+template <class T, int W>
+DICE_OP_INLINE Pack<T, W> Reciprocal(Pack<T, W> x) {
+  return Pack<T, W>(T(1)) / x;
+}
+
 // log(1 + x), exact also where 1 + x rounds: the error of the sum corrects the quotient (Kahan).
 template <class T, int W>
 DICE_OP_INLINE Pack<T, W> Log1p(Pack<T, W> x) {

@@ -20,26 +20,6 @@
 namespace dice_op {
 namespace {
 
-// To nearest even, by integer arithmetic as in core/dtype.h.
-DICE_OP_INLINE Half ToHalf(float value) {
-  const uint32_t bits = BitCast<uint32_t>(value);
-  const uint32_t magnitude = bits & 0x7fffffff;
-  const uint32_t odd = (magnitude >> 13) & 1;
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + odd) >> 13;
-  // adding 0.5 shifts the 24 bits so that the last one kept is half's smallest step
-  const uint32_t subnormal = BitCast<uint32_t>(BitCast<float>(magnitude) + 0.5f) - (126u << 23);
-  const uint32_t result = magnitude > 0x7f800000   ? 0x7e00
-                          : magnitude > 0x477fefff ? 0x7c00
-                          : magnitude < 0x38800000 ? subnormal
-                                                   : normal;
-  return {static_cast<uint16_t>(result | ((bits >> 16) & 0x8000))};
-}
-DICE_OP_INLINE BFloat16 ToBFloat16(float value) {
-  const uint32_t bits = BitCast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return {static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
-}
-
 template <class T, class R>
 void Convert(const T* from, int64_t n, R* to) {
   int64_t i = 0;
@@ -63,12 +43,8 @@ void ConvertBack(const R* from, int64_t n, T* to) {
                        _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
     }
 #endif
-    for (; i < n; ++i) to[i] = ToHalf(from[i]);
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    for (; i < n; ++i) to[i] = ToBFloat16(from[i]);
-  } else {
-    std::memcpy(to, from, n * sizeof(T));
   }
+  for (; i < n; ++i) to[i] = ToStorage<T>(from[i]);
 }
 
 // Four rows of four become four columns.
@@ -203,7 +179,6 @@ class Tile {
 
  private:
   static constexpr size_t kAlign = 64;
-  static constexpr double kSoftLabelSlack = 1e-3;
 
   bool channels_last() const { return problem_.options.data_format == DataFormat::kChannelsLast; }
 
@@ -256,20 +231,16 @@ class Tile {
     LoadPlane(problem_.labels, problem_.labels_dtype, labels_);
     if (problem_.labels_dtype == DType::kBool) return -1;
     const bool soft = problem_.labels_dtype >= DType::kHalf;
-    // Interpolation may overshoot a little. NaN is refused as well.
-    const auto is_label = [soft](R t) {
-      return soft ? (t >= R(-kSoftLabelSlack)) & (t <= R(1 + kSoftLabelSlack)) : (t == R(0)) | (t == R(1));
-    };
     Int bad = 0;
     for (int group = 0; group < groups(); ++group) {
       for (int c = 0; c < classes_; ++c) {
-        for (int v = 0; v < W; ++v) bad |= !is_label(labels(group)[c * W + v]) & (weight(group)[v] != R(0));
+        for (int v = 0; v < W; ++v) bad |= !IsSoftLabel(labels(group)[c * W + v], soft) & (weight(group)[v] != R(0));
       }
     }
     if (!bad) return -1;
     for (int v = 0;; ++v) {
       for (int c = 0; c < classes_; ++c) {
-        if (weight_[v] != R(0) && !is_label(labels(v / W)[c * W + v % W])) return begin_ + v;
+        if (weight_[v] != R(0) && !IsSoftLabel(labels(v / W)[c * W + v % W], soft)) return begin_ + v;
       }
     }
   }

@@ -1,0 +1,59 @@
+// One launch, as its kernels see it.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dice_op.h"
+#include "core/dtype.h"
+
+namespace dice_op {
+namespace cuda {
+
+constexpr int kMaxClasses = 256;
+constexpr int kThreads = 128;  // of a block: four warps, which work alone until the block's sums are added
+
+struct Call {
+  const void* logits;
+  const void* labels;
+  const void* weight;     // or null
+  const void* d_sums[3];  // [N, C] each: d_intersection, d_pred_sum, d_cross_entropy; gradient only
+  void* d_logits;         // gradient only
+  double* partials;       // [N, blocks_per_sample, PartialWidth]; sums only
+  int64_t voxels;         // V
+  int64_t tiles;          // of a sample
+  int64_t ignore_label;
+  double gamma;
+  int blocks_per_sample;
+  int classes;  // C
+  int first_class;
+  int label_limit;  // labels below it are classes; no more than the labels' type can hold
+  int label_bytes;
+  int row_padding;                    // bytes between the rows of a staged tile, so that they start at other banks
+  uint32_t row_magic;                 // (word * row_magic) >> 20 is the row of a staged tile's 16-byte word
+  int source_bytes, shared_per_warp;  // shared memory of a warp: the source's, then the sums'
+  DType logits_dtype, labels_dtype, weight_dtype;
+  bool planar;  // channels first
+  bool squared, cross_entropy, has_ignore_label;
+};
+
+// What a block leaves: intersection, label_sum, cross_entropy, pred_sum of each class, the sum of the
+// weights, and how many warps saw a label that is no class.
+DICE_OP_INLINE constexpr int PartialWidth(int classes) { return 4 * classes + 2; }
+
+// A kernel, and what its launch must know.
+struct Variant {
+  void (*kernel)(Call) = nullptr;
+  int source_bytes = 0, shared_per_warp = 0;
+  int tile = 0;  // voxels that a warp takes at a time
+  int row_padding = 0;
+  uint32_t row_magic = 0;
+};
+
+// The kernel of a family for the sums (d_logits null) or the gradient; none if the problem is not for it.
+Variant FindFloat(const Problem& problem, const void* d_logits);
+Variant FindHalf(const Problem& problem, const void* d_logits);
+Variant FindBFloat16(const Problem& problem, const void* d_logits);
+Variant FindGeneral(const Problem& problem, const void* d_logits);
+
+}  // namespace cuda
+}  // namespace dice_op

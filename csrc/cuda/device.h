@@ -1,0 +1,211 @@
+// What the kernels use of a CUDA device: arithmetic, memory in 16-byte words, asynchronous copies,
+// sums over a warp. nvcc compiles it for GPUs. Any other compiler runs the same kernels on the CPU:
+// the tests bring an emulator of CUDA's execution model, and what is inline PTX here has a plain
+// form beside it.
+#pragma once
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define DICE_OP_DEVICE __device__ __forceinline__
+#else
+#include "cuda_emulator.h"
+#define DICE_OP_DEVICE inline __attribute__((always_inline))
+#endif
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/dtype.h"
+
+namespace dice_op {
+namespace {
+
+constexpr int kWarp = 32;
+
+// --- arithmetic: what core/voxel.h asks for -----------------------------------------------------------
+
+template <class T>
+DICE_OP_DEVICE T Select(bool condition, T yes, T no) {
+  return condition ? yes : no;
+}
+DICE_OP_DEVICE float Max(float a, float b) { return fmaxf(a, b); }
+DICE_OP_DEVICE double Max(double a, double b) { return fmax(a, b); }
+DICE_OP_DEVICE float Abs(float x) { return fabsf(x); }
+DICE_OP_DEVICE double Abs(double x) { return fabs(x); }
+DICE_OP_DEVICE float Log(float x) { return logf(x); }
+DICE_OP_DEVICE double Log(double x) { return log(x); }
+DICE_OP_DEVICE float Log1p(float x) { return log1pf(x); }
+DICE_OP_DEVICE double Log1p(double x) { return log1p(x); }
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// One instruction, error below 2 units in the last place; results under the smallest normal number are 0.
+DICE_OP_DEVICE float Exp2(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+DICE_OP_DEVICE float Exp(float x) { return Exp2(x * kLog2E); }
+DICE_OP_DEVICE double Exp(double x) { return exp(x); }
+
+// In one fused multiply-add. The rounding of b * log2(e) is a factor that all classes share, close to
+// one: it cancels where the exponentials are normalised.
+DICE_OP_DEVICE float ExpOfDifference(float a, float b) { return Exp2(fmaf(a, kLog2E, -(b * kLog2E))); }
+DICE_OP_DEVICE double ExpOfDifference(double a, double b) { return exp(a - b); }
+DICE_OP_DEVICE float ExpOfDifferenceToItself(float a) { return ExpOfDifference(a, a); }
+DICE_OP_DEVICE double ExpOfDifferenceToItself(double) { return 1; }
+
+// One instruction, error of one unit in the last place.
+DICE_OP_DEVICE float Reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1 / x;
+#endif
+}
+DICE_OP_DEVICE double Reciprocal(double x) { return 1 / x; }
+
+// --- elements in memory -------------------------------------------------------------------------------
+
+template <class R, class T>
+DICE_OP_DEVICE R Read(T value) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, Half>) return static_cast<R>(__half2float(__ushort_as_half(value.bits)));
+#endif
+  return FromStorage<T, R>(value);
+}
+
+template <class T, class R>
+DICE_OP_DEVICE T Write(R value) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, Half>) return {__half_as_ushort(__float2half_rn(static_cast<float>(value)))};
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(static_cast<float>(value)))};
+  }
+#endif
+  return ToStorage<T>(value);
+}
+
+// Elements that move together: one load or store instruction if they are up to 16 bytes.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Vector {
+  T elements[kCount];
+};
+
+template <class T>
+using Word = Vector<T, 16 / sizeof(T)>;
+
+// The store of what this kernel will not read again: the other data keep their place in the cache.
+template <class T>
+DICE_OP_DEVICE void StoreStreaming(Word<T>* to, const Word<T>& word) {
+#ifdef __CUDA_ARCH__
+  __stcs(reinterpret_cast<uint4*>(to), BitCast<uint4>(word));
+#else
+  *to = word;
+#endif
+}
+
+// --- shared memory and asynchronous copies --------------------------------------------------------------
+
+#ifdef __CUDACC__
+extern __shared__ uint4 dice_op_shared_memory[];
+DICE_OP_DEVICE char* SharedMemory() { return reinterpret_cast<char*>(dice_op_shared_memory); }
+#else
+inline char* SharedMemory() { return static_cast<char*>(cuda_emulator::DynamicShared()); }
+#endif
+
+// 16 bytes from global to shared memory, there once WaitForCopies says so, for this thread.
+DICE_OP_DEVICE void CopyWord(void* shared, const void* global) {
+#if !defined(__CUDACC__)
+  cuda_emulator::CopyAsync16(shared, global);
+#elif __CUDA_ARCH__ >= 800
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+#elif defined(__CUDA_ARCH__)  // Turing has no asynchronous copies
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#endif
+}
+
+// Ends a group of copies.
+DICE_OP_DEVICE void EndCopies() {
+#if !defined(__CUDACC__)
+  cuda_emulator::CommitGroup();
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until all but the newest kPending groups of this thread are there.
+template <int kPending>
+DICE_OP_DEVICE void WaitForCopies() {
+#if !defined(__CUDACC__)
+  cuda_emulator::WaitGroup(kPending);
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// --- the launch -------------------------------------------------------------------------------------------
+
+template <class Argument>
+cudaError_t Launch(void (*kernel)(Argument), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
+                   Argument argument) {
+#ifdef __CUDACC__
+  void* arguments[] = {&argument};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(threads),
+                          arguments, shared_bytes, stream);
+#else
+  return cuda_emulator::Launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), shared_bytes, stream,
+                               argument);
+#endif
+}
+
+// --- the warp ---------------------------------------------------------------------------------------------
+
+DICE_OP_DEVICE int Lane() { return threadIdx.x % kWarp; }
+
+template <class R>
+DICE_OP_DEVICE R FromPartner(R x, int distance) {
+  return __shfl_xor_sync(0xffffffffu, x, distance);
+}
+
+// Which of the sums that AddOverLanes was given a lane holds afterwards: values[i] is that of number
+// first + i, as far as that is less than end.
+struct Share {
+  int first, end;
+};
+
+// Sums each of kCount values over those lanes of a warp whose numbers are equal modulo kLanes.
+// Each step halves the number of values: partners give each other the half that the other keeps. That
+// takes about kCount shuffles in all; adding up one value after the other takes five times that.
+template <int kLanes, int kDistance = kWarp / 2, int kCount, class R>
+DICE_OP_DEVICE Share AddOverLanes(R* values, Share share = {0, kCount}) {
+  if constexpr (kDistance < kLanes) {
+    return share;
+  } else {
+    constexpr int kHalf = (kCount + 1) / 2;
+    const bool upper = Lane() & kDistance;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const R low = values[i], high = i + kHalf < kCount ? values[i + kHalf] : R(0);
+      values[i] = (upper ? high : low) + FromPartner(upper ? low : high, kDistance);
+    }
+    if (upper) {
+      share.first += kHalf;
+    } else if (share.first + kHalf < share.end) {
+      share.end = share.first + kHalf;
+    }
+    return AddOverLanes<kLanes, kDistance / 2, kHalf>(values, share);
+  }
+}
+
+}  // namespace
+}  // namespace dice_op

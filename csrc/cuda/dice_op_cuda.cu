@@ -1,0 +1,281 @@
+// Chooses the kernel and the grid of a call, launches, and adds the blocks' sums in order: the bits of
+// the result are the same in every run on the same kind of GPU.
+#include <algorithm>
+#include <string>
+
+#include "core/dice_op.h"
+#include "core/dtype.h"
+#include "cuda/call.h"
+#include "cuda/device.h"
+
+namespace dice_op {
+namespace cuda {
+namespace {
+
+constexpr int kWarps = kThreads / kWarp;
+
+// --- errors -------------------------------------------------------------------------------------------
+
+std::string Describe(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return "";
+  std::string text = std::string(what) + ": " + cudaGetErrorString(error);
+#ifdef __CUDACC__
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
+    int device = 0, major = 0, minor = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    text += "; this build of dice_op holds machine code for the architectures " + std::string(Archs()) +
+            ", but this GPU has sm_" + std::to_string(major * 10 + minor) +
+            ": install a build for it, or build with DICE_OP_CUDA_ARCHS=" + std::to_string(major * 10 + minor);
+  }
+#endif
+  return text;
+}
+
+#define DICE_OP_RETURN_IF_ERROR(expression, what)                                       \
+  do {                                                                                  \
+    if (std::string error = Describe((expression), what); !error.empty()) return error; \
+  } while (false)
+
+// --- what a launch needs --------------------------------------------------------------------------------
+
+struct Plan {
+  void (*kernel)(Call) = nullptr;
+  Call call = {};
+  int64_t blocks = 0;  // 0: nothing to do
+  size_t shared_bytes = 0;
+};
+
+int64_t LabelsEnd(DType dtype) {  // of a signed type: the first number it cannot hold
+  return dtype == DType::kInt8 ? 128 : int64_t{1} << 15;
+}
+
+int Bytes(DType dtype) {
+  return WithType(dtype, [](auto type) { return static_cast<int>(sizeof(typename decltype(type)::type)); });
+}
+
+// d_logits: null for the sums.
+std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
+  if (problem.classes > kMaxClasses) {
+    return "logits (y_pred) have " + std::to_string(problem.classes) + " classes, but the GPU kernels take at most " +
+           std::to_string(kMaxClasses) + "; place the loss on the CPU, with tf.device('CPU')";
+  }
+  if (problem.batch * problem.voxels * problem.classes == 0) return "";
+  Variant variant;
+  if (problem.logits_dtype == DType::kFloat) variant = FindFloat(problem, d_logits);
+  if (problem.logits_dtype == DType::kHalf) variant = FindHalf(problem, d_logits);
+  if (problem.logits_dtype == DType::kBFloat16) variant = FindBFloat16(problem, d_logits);
+  if (!variant.kernel) variant = FindGeneral(problem, d_logits);
+  plan->kernel = variant.kernel;
+  plan->shared_bytes = static_cast<size_t>(variant.shared_per_warp) * kWarps;
+
+  int device = 0, multiprocessors = 0, resident = 0;
+  DICE_OP_RETURN_IF_ERROR(cudaGetDevice(&device), "cudaGetDevice");
+  DICE_OP_RETURN_IF_ERROR(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+                          "cudaDeviceGetAttribute");
+  if (plan->shared_bytes > 48 << 10) {  // more must be asked for
+    DICE_OP_RETURN_IF_ERROR(cudaFuncSetAttribute(variant.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(plan->shared_bytes)),
+                            "cudaFuncSetAttribute");
+  }
+  DICE_OP_RETURN_IF_ERROR(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, variant.kernel, kThreads, plan->shared_bytes),
+      "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+
+  Call& call = plan->call;
+  call.logits = problem.logits;
+  call.labels = problem.labels;
+  call.weight = problem.voxel_weight;
+  call.voxels = problem.voxels;
+  call.tiles = (problem.voxels + variant.tile - 1) / variant.tile;
+  // All blocks at once, each with its share of the tiles: no second wave that fills the GPU in part.
+  const int64_t at_once = static_cast<int64_t>(multiprocessors) * std::max(1, resident);
+  const int64_t useful = (call.tiles + kWarps - 1) / kWarps;
+  call.blocks_per_sample =
+      static_cast<int>(std::max<int64_t>(1, std::min(useful, at_once / std::max<int64_t>(1, problem.batch))));
+  plan->blocks = problem.batch * call.blocks_per_sample;
+  if (plan->blocks > 0x7fffffff) return "the batch has more samples than a GPU can take in one call";
+  call.ignore_label = problem.options.ignore_label;
+  call.gamma = problem.options.focal_gamma;
+  call.classes = static_cast<int>(problem.classes);
+  call.first_class = static_cast<int>(problem.first_class());
+  call.label_limit = static_cast<int>(std::min(problem.label_limit(), LabelsEnd(problem.labels_dtype)));
+  call.label_bytes = Bytes(problem.labels_dtype);
+  call.row_padding = variant.row_padding;
+  call.row_magic = variant.row_magic;
+  call.source_bytes = variant.source_bytes;
+  call.shared_per_warp = variant.shared_per_warp;
+  call.logits_dtype = problem.logits_dtype;
+  call.labels_dtype = problem.labels_dtype;
+  call.weight_dtype = problem.weight_dtype;
+  call.planar = problem.options.data_format == DataFormat::kChannelsFirst;
+  call.squared = problem.options.squared_pred;
+  call.cross_entropy = problem.options.cross_entropy;
+  call.has_ignore_label = problem.options.has_ignore_label;
+  return "";
+}
+
+bool IsWeighted(const Problem& problem) { return problem.voxel_weight || problem.options.has_ignore_label; }
+
+// --- from the blocks' sums to the outputs -----------------------------------------------------------------
+
+struct Partials {
+  const double* values;  // [N, blocks_per_sample, PartialWidth]
+  int64_t batch;
+  int64_t voxels;  // the weight's sum where no voxel has one
+  int blocks_per_sample, classes;
+  bool weighted;
+  void* outputs[5];  // intersection, label_sum, cross_entropy or null, pred_sum, weight_sum
+};
+
+// A warp for each number: the lanes add every 32nd block's share, then each other's. A label that is no
+// class makes the sample's sums NaN, as TensorFlow's sparse cross-entropy does on a GPU.
+template <class R>
+__global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ Partials partials) {
+  const int entries = 4 * partials.classes + 1, width = PartialWidth(partials.classes);
+  const int64_t item = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / kWarp;
+  const int64_t sample = item / entries;
+  const int entry = item % entries;
+  if (sample >= partials.batch) return;
+  const int kind = partials.classes ? entry / partials.classes : 4, c = entry - kind * partials.classes;
+  if (!partials.outputs[kind]) return;
+  const double* const first = partials.values + sample * partials.blocks_per_sample * width;
+  double total = 0, bad = 0;
+  for (int block = Lane(); block < partials.blocks_per_sample; block += kWarp) {
+    total += first[static_cast<int64_t>(block) * width + entry];
+    bad += first[static_cast<int64_t>(block) * width + width - 1];
+  }
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    total += FromPartner(total, distance);
+    bad += FromPartner(bad, distance);
+  }
+  if (kind == 4 && !partials.weighted) total = static_cast<double>(partials.voxels);
+  if (bad > 0) total = NAN;
+  if (Lane() == 0) {
+    static_cast<R*>(partials.outputs[kind])[kind < 4 ? sample * partials.classes + c : sample] = static_cast<R>(total);
+  }
+}
+
+// --- which label is no class ------------------------------------------------------------------------------
+
+struct LabelCheck {
+  const void* labels;
+  const void* weight;  // or null
+  int64_t samples, voxels, classes, limit, ignore_label;
+  DType labels_dtype, weight_dtype;
+  bool dense, planar, has_ignore_label;
+  unsigned long long* first;  // out: the smallest sample * voxels + voxel
+};
+
+__global__ void __launch_bounds__(kThreads) CheckLabelsKernel(const __grid_constant__ LabelCheck check) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t at = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; at < check.samples * check.voxels;
+       at += step) {
+    const auto number = [&](const void* from, DType dtype, int64_t i) {
+      return WithType(dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        return Read<double>(static_cast<const T*>(from)[i]);
+      });
+    };
+    bool good = true;
+    if (check.dense) {
+      const int64_t sample = at / check.voxels, voxel = at % check.voxels;
+      if (check.weight && number(check.weight, check.weight_dtype, at) == 0) continue;
+      for (int64_t c = 0; c < check.classes; ++c) {
+        const int64_t place = check.planar ? c * check.voxels + voxel : voxel * check.classes + c;
+        const double t = number(check.labels, check.labels_dtype, sample * check.voxels * check.classes + place);
+        good &= check.labels_dtype == DType::kBool || IsSoftLabel(t, check.labels_dtype >= DType::kHalf);
+      }
+    } else {
+      const double label = number(check.labels, check.labels_dtype, at);  // integers of no class may round
+      good = (check.has_ignore_label && label == static_cast<double>(check.ignore_label)) ||
+             (label >= 0 && label < check.limit && label == trunc(label));
+    }
+    if (!good) atomicMin(check.first, static_cast<unsigned long long>(at));
+  }
+}
+
+}  // namespace
+
+std::string DiceSumsWorkspace(const Problem& problem, size_t* bytes) {
+  Plan plan;
+  std::string error = MakePlan(problem, nullptr, &plan);
+  *bytes = plan.blocks * PartialWidth(static_cast<int>(problem.classes)) * sizeof(double);
+  return error;
+}
+
+std::string DiceSums(const Problem& problem, const Sums& sums, void* workspace, void* stream) {
+  if (problem.batch == 0) return "";
+  const auto queue = static_cast<cudaStream_t>(stream);
+  Plan plan;
+  if (std::string error = MakePlan(problem, nullptr, &plan); !error.empty()) return error;
+  if (plan.blocks > 0) {
+    plan.call.partials = static_cast<double*>(workspace);
+    DICE_OP_RETURN_IF_ERROR(Launch(plan.kernel, plan.blocks, kThreads, plan.shared_bytes, queue, plan.call),
+                            "the launch of the sums' kernel");
+  }
+  Partials partials = {};
+  partials.values = static_cast<const double*>(workspace);
+  partials.batch = problem.batch;
+  partials.voxels = problem.voxels;
+  partials.blocks_per_sample = plan.blocks ? plan.call.blocks_per_sample : 0;
+  partials.classes = static_cast<int>(problem.classes);
+  partials.weighted = IsWeighted(problem);
+  void* const outputs[5] = {sums.intersection, sums.label_sum, sums.cross_entropy, sums.pred_sum, sums.weight_sum};
+  std::copy(outputs, outputs + 5, partials.outputs);
+  const int64_t blocks = (problem.batch * (4 * problem.classes + 1) + kWarps - 1) / kWarps;
+  const auto combine = problem.logits_dtype == DType::kDouble ? CombineKernel<double> : CombineKernel<float>;
+  DICE_OP_RETURN_IF_ERROR(Launch(combine, blocks, kThreads, 0, queue, partials), "the launch of the combining kernel");
+  return "";
+}
+
+std::string DiceSumsGrad(const Problem& problem, const SumsGrad& grad, void* stream) {
+  Plan plan;
+  if (std::string error = MakePlan(problem, grad.d_logits, &plan); !error.empty()) return error;
+  if (plan.blocks == 0) return "";
+  plan.call.d_sums[0] = grad.d_intersection;
+  plan.call.d_sums[1] = grad.d_pred_sum;
+  plan.call.d_sums[2] = grad.d_cross_entropy;
+  plan.call.d_logits = grad.d_logits;
+  DICE_OP_RETURN_IF_ERROR(
+      Launch(plan.kernel, plan.blocks, kThreads, plan.shared_bytes, static_cast<cudaStream_t>(stream), plan.call),
+      "the launch of the gradient's kernel");
+  return "";
+}
+
+std::string FindBadLabel(const Problem& problem, void* workspace, void* stream, BadLabel* bad) {
+  const auto queue = static_cast<cudaStream_t>(stream);
+  LabelCheck check = {};
+  check.labels = problem.labels;
+  check.weight = problem.voxel_weight;
+  check.samples = problem.batch;
+  check.voxels = problem.voxels;
+  check.classes = problem.classes;
+  check.limit = problem.label_limit();
+  check.ignore_label = problem.options.ignore_label;
+  check.labels_dtype = problem.labels_dtype;
+  check.weight_dtype = problem.weight_dtype;
+  check.dense = problem.dense_labels;
+  check.planar = problem.options.data_format == DataFormat::kChannelsFirst;
+  check.has_ignore_label = problem.options.has_ignore_label;
+  check.first = static_cast<unsigned long long*>(workspace);
+  unsigned long long first = ~0ull;
+  DICE_OP_RETURN_IF_ERROR(cudaMemsetAsync(workspace, 0xff, sizeof(first), queue), "cudaMemsetAsync");
+  const int64_t blocks = std::min<int64_t>(4096, (problem.batch * problem.voxels + kThreads - 1) / kThreads);
+  if (blocks > 0) {
+    DICE_OP_RETURN_IF_ERROR(Launch(CheckLabelsKernel, blocks, kThreads, 0, queue, check),
+                            "the launch of the kernel that checks labels");
+  }
+  DICE_OP_RETURN_IF_ERROR(cudaMemcpyAsync(&first, workspace, sizeof(first), cudaMemcpyDeviceToHost, queue),
+                          "cudaMemcpyAsync");
+  DICE_OP_RETURN_IF_ERROR(cudaStreamSynchronize(queue), "cudaStreamSynchronize");
+  *bad = {};
+  if (first != ~0ull) {
+    *bad = {static_cast<int64_t>(first / problem.voxels), static_cast<int64_t>(first % problem.voxels)};
+  }
+  return "";
+}
+
+}  // namespace cuda
+}  // namespace dice_op

@@ -1,0 +1,150 @@
+"""The CUDA path on the emulator: builds it, hands it calls, brings back what they give.
+
+Three builds of the very kernel sources: plain, with the address and undefined-behaviour sanitizers,
+with the thread sanitizer. No GPU and no CUDA toolkit is needed, only the C++ compiler.
+"""
+
+import concurrent.futures
+import hashlib
+import os
+import pathlib
+import subprocess
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parent.parent
+EMULATOR = ROOT / "tests" / "cuda_emulator"
+CXX = os.environ.get("CXX", "c++")
+FLAGS = {
+    "plain": ["-O2"],
+    "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-fsanitize=thread"],
+}
+FAMILIES = {  # as in CMakeLists.txt
+    "Float": ["-DDICE_OP_CUDA_STORAGE=float"],
+    "Half": ["-DDICE_OP_CUDA_STORAGE=Half"],
+    "BFloat16": ["-DDICE_OP_CUDA_STORAGE=BFloat16"],
+    "General": [],
+}
+# As the enumerations in csrc/core/dice_op.h count them.
+DTYPES = "bool uint8 int8 uint16 int16 int32 int64 float16 bfloat16 float32 float64".split()
+ACTIVATIONS = "softmax sigmoid none".split()
+
+
+def _compile(source, output, flags, log):
+    command = [CXX, "-x", "c++", "-std=c++17", "-g1", *flags, "-c", source, "-o", output]
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    log.append(result.stderr)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def build(kind, csrc=ROOT / "csrc", families=tuple(FAMILIES), folder=None):
+    """The program of one kind ("plain", "address", "thread"), compiled if anything has changed."""
+    sources = sorted(p for d in (csrc / "core", csrc / "cuda", EMULATOR) for p in d.iterdir())
+    key = hashlib.sha256(CXX.encode() + " ".join(families).encode())
+    for source in sources:
+        key.update(source.read_bytes())
+    folder = folder or ROOT / "build" / "cuda_emulator" / kind
+    program, stamp = folder / "run_cases", folder / "key"
+    if program.exists() and stamp.exists() and stamp.read_text() == key.hexdigest():
+        return program
+    folder.mkdir(parents=True, exist_ok=True)
+    include = [f"-I{csrc}", f"-I{EMULATOR}", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    flags = [*FLAGS[kind], *include]
+    # the engine speaks to the sanitizers and must not be compiled with them
+    tasks = [(EMULATOR / "cuda_emulator.cc", "engine.o", ["-O2", *include])]
+    for family in FAMILIES:
+        if family in families:
+            defines = [f"-DDICE_OP_CUDA_FIND=Find{family}", *FAMILIES[family]]
+            tasks.append((csrc / "cuda" / "kernels.cu", f"{family}.o", [*flags, *defines]))
+        else:
+            tasks.append((EMULATOR / "no_family.cc", f"{family}.o", [*flags, f"-DFAMILY={family}"]))
+    tasks += [
+        (csrc / "cuda" / "dice_op_cuda.cu", "dice_op_cuda.o", flags),
+        (csrc / "core" / "problem.cc", "problem.o", flags),
+        (EMULATOR / "run_cases.cc", "run_cases.o", flags),
+    ]
+    log = []
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in [pool.submit(_compile, s, folder / o, f, log) for s, o, f in tasks]:
+            done.result()
+    objects = [folder / o for _, o, _ in tasks]
+    subprocess.run([CXX, *FLAGS[kind], *objects, "-o", program], check=True)
+    stamp.write_text(key.hexdigest())
+    return program
+
+
+def case(x, y, *, weight=None, coefficients, activation="softmax", data_format="channels_last",
+         squared_pred=False, cross_entropy=True, focal_gamma=0.0, ignore_label=None,
+         in_place=False, misalign=0):  # fmt: skip
+    """One call. x: [N, V, C] or [N, C, V]; y: [N, V], or as x; coefficients: three of [N, C]."""
+    n, *rest = x.shape
+    planar = data_format == "channels_first"
+    v, c = rest[::-1] if planar else rest
+    header = np.array(
+        [n, v, c, ACTIVATIONS.index(activation), planar, squared_pred, cross_entropy]
+        + [ignore_label is not None, ignore_label or 0, DTYPES.index(x.dtype.name)]
+        + [DTYPES.index(y.dtype.name), y.ndim == 3]
+        + [-1 if weight is None else DTYPES.index(weight.dtype.name), in_place, misalign],
+        np.int64,
+    )
+    number = np.float64 if x.dtype == np.float64 else np.float32
+    arrays = [x, y, *([] if weight is None else [weight])]
+    arrays += [np.asarray(k, number) for k in coefficients[: 3 if cross_entropy else 2]]
+    data = header.tobytes() + np.float64(focal_gamma).tobytes()
+    data += b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)
+    return {"data": data, "shape": (n, v, c), "like": x, "number": number, "loss": cross_entropy}
+
+
+class Failed(Exception):  # noqa: N818
+    """The program found a broken rule, or a sanitizer did."""
+
+
+def run(program, cases, folder, order="forward", seed=1, **environment):
+    """What each call gives: a dict of arrays, or the error as a string."""
+    calls, results = folder / "calls", folder / "results"
+    calls.write_bytes(b"".join(c["data"] for c in cases))
+    done = subprocess.run(
+        [program, calls, results],
+        env={
+            **os.environ,
+            "CUDA_EMULATOR_ORDER": order,
+            "CUDA_EMULATOR_SEED": str(seed),
+            "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
+            "ASAN_OPTIONS": "detect_leaks=0",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=600,
+    )
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if "makecontext" not in line]
+        raise Failed(f"exit {done.returncode}\n" + "\n".join(lines[:60]))
+    data = memoryview(results.read_bytes())
+
+    def take(dtype, shape):
+        nonlocal data
+        dtype, count = np.dtype(dtype), int(np.prod(shape))
+        array = np.frombuffer(data[: count * dtype.itemsize], dtype).reshape(shape)
+        data = data[count * dtype.itemsize :]
+        return array
+
+    out = []
+    for call in cases:
+        (length,) = take(np.int64, (1,))
+        if length:
+            out.append(bytes(take(np.uint8, (length,))).decode())
+            continue
+        n, _, c = call["shape"]
+        number = call["number"]
+        result = {"bad": tuple(int(i) for i in take(np.int64, (2,)))}
+        for name in ("intersection", "pred_sum", "label_sum"):
+            result[name] = take(number, (n, c))
+        result["cross_entropy"] = take(number, (n, c)) if call["loss"] else None
+        result["weight_sum"] = take(number, (n,))
+        result["gradient"] = take(call["like"].dtype, call["like"].shape)
+        out.append(result)
+    assert not data, "the results are longer than they should be"
+    return out
