@@ -10,7 +10,6 @@ namespace dice_op {
 namespace cuda {
 
 constexpr int kMaxClasses = 256;
-constexpr int kThreads = 128;  // of a block: four warps, which work alone until the block's sums are added
 
 struct Call {
   const void* logits;
@@ -44,7 +43,8 @@ DICE_OP_INLINE constexpr int PartialWidth(int classes) { return 4 * classes + 2;
 struct Variant {
   void (*kernel)(Call) = nullptr;
   int source_bytes = 0, shared_per_warp = 0;
-  int tile = 0;  // voxels that a warp takes at a time
+  int warps = 0;  // of a block; they work alone until the block's sums are added
+  int tile = 0;   // voxels that a warp takes at a time
   int row_padding = 0;
   uint32_t row_magic = 0;
 };

@@ -12,7 +12,8 @@ namespace dice_op {
 namespace cuda {
 namespace {
 
-constexpr int kWarps = kThreads / kWarp;
+constexpr int kWarps = 4;  // of a block of the kernels in this file
+constexpr int kThreads = kWarps * kWarp;
 
 // --- errors -------------------------------------------------------------------------------------------
 
@@ -44,6 +45,7 @@ struct Plan {
   void (*kernel)(Call) = nullptr;
   Call call = {};
   int64_t blocks = 0;  // 0: nothing to do
+  int threads = 0;
   size_t shared_bytes = 0;
 };
 
@@ -68,7 +70,8 @@ std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   if (problem.logits_dtype == DType::kBFloat16) variant = FindBFloat16(problem, d_logits);
   if (!variant.kernel) variant = FindGeneral(problem, d_logits);
   plan->kernel = variant.kernel;
-  plan->shared_bytes = static_cast<size_t>(variant.shared_per_warp) * kWarps;
+  plan->threads = variant.warps * kWarp;
+  plan->shared_bytes = static_cast<size_t>(variant.shared_per_warp) * variant.warps;
 
   int device = 0, multiprocessors = 0, resident = 0;
   DICE_OP_RETURN_IF_ERROR(cudaGetDevice(&device), "cudaGetDevice");
@@ -80,7 +83,7 @@ std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
                             "cudaFuncSetAttribute");
   }
   DICE_OP_RETURN_IF_ERROR(
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, variant.kernel, kThreads, plan->shared_bytes),
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, variant.kernel, plan->threads, plan->shared_bytes),
       "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
 
   Call& call = plan->call;
@@ -91,7 +94,7 @@ std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   call.tiles = (problem.voxels + variant.tile - 1) / variant.tile;
   // All blocks at once, each with its share of the tiles: no second wave that fills the GPU in part.
   const int64_t at_once = static_cast<int64_t>(multiprocessors) * std::max(1, resident);
-  const int64_t useful = (call.tiles + kWarps - 1) / kWarps;
+  const int64_t useful = (call.tiles + variant.warps - 1) / variant.warps;
   call.blocks_per_sample =
       static_cast<int>(std::max<int64_t>(1, std::min(useful, at_once / std::max<int64_t>(1, problem.batch))));
   plan->blocks = problem.batch * call.blocks_per_sample;
@@ -212,7 +215,7 @@ std::string DiceSums(const Problem& problem, const Sums& sums, void* workspace, 
   if (std::string error = MakePlan(problem, nullptr, &plan); !error.empty()) return error;
   if (plan.blocks > 0) {
     plan.call.partials = static_cast<double*>(workspace);
-    DICE_OP_RETURN_IF_ERROR(Launch(plan.kernel, plan.blocks, kThreads, plan.shared_bytes, queue, plan.call),
+    DICE_OP_RETURN_IF_ERROR(Launch(plan.kernel, plan.blocks, plan.threads, plan.shared_bytes, queue, plan.call),
                             "the launch of the sums' kernel");
   }
   Partials partials = {};
@@ -239,7 +242,7 @@ std::string DiceSumsGrad(const Problem& problem, const SumsGrad& grad, void* str
   plan.call.d_sums[2] = grad.d_cross_entropy;
   plan.call.d_logits = grad.d_logits;
   DICE_OP_RETURN_IF_ERROR(
-      Launch(plan.kernel, plan.blocks, kThreads, plan.shared_bytes, static_cast<cudaStream_t>(stream), plan.call),
+      Launch(plan.kernel, plan.blocks, plan.threads, plan.shared_bytes, static_cast<cudaStream_t>(stream), plan.call),
       "the launch of the gradient's kernel");
   return "";
 }

@@ -7,21 +7,26 @@
 namespace dice_op {
 namespace {
 
-using cuda::kThreads;
 using cuda::Variant;
-
-constexpr int kWarps = kThreads / kWarp;
 
 // A thread adds this many voxels in its own precision before the warp's sum goes to a double. The
 // error then stays below that of some hundred additions, whatever the volume.
 constexpr int kFlush = 64;
 
+// Warps of a block. The sums of many classes take much shared memory, of which the smallest GPUs have
+// 64 KB for a block.
+template <class Source>
+constexpr int kWarps = Source::kLanes < 8 ? 4 : 2;
+template <class Source>
+constexpr int kThreads = kWarps<Source> * kWarp;
+
 // So many blocks fit on a multiprocessor, by their registers: 64, 80, 128 or 255 for a thread.
 template <class Source>
-constexpr int kBlocks = sizeof(typename Source::Number) == 8      ? 2
-                        : Source::kWeighted || Source::kItems > 8 ? 4
-                        : Source::kStages > 0                     ? 6
-                                                                  : 8;
+constexpr int kBlocks = 4 / kWarps<Source> *
+                        (sizeof(typename Source::Number) == 8      ? 2
+                         : Source::kWeighted || Source::kItems > 8 ? 4
+                         : Source::kStages > 0                     ? 6
+                                                                   : 8);
 
 // The sums of a thread, and under them those of its warp. Where a voxel has one label and many
 // classes, what goes to the label's class goes to a bin in shared memory that is this thread's own;
@@ -123,7 +128,7 @@ struct Accumulators {
 };
 
 template <class Source, class Activation, bool kCrossEntropy>
-__global__ void __launch_bounds__(kThreads, kBlocks<Source>) SumsKernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kThreads<Source>, kBlocks<Source>) SumsKernel(const __grid_constant__ Call call) {
   using R = typename Source::Number;
   using Sums = Accumulators<Source, Activation, kCrossEntropy>;
   const int warp = threadIdx.x / kWarp;
@@ -134,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Source>) SumsKernel(const __
   Source source(call, sample, memory + warp * call.shared_per_warp);
   Sums sums(call, memory + warp * call.shared_per_warp + call.source_bytes);
   source.template Run<false>(
-      block * kWarps + warp, static_cast<int64_t>(call.blocks_per_sample) * kWarps,
+      block * kWarps<Source> + warp, static_cast<int64_t>(call.blocks_per_sample) * kWarps<Source>,
       [&](const auto& classes, R* z, const auto& label, R m, const Terms<R>& terms) {
         R p[Source::kItems];
         AddVoxel<Activation, kCrossEntropy>(classes, z, p, label, m, terms, sums);
@@ -147,12 +152,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Source>) SumsKernel(const __
 
   // The block's sums, in the order that cuda::PartialWidth tells.
   const int width = cuda::PartialWidth(call.classes);
-  for (int entry = threadIdx.x; entry < width; entry += kThreads) {
+  for (int entry = threadIdx.x; entry < width; entry += kThreads<Source>) {
     const int kind = entry / call.classes, c = entry % call.classes;
     const int at = kind < 4 ? (kind * Source::kItems + c / Source::kLanes) * Source::kLanes + c % Source::kLanes
                             : Sums::kWeight + entry - 4 * call.classes;
     double total = 0;
-    for (int w = 0; w < kWarps; ++w) {
+    for (int w = 0; w < kWarps<Source>; ++w) {
       total += reinterpret_cast<const double*>(memory + w * call.shared_per_warp + call.source_bytes)[at];
     }
     call.partials[blockIdx.x * static_cast<int64_t>(width) + entry] = total;
@@ -160,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Source>) SumsKernel(const __
 }
 
 template <class Source, class Activation, bool kCrossEntropy>
-__global__ void __launch_bounds__(kThreads, kBlocks<Source>) GradKernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kThreads<Source>, kBlocks<Source>) GradKernel(const __grid_constant__ Call call) {
   using R = typename Source::Number;
   constexpr int kItems = Source::kItems;
   constexpr bool kLossOfHeld = kCrossEntropy && (Activation::kBinary || !Source::kSingle);
@@ -183,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Source>) GradKernel(const __
     if constexpr (kLossOfHeld) e[i] = there ? d_loss[c] : R(0);
   }
   source.template Run<true>(
-      block * kWarps + warp, static_cast<int64_t>(call.blocks_per_sample) * kWarps,
+      block * kWarps<Source> + warp, static_cast<int64_t>(call.blocks_per_sample) * kWarps<Source>,
       [&](const auto& classes, R* z, const auto& label, R m, const Terms<R>& terms) {
         R p[kItems], h[kLossOfHeld ? kItems : 1];
         // z is read for the last time before the gradient takes its place
@@ -219,6 +224,7 @@ Variant VariantOf(const Problem& problem, bool grad, int element) {
   constexpr bool kCrossEntropy = kCrossEntropy_ || (Source::kSingle && !Activation::kBinary);
   const int classes = static_cast<int>(problem.classes), row = classes * element;
   Variant variant;
+  variant.warps = kWarps<Source>;
   variant.tile = Source::kTile;
   if (Source::kLanes > 1 && row % 16 == 0) {
     variant.row_magic = (1u << 20) / (row / 16) + 1;

@@ -206,8 +206,10 @@ class Staged {
   static constexpr bool kSingle = kLanes > 1 || kItems > 4, kWeighted = false;
   using Label = std::conditional_t<kSingle, SingleLabel<float>, IndexLabel<int>>;
   static constexpr int kGroups = kWarp / kLanes;  // voxels at a time
-  static constexpr int kRounds = kLanes == 1 ? (kItems * sizeof(T) <= 16 ? 2 : 1) : (kGroups < 8 ? 8 / kGroups : 1);
-  static constexpr int kTile = kGroups * kRounds;                    // always a multiple of 16 bytes
+  static constexpr int kRounds = kLanes == 1                ? (kItems * sizeof(T) <= 16 ? 2 : 1)
+                                 : kGroups * sizeof(T) < 16 ? 16 / (kGroups * sizeof(T))
+                                                            : 1;
+  static constexpr int kTile = kGroups * kRounds;  // voxels; a multiple of 16 bytes with any number of classes
   static constexpr int kLabels = kTile > kWarp ? kTile / kWarp : 1;  // that a lane reads of a tile
   static constexpr int kStages = 3;
   static constexpr int StageBytes(int classes, int padding) {
@@ -388,7 +390,7 @@ class General {
   static constexpr bool kSingle = !kDense, kWeighted = true;
   static constexpr int kStages = 1;
   static constexpr int kGroups = kWarp / kLanes;
-  static constexpr int kRounds = kGroups < 8 ? 8 / kGroups : 1;
+  static constexpr int kRounds = kGroups == 1 ? 4 : kGroups < 8 ? 8 / kGroups : 1;
   static constexpr int kTile = kGroups * kRounds;
   // Rows of an odd number of elements start at different banks.
   DICE_OP_INLINE static constexpr int Pitch(int classes) { return classes | 1; }

@@ -69,7 +69,7 @@ constexpr int warpSize = 32;
 
 namespace cuda_emulator {
 
-constexpr size_t kMaxSharedBytes = 99 * 1024;      // of a block that opted in
+constexpr size_t kMaxSharedBytes = 64 * 1024;      // of a block that opted in: what the smallest GPUs have
 constexpr size_t kDefaultSharedBytes = 48 * 1024;  // without cudaFuncSetAttribute
 
 // Where a collective was called: as a default argument it is the place of the outermost call.
