@@ -110,8 +110,10 @@ const char* SimdLevel();
 }  // namespace cpu
 
 // Everything is enqueued on `stream` (a cudaStream_t) of the current device; pointers are device
-// memory. Each returns what went wrong, in words, or an empty string. At most 256 classes.
+// memory. Each returns what went wrong, in words, or an empty string.
 namespace cuda {
+
+constexpr int kMaxClasses = 256;
 
 // Bytes of scratch memory that DiceSums needs, aligned to 8.
 std::string DiceSumsWorkspace(const Problem& problem, size_t* bytes);
@@ -122,9 +124,15 @@ std::string DiceSums(const Problem& problem, const Sums& sums, void* workspace, 
 // Expects labels that DiceSums accepted; others belong to no class.
 std::string DiceSumsGrad(const Problem& problem, const SumsGrad& grad, void* stream);
 
-// The first label that is no class, and none if all are. Needs 8 bytes of scratch memory, aligned to 8,
-// and waits for the stream: for those who look for the reason of a NaN.
-std::string FindBadLabel(const Problem& problem, void* workspace, void* stream, BadLabel* bad);
+// The first label that is no class, if there is one; `label`, 8 bytes on the host, receives a class
+// index as it stands there. Needs 8 bytes of scratch memory, aligned to 8, and waits for the stream: for
+// those who look for the reason of a NaN.
+std::string FindBadLabel(const Problem& problem, void* workspace, void* stream, BadLabel* bad, void* label);
+
+// Memory in the order of the stream, for callers without a framework that has some. CopyToHost waits.
+std::string Allocate(size_t bytes, void* stream, void** memory);
+std::string Release(void* memory, void* stream);
+std::string CopyToHost(void* to, const void* from, size_t bytes, void* stream);
 
 // What the kernels were compiled with ("13.0") and for ("75,80,90").
 const char* Version();

@@ -94,7 +94,7 @@ std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optio
   return "";
 }
 
-std::string DescribeBadLabel(const Problem& problem, const Dims& logits, const BadLabel& bad) {
+std::string DescribeBadLabel(const Problem& problem, const Dims& logits, const BadLabel& bad, const void* copy) {
   const bool last = problem.options.data_format == DataFormat::kChannelsLast;
   Dims spatial(logits.begin() + (last ? 1 : 2), logits.end() - (last ? 1 : 0));
   Dims position(spatial.size());
@@ -112,7 +112,8 @@ std::string DescribeBadLabel(const Problem& problem, const Dims& logits, const B
   bool whole = true;
   const std::string value = WithType(problem.labels_dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const T label = static_cast<const T*>(problem.labels)[bad.sample * problem.voxels + bad.voxel];
+    const T label = copy ? *static_cast<const T*>(copy)
+                         : static_cast<const T*>(problem.labels)[bad.sample * problem.voxels + bad.voxel];
     if constexpr (std::is_integral_v<T>) {
       return std::to_string(label);
     } else {

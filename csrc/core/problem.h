@@ -17,8 +17,10 @@ using Dims = std::vector<int64_t>;  // -1: not known yet
 // asks again when they are known.
 std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optional<Dims>& weight, Problem* problem);
 
-// Names the voxel by its coordinates, the value found there, and the values allowed.
-std::string DescribeBadLabel(const Problem& problem, const Dims& logits, const BadLabel& bad);
+// Names the voxel by its coordinates, the value found there, and the values allowed. `label` points to
+// that value on the host; null: it stands among the problem's labels, and those are on the host.
+std::string DescribeBadLabel(const Problem& problem, const Dims& logits, const BadLabel& bad,
+                             const void* label = nullptr);
 
 bool IsFloat(DType dtype);
 const char* Name(DType dtype);

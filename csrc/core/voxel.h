@@ -5,7 +5,8 @@
 // on a CPU, every kLanes-th in a CUDA thread that shares a voxel with its neighbours, where Sum and
 // Max combine across those. There a thread may hold a class too many: its logit is -infinity, which
 // adds nothing to the others. A file that includes this has defined, for its R: Exp,
-// ExpOfDifference(a, b) = exp(a - b) and what that gives for a = b, Reciprocal, Log, Log1p, Max, Abs, Select and the comparisons.
+// ExpOfDifference(a, b) = exp(a - b) and what that gives for a = b, Reciprocal, Log, Log1p, Max, Abs, Select and the
+// comparisons.
 //
 // Everything lies in an unnamed namespace: the CPU kernels compile this file once per instruction
 // set, and internal linkage keeps a linker from merging those copies into one that the processor

@@ -9,8 +9,6 @@
 namespace dice_op {
 namespace cuda {
 
-constexpr int kMaxClasses = 256;
-
 struct Call {
   const void* logits;
   const void* labels;

@@ -201,6 +201,24 @@ __global__ void __launch_bounds__(kThreads) CheckLabelsKernel(const __grid_const
 
 }  // namespace
 
+#ifdef __CUDACC__
+const char* Version() { return DICE_OP_CUDA_VERSION; }
+const char* Archs() { return DICE_OP_CUDA_ARCHS; }
+
+std::string Allocate(size_t bytes, void* stream, void** memory) {
+  return Describe(cudaMallocAsync(memory, bytes, static_cast<cudaStream_t>(stream)), "cudaMallocAsync");
+}
+std::string Release(void* memory, void* stream) {
+  return Describe(cudaFreeAsync(memory, static_cast<cudaStream_t>(stream)), "cudaFreeAsync");
+}
+#endif
+
+std::string CopyToHost(void* to, const void* from, size_t bytes, void* stream) {
+  const auto queue = static_cast<cudaStream_t>(stream);
+  DICE_OP_RETURN_IF_ERROR(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, queue), "cudaMemcpyAsync");
+  return Describe(cudaStreamSynchronize(queue), "cudaStreamSynchronize");
+}
+
 std::string DiceSumsWorkspace(const Problem& problem, size_t* bytes) {
   Plan plan;
   std::string error = MakePlan(problem, nullptr, &plan);
@@ -247,7 +265,7 @@ std::string DiceSumsGrad(const Problem& problem, const SumsGrad& grad, void* str
   return "";
 }
 
-std::string FindBadLabel(const Problem& problem, void* workspace, void* stream, BadLabel* bad) {
+std::string FindBadLabel(const Problem& problem, void* workspace, void* stream, BadLabel* bad, void* label) {
   const auto queue = static_cast<cudaStream_t>(stream);
   LabelCheck check = {};
   check.labels = problem.labels;
@@ -270,14 +288,14 @@ std::string FindBadLabel(const Problem& problem, void* workspace, void* stream, 
     DICE_OP_RETURN_IF_ERROR(Launch(CheckLabelsKernel, blocks, kThreads, 0, queue, check),
                             "the launch of the kernel that checks labels");
   }
-  DICE_OP_RETURN_IF_ERROR(cudaMemcpyAsync(&first, workspace, sizeof(first), cudaMemcpyDeviceToHost, queue),
-                          "cudaMemcpyAsync");
-  DICE_OP_RETURN_IF_ERROR(cudaStreamSynchronize(queue), "cudaStreamSynchronize");
+  if (std::string error = CopyToHost(&first, workspace, sizeof(first), stream); !error.empty()) return error;
   *bad = {};
-  if (first != ~0ull) {
-    *bad = {static_cast<int64_t>(first / problem.voxels), static_cast<int64_t>(first % problem.voxels)};
-  }
-  return "";
+  if (first == ~0ull) return "";
+  *bad = {static_cast<int64_t>(first / problem.voxels), static_cast<int64_t>(first % problem.voxels)};
+  if (problem.dense_labels) return "";
+  const int bytes = Bytes(problem.labels_dtype);
+  const auto* at = static_cast<const char*>(problem.labels) + static_cast<int64_t>(first) * bytes;
+  return CopyToHost(label, at, bytes, stream);
 }
 
 }  // namespace cuda

@@ -108,6 +108,7 @@ template <class T, int kCount, bool kPlanar>
 class Direct {
  public:
   using Number = float;
+  using Storage = T;  // of a tile
   using Classes = AllClasses<kCount>;
   using Label = IndexLabel<int>;
   static constexpr int kItems = kCount, kLanes = 1;
@@ -118,7 +119,7 @@ class Direct {
   static constexpr int kTile = kWarp * kUnits * kVoxels;
   static constexpr int Bytes(int, int) { return 0; }
   static constexpr bool kSingle = false, kWeighted = false;
-  static constexpr int kStages = 0;
+  static constexpr int kRegisters = !kPlanar ? 64 : sizeof(T) == 2 ? 128 : 80;  // of a thread, at most
 
   DICE_OP_DEVICE Direct(const Call& call, int64_t sample, char*)
       : call_(call), offset_(sample * call.voxels * kCount), voxel_offset_(sample * call.voxels) {}
@@ -200,6 +201,7 @@ template <class T, int kItems_, int kLanes_, int kSure>
 class Staged {
  public:
   using Number = float;
+  using Storage = T;
   static constexpr int kItems = kItems_, kLanes = kLanes_;
   using Classes = std::conditional_t<kLanes == 1, AllClasses<kItems>, DealtIfThere<kItems, kLanes>>;
   // Few classes: their sums live in registers, and each asks whether it is the label's.
@@ -212,6 +214,7 @@ class Staged {
   static constexpr int kTile = kGroups * kRounds;  // voxels; a multiple of 16 bytes with any number of classes
   static constexpr int kLabels = kTile > kWarp ? kTile / kWarp : 1;  // that a lane reads of a tile
   static constexpr int kStages = 3;
+  static constexpr int kRegisters = kItems > 8 ? 128 : 96;
   static constexpr int StageBytes(int classes, int padding) {
     return kTile * (classes * static_cast<int>(sizeof(T)) + padding);
   }
@@ -228,6 +231,12 @@ class Staged {
   template <bool kStore, class Voxel, class Done>
   DICE_OP_DEVICE void Run(int64_t first, int64_t step, Voxel&& voxel, Done&& done) {
     const auto begin_of = [&](int64_t t) { return (kStore ? call_.tiles - 1 - t : t) * kTile; };
+    if constexpr (kLanes > 1) {  // no NaN may stand where the last tile has no voxel
+      for (int w = Lane(); w < kStages * kTile * row_bytes() / 16; w += kWarp) {
+        reinterpret_cast<Word<T>*>(memory_)[w] = Word<T>{};
+      }
+      __syncwarp();
+    }
     int64_t ahead = first;
     int stage = 0;
 #pragma unroll
@@ -321,7 +330,7 @@ class Staged {
 #pragma unroll 1
       for (int r = 0; r < kRounds; ++r) {
         const bool there = VoxelOf(r) < count;
-        T* row = Row(stage, there ? VoxelOf(r) : 0);
+        T* row = Row(stage, VoxelOf(r));  // where no voxel is: an old one, or zeros
         float z[kItems];
 #pragma unroll
         for (int i = 0; i < kItems; ++i) z[i] = Holds(i, lane) ? Read<float>(row[i * kLanes + lane]) : -INFINITY;
@@ -384,11 +393,12 @@ template <class R, bool kDense, int kItems_, int kLanes_>
 class General {
  public:
   using Number = R;
+  using Storage = R;
   using Classes = Dealt<kItems_, kLanes_>;
   using Label = std::conditional_t<kDense, DenseLabel<R>, SingleLabel<R>>;
   static constexpr int kItems = kItems_, kLanes = kLanes_;
   static constexpr bool kSingle = !kDense, kWeighted = true;
-  static constexpr int kStages = 1;
+  static constexpr int kRegisters = sizeof(R) == 8 ? 255 : 128;
   static constexpr int kGroups = kWarp / kLanes;
   static constexpr int kRounds = kGroups == 1 ? 4 : kGroups < 8 ? 8 / kGroups : 1;
   static constexpr int kTile = kGroups * kRounds;
@@ -451,6 +461,7 @@ class General {
   DICE_OP_DEVICE void ForEachElement(int64_t begin, int count, Fn&& fn) const {
     const int pitch = Pitch(call_.classes);
     if (call_.planar) {
+#pragma unroll 2
       for (int e = Lane(); e < kTile * call_.classes; e += kWarp) {
         const int v = e % kTile, c = e / kTile;
         if (v < count) fn(v * pitch + c, c * call_.voxels + begin + v);
@@ -458,6 +469,7 @@ class General {
     } else {
       const int classes = call_.classes;
       int v = Lane() / classes, c = Lane() % classes;
+#pragma unroll 2
       for (int e = Lane(); e < count * classes; e += kWarp) {
         fn(v * pitch + c, begin * classes + e);
         v += kWarp / classes;

@@ -1,18 +1,20 @@
-// dice_op.core: the sums and gradients on NumPy arrays, without TensorFlow and without copies.
+// dice_op.core: the sums and gradients on arrays, without TensorFlow and without copies.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <string>
 #include <thread>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "core/dice_op.h"
 #include "core/problem.h"
-
-namespace py = pybind11;
+#include "pybind/tensor.h"
 
 namespace dice_op {
 namespace {
@@ -37,36 +39,6 @@ class Threads final : public cpu::ParallelFor {
   int threads_;
 };
 
-DType DTypeOf(const py::array& array, const char* name) {
-  const std::string dtype = py::str(array.dtype().attr("name"));
-  static const std::pair<const char*, DType> kTypes[] = {
-      {"bool", DType::kBool},     {"uint8", DType::kUint8},    {"int8", DType::kInt8},
-      {"uint16", DType::kUint16}, {"int16", DType::kInt16},    {"int32", DType::kInt32},
-      {"int64", DType::kInt64},   {"float16", DType::kHalf},   {"bfloat16", DType::kBFloat16},
-      {"float32", DType::kFloat}, {"float64", DType::kDouble},
-  };
-  for (const auto& [known, type] : kTypes) {
-    if (dtype == known) return type;
-  }
-  throw py::type_error(std::string(name) + " has dtype " + dtype +
-                       ", but must be bool, uint8, int8, uint16, int16, int32, int64, float16, bfloat16, "
-                       "float32 or float64");
-}
-
-// The array's memory, read as it is.
-const void* DataOf(const py::array& array, const char* name) {
-  if (!(array.flags() & py::array::c_style)) {
-    throw py::value_error(std::string(name) +
-                          " is not contiguous in C order; numpy.ascontiguousarray() makes a copy that is");
-  }
-  if (!array.dtype().attr("isnative").cast<bool>()) {
-    throw py::value_error(std::string(name) + " is not in this machine's byte order");
-  }
-  return array.data();
-}
-
-Dims DimsOf(const py::array& array) { return Dims(array.shape(), array.shape() + array.ndim()); }
-
 template <class E>
 E OneOf(const char* argument, const std::string& value, std::initializer_list<std::pair<const char*, E>> choices) {
   std::string names;
@@ -77,10 +49,16 @@ E OneOf(const char* argument, const std::string& value, std::initializer_list<st
   throw py::value_error(std::string(argument) + " is '" + value + "', but must be one of " + names);
 }
 
-Problem ProblemOf(const py::array& logits, const py::array& labels, const std::string& activation, bool squared_pred,
-                  const std::optional<py::array>& voxel_weight, const std::optional<int64_t>& ignore_label,
-                  bool cross_entropy, double focal_gamma, const std::string& data_format) {
+struct Inputs {
   Problem problem;
+  Tensor logits, labels, voxel_weight;
+};
+
+Inputs InputsOf(const py::object& logits, const py::object& labels, const std::string& activation, bool squared_pred,
+                const std::optional<py::object>& voxel_weight, const std::optional<int64_t>& ignore_label,
+                bool cross_entropy, double focal_gamma, const std::string& data_format) {
+  Inputs inputs{{}, TensorOf(logits, "logits"), TensorOf(labels, "labels"), {}};
+  Problem& problem = inputs.problem;
   Options& options = problem.options;
   options.activation = OneOf<Activation>(
       "activation", activation,
@@ -93,80 +71,124 @@ Problem ProblemOf(const py::array& logits, const py::array& labels, const std::s
   options.focal_gamma = focal_gamma;
   options.has_ignore_label = ignore_label.has_value();
   options.ignore_label = ignore_label.value_or(0);
-  problem.logits = DataOf(logits, "logits");
-  problem.logits_dtype = DTypeOf(logits, "logits");
-  problem.labels = DataOf(labels, "labels");
-  problem.labels_dtype = DTypeOf(labels, "labels");
+  problem.logits = inputs.logits.data;
+  problem.logits_dtype = inputs.logits.dtype;
+  problem.labels = inputs.labels.data;
+  problem.labels_dtype = inputs.labels.dtype;
+  RequireSameMemory(inputs.labels, "labels", inputs.logits);
   std::optional<Dims> weight;
   if (voxel_weight) {
-    problem.voxel_weight = DataOf(*voxel_weight, "voxel_weight");
-    problem.weight_dtype = DTypeOf(*voxel_weight, "voxel_weight");
-    weight = DimsOf(*voxel_weight);
+    inputs.voxel_weight = TensorOf(*voxel_weight, "voxel_weight");
+    RequireSameMemory(inputs.voxel_weight, "voxel_weight", inputs.logits);
+    problem.voxel_weight = inputs.voxel_weight.data;
+    problem.weight_dtype = inputs.voxel_weight.dtype;
+    weight = inputs.voxel_weight.dims;
   }
-  const std::string error = MakeProblem(DimsOf(logits), DimsOf(labels), weight, &problem);
+  const std::string error = MakeProblem(inputs.logits.dims, inputs.labels.dims, weight, &problem);
   if (!error.empty()) throw py::value_error(error);
-  return problem;
+  return inputs;
 }
 
 // The sums' type: that of the arithmetic.
-py::dtype SumsType(const Problem& problem) {
-  return problem.logits_dtype == DType::kDouble ? py::dtype::of<double>() : py::dtype::of<float>();
+DType SumsType(const Problem& problem) {
+  return problem.logits_dtype == DType::kDouble ? DType::kDouble : DType::kFloat;
 }
 
-py::dict SumsOf(const py::array& logits, const py::array& labels, const std::string& activation, bool squared_pred,
-                const std::optional<py::array>& voxel_weight, const std::optional<int64_t>& ignore_label,
-                bool cross_entropy, double focal_gamma, const std::string& data_format, int threads) {
-  const Problem problem = ProblemOf(logits, labels, activation, squared_pred, voxel_weight, ignore_label, cross_entropy,
-                                    focal_gamma, data_format);
+// A new array on the host or on the device, for results, and its memory.
+std::pair<py::object, void*> NewArray(bool on_device, DType dtype, const Dims& dims, uintptr_t stream) {
+#ifdef DICE_OP_WITH_CUDA
+  if (on_device) {
+    auto array = std::make_unique<DeviceArray>(dtype, dims, stream);
+    void* const data = array->data();
+    return {py::cast(std::move(array)), data};
+  }
+#endif
+  py::array array(NumpyType(dtype), std::vector<py::ssize_t>(dims.begin(), dims.end()));
+  void* const data = array.mutable_data();
+  return {array, data};
+}
+
+py::dict SumsOf(const py::object& logits, const py::object& labels, const std::string& activation, bool squared_pred,
+                const std::optional<py::object>& voxel_weight, const std::optional<int64_t>& ignore_label,
+                bool cross_entropy, double focal_gamma, const std::string& data_format, int threads, uintptr_t stream) {
+  const Inputs inputs = InputsOf(logits, labels, activation, squared_pred, voxel_weight, ignore_label, cross_entropy,
+                                 focal_gamma, data_format);
+  const Problem& problem = inputs.problem;
+  const bool on_device = inputs.logits.on_device;
   py::dict result;
-  const auto output = [&](const char* name, std::vector<py::ssize_t> shape) {
-    py::array array(SumsType(problem), shape);
+  const auto output = [&](const char* name, const Dims& dims) {
+    const auto [array, data] = NewArray(on_device, SumsType(problem), dims, stream);
     result[name] = array;
-    return array.mutable_data();
+    return data;
   };
-  const std::vector<py::ssize_t> shape = {problem.batch, problem.classes};
+  const Dims shape = {problem.batch, problem.classes};
   Sums sums;
   sums.intersection = output("intersection", shape);
   sums.pred_sum = output("pred_sum", shape);
   sums.label_sum = output("label_sum", shape);
   sums.cross_entropy = cross_entropy ? output("cross_entropy", shape) : nullptr;
   sums.weight_sum = output("weight_sum", {problem.batch});
+  if (on_device) {
+#ifdef DICE_OP_WITH_CUDA
+    size_t bytes = 0;
+    Check(cuda::DiceSumsWorkspace(problem, &bytes));
+    const DeviceMemory workspace(bytes, stream);
+    Check(cuda::DiceSums(problem, sums, workspace.data(), reinterpret_cast<void*>(stream)));
+#endif
+    return result;
+  }
   BadLabel bad;
   {
     py::gil_scoped_release release;
     std::vector<double> workspace(cpu::DiceSumsWorkspace(problem) / sizeof(double));
     bad = cpu::DiceSums(problem, sums, workspace.data(), Threads(threads));
   }
-  if (bad.sample >= 0) throw py::value_error(DescribeBadLabel(problem, DimsOf(logits), bad));
+  if (bad.sample >= 0) throw py::value_error(DescribeBadLabel(problem, inputs.logits.dims, bad));
   return result;
 }
 
-py::array GradientOf(const py::array& logits, const py::array& labels, const py::array& d_intersection,
-                     const py::array& d_pred_sum, const std::optional<py::array>& d_cross_entropy,
-                     const std::string& activation, bool squared_pred, const std::optional<py::array>& voxel_weight,
-                     const std::optional<int64_t>& ignore_label, double focal_gamma, const std::string& data_format,
-                     int threads, std::optional<py::array> out) {
-  const Problem problem = ProblemOf(logits, labels, activation, squared_pred, voxel_weight, ignore_label,
-                                    d_cross_entropy.has_value(), focal_gamma, data_format);
-  const auto coefficients = [&](const py::array& array, const char* name) {
-    if (!array.dtype().equal(SumsType(problem)) || DimsOf(array) != Dims{problem.batch, problem.classes}) {
-      throw py::value_error(std::string(name) + " must be of dtype " +
-                            std::string(py::str(SumsType(problem).attr("name"))) + " and shape [" +
+py::object GradientOf(const py::object& logits, const py::object& labels, const py::object& d_intersection,
+                      const py::object& d_pred_sum, const std::optional<py::object>& d_cross_entropy,
+                      const std::string& activation, bool squared_pred, const std::optional<py::object>& voxel_weight,
+                      const std::optional<int64_t>& ignore_label, double focal_gamma, const std::string& data_format,
+                      int threads, uintptr_t stream, std::optional<py::object> out) {
+  const Inputs inputs = InputsOf(logits, labels, activation, squared_pred, voxel_weight, ignore_label,
+                                 d_cross_entropy.has_value(), focal_gamma, data_format);
+  const Problem& problem = inputs.problem;
+  const bool on_device = inputs.logits.on_device;
+  std::vector<Tensor> kept;
+  const auto coefficients = [&](const py::object& array, const char* name) -> const void* {
+    kept.push_back(TensorOf(array, name));
+    const Tensor& tensor = kept.back();
+    RequireSameMemory(tensor, name, inputs.logits);
+    if (tensor.dtype != SumsType(problem) || tensor.dims != Dims{problem.batch, problem.classes}) {
+      throw py::value_error(std::string(name) + " must be of dtype " + Name(SumsType(problem)) + " and shape [" +
                             std::to_string(problem.batch) + ", " + std::to_string(problem.classes) + "]");
     }
-    return DataOf(array, name);
+    return tensor.data;
   };
-  if (!out) out = py::array(logits.dtype(), std::vector<py::ssize_t>(logits.shape(), logits.shape() + logits.ndim()));
-  if (!out->dtype().equal(logits.dtype()) || DimsOf(*out) != DimsOf(logits)) {
-    throw py::value_error("out must have the dtype and shape of logits");
-  }
-  DataOf(*out, "out");
   SumsGrad grad;
   grad.d_intersection = coefficients(d_intersection, "d_intersection");
   grad.d_pred_sum = coefficients(d_pred_sum, "d_pred_sum");
   grad.d_cross_entropy = d_cross_entropy ? coefficients(*d_cross_entropy, "d_cross_entropy") : nullptr;
-  grad.d_logits = out->mutable_data();
-  {
+  if (out) {
+    kept.push_back(TensorOf(*out, "out"));
+    if (kept.back().dtype != problem.logits_dtype || kept.back().dims != inputs.logits.dims) {
+      throw py::value_error("out must have the dtype and shape of logits");
+    }
+    RequireSameMemory(kept.back(), "out", inputs.logits);
+    if (py::isinstance<py::array>(*out) && !out->cast<py::array>().writeable()) {
+      throw py::value_error("out is read-only");
+    }
+    grad.d_logits = kept.back().data;
+  } else {
+    std::tie(out, grad.d_logits) = NewArray(on_device, problem.logits_dtype, inputs.logits.dims, stream);
+  }
+  if (on_device) {
+#ifdef DICE_OP_WITH_CUDA
+    Check(cuda::DiceSumsGrad(problem, grad, reinterpret_cast<void*>(stream)));
+#endif
+  } else {
     py::gil_scoped_release release;
     cpu::DiceSumsGrad(problem, grad, Threads(threads));
   }
@@ -179,8 +201,13 @@ py::dict BuildInfo() {
   info["version"] = DICE_OP_VERSION;
   const std::string tensorflow = DICE_OP_TENSORFLOW;
   info["tensorflow"] = tensorflow.empty() ? py::object(py::none()) : py::object(py::str(tensorflow));
+#ifdef DICE_OP_WITH_CUDA
+  info["cuda"] = cuda::Version();
+  info["cuda_archs"] = py::str(cuda::Archs()).attr("split")(",");
+#else
   info["cuda"] = py::none();
   info["cuda_archs"] = py::list();
+#endif
   info["simd_levels"] = py::str(levels).attr("split")(",");
   info["simd_level"] = cpu::SimdLevel();
   info["compiler"] = DICE_OP_COMPILER;
@@ -194,15 +221,26 @@ PYBIND11_MODULE(core, m) {
   using namespace dice_op;
   using py::arg;
   m.doc() =
-      "The fused sums and gradients on NumPy arrays, without TensorFlow and without copies.\n\n"
-      "Arrays must be contiguous in C order. N samples, C classes; see dice_op.dice_sums for the formulas.";
+      "The fused sums and gradients on arrays, without TensorFlow and without copies.\n\n"
+      "NumPy arrays, or arrays on a CUDA device that speak DLPack (PyTorch, JAX, CuPy) or\n"
+      "__cuda_array_interface__; all of one call in the same memory, contiguous in C order. N samples, C classes;\n"
+      "see dice_op.dice_sums for the formulas.";
+#ifdef DICE_OP_WITH_CUDA
+  py::class_<DeviceArray>(m, "DeviceArray",
+                          "An array on a CUDA device, as results are. Other libraries take it through\n"
+                          "__cuda_array_interface__ (torch.as_tensor, cupy.asarray); numpy() copies it to the host.")
+      .def_property_readonly("__cuda_array_interface__", &DeviceArray::Interface)
+      .def_property_readonly("shape", &DeviceArray::Shape)
+      .def_property_readonly("dtype", [](const DeviceArray& array) { return NumpyType(array.dtype()); })
+      .def("numpy", &DeviceArray::ToNumpy, "A copy on the host, once the stream has done its work.");
+#endif
   m.def("build_info", &BuildInfo,
         "What this build is: version, tensorflow and cuda it was built for (None: without), cuda_archs, "
         "simd_levels it holds, simd_level in use here, compiler.");
   m.def("sums", &SumsOf, arg("logits"), arg("labels"), py::kw_only(), arg("activation") = "softmax",
         arg("squared_pred") = false, arg("voxel_weight") = py::none(), arg("ignore_label") = py::none(),
         arg("cross_entropy") = false, arg("focal_gamma") = 0.0, arg("data_format") = "channels_last",
-        arg("threads") = 0,
+        arg("threads") = 0, arg("stream") = 0,
         "The sums of each sample and class, in one pass.\n\n"
         "Args:\n"
         "  logits: [N, spatial..., C] (channels_last) or [N, C, spatial...]; float16, bfloat16, float32, float64.\n"
@@ -212,14 +250,16 @@ PYBIND11_MODULE(core, m) {
         "  voxel_weight: [N, spatial...], any dtype; voxels of weight 0 count for nothing.\n"
         "  ignore_label: voxels with this class index count for nothing.\n"
         "  cross_entropy, focal_gamma: also sum t (1-p)^gamma (-log p).\n"
-        "  threads: 0 for one per processor. The result does not depend on it, bit for bit.\n\n"
+        "  threads: 0 for one per processor. The result does not depend on it, bit for bit.\n"
+        "  stream: on a device, the CUDA stream to work on, as a number (torch.cuda.current_stream().cuda_stream).\n\n"
         "Returns: a dict of intersection, pred_sum, label_sum [, cross_entropy] of shape [N, C] and weight_sum [N],\n"
-        "  float32 (float64 for float64 logits).\n\n"
+        "  float32 (float64 for float64 logits); on a device as DeviceArray, and NaN for a sample with a label that\n"
+        "  is no class.\n\n"
         "Raises: ValueError, TypeError, saying which argument is wrong and what it must be.");
   m.def("gradient", &GradientOf, arg("logits"), arg("labels"), py::kw_only(), arg("d_intersection"), arg("d_pred_sum"),
         arg("d_cross_entropy") = py::none(), arg("activation") = "softmax", arg("squared_pred") = false,
         arg("voxel_weight") = py::none(), arg("ignore_label") = py::none(), arg("focal_gamma") = 0.0,
-        arg("data_format") = "channels_last", arg("threads") = 0, arg("out") = py::none(),
+        arg("data_format") = "channels_last", arg("threads") = 0, arg("stream") = 0, arg("out") = py::none(),
         "The gradient of a loss with respect to the logits, in one pass, from its derivatives with respect to the "
         "sums.\n\n"
         "Args:\n"

@@ -1,8 +1,12 @@
 // The ops' kernels: validate, allocate, call.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <optional>
 
 #include "core/problem.h"
 #include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/platform/stream_executor.h"
 #include "tensorflow/core/util/work_sharder.h"
 #include "tf/attributes.h"
 
@@ -47,21 +51,8 @@ class DiceKernel : public OpKernel {
   Problem attributes_;
 };
 
-// TensorFlow's own pool. It cuts the ranges as it likes; the blocks in them are fixed.
-class ThreadPool final : public cpu::ParallelFor {
- public:
-  explicit ThreadPool(OpKernelContext* context) : workers_(*context->device()->tensorflow_cpu_worker_threads()) {}
-
-  void Run(int64_t count, int64_t cost, Body body, void* context) const override {
-    tensorflow::Shard(workers_.num_threads, workers_.workers, count, cost,
-                      [&](int64_t begin, int64_t end) { body(context, begin, end); });
-  }
-
- private:
-  const tensorflow::DeviceBase::CpuWorkerThreads& workers_;
-};
-
-class DiceSumsCpu final : public DiceKernel {
+// The sums' op on any device: outputs are allocated here, filled by Run.
+class DiceSumsKernel : public DiceKernel {
  public:
   using DiceKernel::DiceKernel;
 
@@ -77,18 +68,26 @@ class DiceSumsCpu final : public DiceKernel {
                                                          : shape;
       OP_REQUIRES_OK(context, context->allocate_output(i, one, &outputs[i]));
     }
-    Tensor workspace;
-    const auto bytes = static_cast<int64_t>(cpu::DiceSumsWorkspace(problem));
-    OP_REQUIRES_OK(context, context->allocate_temp(tensorflow::DT_INT8, TensorShape({bytes}), &workspace));
-    const Sums sums{outputs[0]->data(), outputs[1]->data(), outputs[2]->data(),
-                    cross_entropy ? outputs[3]->data() : nullptr, outputs[4]->data()};
-    const BadLabel bad = cpu::DiceSums(problem, sums, workspace.data(), ThreadPool(context));
-    OP_REQUIRES(context, bad.sample < 0,
-                absl::InvalidArgumentError(DescribeBadLabel(problem, DimsOf(context->input(0)), bad)));
+    OP_REQUIRES_OK(context, Run(context, problem,
+                                {outputs[0]->data(), outputs[1]->data(), outputs[2]->data(),
+                                 cross_entropy ? outputs[3]->data() : nullptr, outputs[4]->data()}));
+  }
+
+ protected:
+  virtual absl::Status Run(OpKernelContext* context, const Problem& problem, const Sums& sums) = 0;
+
+  static absl::Status BadLabelError(OpKernelContext* context, const Problem& problem, const BadLabel& bad,
+                                    const void* label = nullptr) {
+    return absl::InvalidArgumentError(DescribeBadLabel(problem, DimsOf(context->input(0)), bad, label));
+  }
+  // Scratch memory of the op's device.
+  static absl::Status Allocate(OpKernelContext* context, size_t bytes, Tensor* memory) {
+    return context->allocate_temp(tensorflow::DT_INT8, TensorShape({static_cast<int64_t>(bytes)}), memory);
   }
 };
 
-class DiceSumsGradCpu final : public DiceKernel {
+// The gradient's op on any device.
+class DiceSumsGradKernel : public DiceKernel {
  public:
   using DiceKernel::DiceKernel;
 
@@ -111,13 +110,119 @@ class DiceSumsGradCpu final : public DiceKernel {
     // before it is written.
     Tensor* d_logits;
     OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({0}, 0, context->input(0).shape(), &d_logits));
-    const SumsGrad grad{coefficients[0], coefficients[1], cross_entropy ? coefficients[2] : nullptr, d_logits->data()};
+    OP_REQUIRES_OK(
+        context, Run(context, problem,
+                     {coefficients[0], coefficients[1], cross_entropy ? coefficients[2] : nullptr, d_logits->data()}));
+  }
+
+ protected:
+  virtual absl::Status Run(OpKernelContext* context, const Problem& problem, const SumsGrad& grad) = 0;
+};
+
+// --- CPU ----------------------------------------------------------------------------------------------
+
+// TensorFlow's own pool. It cuts the ranges as it likes; the blocks in them are fixed.
+class ThreadPool final : public cpu::ParallelFor {
+ public:
+  explicit ThreadPool(OpKernelContext* context) : workers_(*context->device()->tensorflow_cpu_worker_threads()) {}
+
+  void Run(int64_t count, int64_t cost, Body body, void* context) const override {
+    tensorflow::Shard(workers_.num_threads, workers_.workers, count, cost,
+                      [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  }
+
+ private:
+  const tensorflow::DeviceBase::CpuWorkerThreads& workers_;
+};
+
+class DiceSumsCpu final : public DiceSumsKernel {
+ public:
+  using DiceSumsKernel::DiceSumsKernel;
+
+ private:
+  absl::Status Run(OpKernelContext* context, const Problem& problem, const Sums& sums) override {
+    Tensor workspace;
+    TF_RETURN_IF_ERROR(Allocate(context, cpu::DiceSumsWorkspace(problem), &workspace));
+    const BadLabel bad = cpu::DiceSums(problem, sums, workspace.data(), ThreadPool(context));
+    return bad.sample < 0 ? absl::OkStatus() : BadLabelError(context, problem, bad);
+  }
+};
+
+class DiceSumsGradCpu final : public DiceSumsGradKernel {
+ public:
+  using DiceSumsGradKernel::DiceSumsGradKernel;
+
+ private:
+  absl::Status Run(OpKernelContext* context, const Problem& problem, const SumsGrad& grad) override {
     cpu::DiceSumsGrad(problem, grad, ThreadPool(context));
+    return absl::OkStatus();
   }
 };
 
 REGISTER_KERNEL_BUILDER(Name("DiceSums").Device(tensorflow::DEVICE_CPU), DiceSumsCpu);
 REGISTER_KERNEL_BUILDER(Name("DiceSumsGrad").Device(tensorflow::DEVICE_CPU), DiceSumsGradCpu);
+
+// --- GPU ----------------------------------------------------------------------------------------------
+
+#ifdef DICE_OP_WITH_CUDA
+
+absl::Status StreamOf(OpKernelContext* context, void** stream) {
+  const auto* device = context->op_device_context();
+  if (!device || !device->stream()) return absl::InternalError("TensorFlow gives this op no CUDA stream");
+  *stream = device->stream()->platform_specific_handle().stream;
+  return absl::OkStatus();
+}
+
+// What the CUDA layer says in words.
+absl::Status ToStatus(const Problem& problem, const std::string& error) {
+  if (error.empty()) return absl::OkStatus();
+  return problem.classes > cuda::kMaxClasses ? absl::InvalidArgumentError(error) : absl::InternalError(error);
+}
+
+class DiceSumsGpu final : public DiceSumsKernel {
+ public:
+  using DiceSumsKernel::DiceSumsKernel;
+
+ private:
+  absl::Status Run(OpKernelContext* context, const Problem& problem, const Sums& sums) override {
+    void* stream;
+    TF_RETURN_IF_ERROR(StreamOf(context, &stream));
+    size_t bytes;
+    TF_RETURN_IF_ERROR(ToStatus(problem, cuda::DiceSumsWorkspace(problem, &bytes)));
+    Tensor workspace;
+    TF_RETURN_IF_ERROR(Allocate(context, std::max(bytes, sizeof(int64_t)), &workspace));
+    if (checks_labels_) {
+      BadLabel bad;
+      int64_t label;
+      TF_RETURN_IF_ERROR(ToStatus(problem, cuda::FindBadLabel(problem, workspace.data(), stream, &bad, &label)));
+      if (bad.sample >= 0) return BadLabelError(context, problem, bad, &label);
+    }
+    return ToStatus(problem, cuda::DiceSums(problem, sums, workspace.data(), stream));
+  }
+
+  // A wrong label makes its sample's sums NaN; to be told which one it is costs a wait for the GPU.
+  const bool checks_labels_ = [] {
+    const char* wish = std::getenv("DICE_OP_CHECK_LABELS");
+    return wish && *wish && std::strcmp(wish, "0") != 0;
+  }();
+};
+
+class DiceSumsGradGpu final : public DiceSumsGradKernel {
+ public:
+  using DiceSumsGradKernel::DiceSumsGradKernel;
+
+ private:
+  absl::Status Run(OpKernelContext* context, const Problem& problem, const SumsGrad& grad) override {
+    void* stream;
+    TF_RETURN_IF_ERROR(StreamOf(context, &stream));
+    return ToStatus(problem, cuda::DiceSumsGrad(problem, grad, stream));
+  }
+};
+
+REGISTER_KERNEL_BUILDER(Name("DiceSums").Device(tensorflow::DEVICE_GPU), DiceSumsGpu);
+REGISTER_KERNEL_BUILDER(Name("DiceSumsGrad").Device(tensorflow::DEVICE_GPU), DiceSumsGradGpu);
+
+#endif
 
 }  // namespace
 }  // namespace dice_op

@@ -10,6 +10,7 @@
 
 #include "core/dtype.h"
 #include "core/problem.h"
+#include "cuda/call.h"
 
 namespace dice_op {
 namespace cuda {
@@ -101,17 +102,27 @@ void Run(const Header& header, FILE* in, FILE* out) {
                   header.cross_entropy ? cross_entropy.data() : nullptr, weight_sum.data()};
   if (error.empty()) check(cuda::DiceSums(problem, sums, workspace.data(), nullptr));
   BadLabel bad;
-  if (error.empty()) check(cuda::FindBadLabel(problem, first_bad.data(), nullptr, &bad));
+  int64_t label = 0;
+  if (error.empty()) check(cuda::FindBadLabel(problem, first_bad.data(), nullptr, &bad, &label));
+  const std::string complaint = bad.sample < 0 ? "" : DescribeBadLabel(problem, dims, bad, &label);
   Array separate(header.in_place ? 0 : logits_bytes, header.misalign);
   Array& d_logits = header.in_place ? logits : separate;
   const SumsGrad grad{a.data(), b.data(), header.cross_entropy ? e.data() : nullptr, d_logits.data()};
   if (error.empty()) check(cuda::DiceSumsGrad(problem, grad, nullptr));
 
-  const int64_t length = error.size();
-  std::fwrite(&length, sizeof(length), 1, out);
-  std::fwrite(error.data(), 1, error.size(), out);
+  // whether a specialised kernel takes the call
+  const auto find = problem.logits_dtype == DType::kFloat      ? cuda::FindFloat
+                    : problem.logits_dtype == DType::kHalf     ? cuda::FindHalf
+                    : problem.logits_dtype == DType::kBFloat16 ? cuda::FindBFloat16
+                                                               : nullptr;
+  const int64_t specialised[2] = {find && find(problem, nullptr).kernel, find && find(problem, d_logits.data()).kernel};
+  std::fwrite(specialised, sizeof(specialised), 1, out);
+  for (const std::string& text : {error, complaint}) {
+    const int64_t length = text.size();
+    std::fwrite(&length, sizeof(length), 1, out);
+    std::fwrite(text.data(), 1, text.size(), out);
+  }
   if (!error.empty()) return;
-  std::fwrite(&bad, sizeof(bad), 1, out);
   for (const Array* array : {&intersection, &pred_sum, &label_sum, &cross_entropy, &weight_sum}) array->Write(out);
   d_logits.Write(out);
 }

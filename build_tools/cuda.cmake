@@ -1,0 +1,102 @@
+# Finds nvcc and compiles the CUDA kernels. Sets DICE_OP_HAS_CUDA, and _cuda_libraries to link with.
+
+# On PATH or under CUDA_HOME; else what pip has put beside this Python.
+if(NOT CMAKE_CUDA_COMPILER)
+  find_program(DICE_OP_NVCC NAMES $ENV{CUDACXX} nvcc HINTS $ENV{CUDA_HOME} $ENV{CUDA_PATH} PATH_SUFFIXES bin)
+  if(NOT DICE_OP_NVCC)
+    execute_process(
+      COMMAND ${Python_EXECUTABLE} -c "import glob, sys; \
+print(next((n for p in sys.path for n in sorted(glob.glob(p + '/nvidia/cu*/bin/nvcc'))), ''), end='')"
+      OUTPUT_VARIABLE DICE_OP_NVCC)
+  endif()
+  if(NOT DICE_OP_NVCC)
+    if(DICE_OP_CUDA STREQUAL "on")
+      message(FATAL_ERROR "DICE_OP_CUDA is on, but there is no nvcc on PATH, under CUDA_HOME, or beside "
+                          "${Python_EXECUTABLE}: install the CUDA toolkit, or "
+                          "pip install 'cuda-toolkit[nvcc,cudart,cccl]==13.0.*'")
+    endif()
+    message(STATUS "No nvcc: the kernels for GPUs are left out")
+    return()
+  endif()
+  set(CMAKE_CUDA_COMPILER ${DICE_OP_NVCC})
+endif()
+
+# nvcc may be a link or a script that calls another: it says itself where its toolkit is.
+execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --dryrun dice_op.cu OUTPUT_VARIABLE _dryrun ERROR_VARIABLE _dryrun)
+if(NOT _dryrun MATCHES "#\\$ TOP=([^\n]+)")
+  message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} does not run:\n${_dryrun}")
+endif()
+string(STRIP "${CMAKE_MATCH_1}" _root)
+find_library(DICE_OP_CUDART NAMES libcudart_static.a NO_DEFAULT_PATH REQUIRED HINTS ${_root} /usr
+             PATH_SUFFIXES lib64 lib targets/x86_64-linux/lib lib/x86_64-linux-gnu lib/aarch64-linux-gnu)
+cmake_path(GET DICE_OP_CUDART PARENT_PATH _library_folder)
+set(CMAKE_CUDA_FLAGS_INIT "-L${_library_folder}") # pip's nvcc looks in another place than pip puts it
+set(CMAKE_CUDA_RUNTIME_LIBRARY None)              # linked by hand: its place among the libraries matters
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES OFF) # the flags are made below, when nvcc's version is known
+endif()
+enable_language(CUDA)
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_EXTENSIONS OFF)
+
+string(REGEX MATCH "^[0-9]+\\.[0-9]+" _cuda_version ${CMAKE_CUDA_COMPILER_VERSION})
+string(REPLACE "," ";" _archs "${DICE_OP_CUDA_ARCHS}")
+if(_archs STREQUAL "")
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+                  OUTPUT_VARIABLE _gpus OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE _no_gpu)
+  if(_no_gpu OR NOT _gpus MATCHES "^[0-9]+\\.[0-9]")
+    set(_archs all)
+  else()
+    string(REPLACE "." "" _gpus "${_gpus}")
+    string(REGEX MATCHALL "[0-9]+" _archs "${_gpus}")
+    list(REMOVE_DUPLICATES _archs)
+  endif()
+endif()
+if(_archs STREQUAL "all") # Turing and later; what this nvcc knows
+  set(_archs 75 80 86 89 90)
+  if(_cuda_version VERSION_GREATER_EQUAL 12.8)
+    list(APPEND _archs 100 120)
+  endif()
+endif()
+list(SORT _archs COMPARE NATURAL)
+
+# Machine code for each, and for the GPUs of the future the last one's portable code.
+set(_cuda_flags "")
+foreach(_arch IN LISTS _archs)
+  list(APPEND _cuda_flags "--generate-code=arch=compute_${_arch},code=sm_${_arch}")
+endforeach()
+list(GET _archs -1 _last)
+list(APPEND _cuda_flags "--generate-code=arch=compute_${_last},code=compute_${_last}")
+if(_cuda_version VERSION_GREATER_EQUAL 13)
+  list(APPEND _cuda_flags --compress-mode=size) # CUDA 13's drivers can all unpack it
+endif()
+if(CMAKE_COMPILE_WARNING_AS_ERROR)
+  list(APPEND _cuda_flags "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror")
+endif()
+list(JOIN _archs "," _cuda_archs)
+message(STATUS "CUDA ${_cuda_version} kernels for ${_cuda_archs}")
+
+add_library(dice_op_cuda STATIC csrc/cuda/dice_op_cuda.cu)
+target_compile_definitions(dice_op_cuda PRIVATE DICE_OP_CUDA_VERSION="${_cuda_version}"
+                                                DICE_OP_CUDA_ARCHS="${_cuda_archs}")
+target_compile_definitions(dice_op_core INTERFACE DICE_OP_WITH_CUDA)
+# The kernels once per storage type, and once for what no specialised kernel does.
+function(add_cuda_family name)
+  add_library(dice_op_cuda_${name} OBJECT csrc/cuda/kernels.cu)
+  target_compile_definitions(dice_op_cuda_${name} PRIVATE DICE_OP_CUDA_FIND=Find${name} ${ARGN})
+  target_sources(dice_op_cuda PRIVATE $<TARGET_OBJECTS:dice_op_cuda_${name}>)
+endfunction()
+add_cuda_family(Float DICE_OP_CUDA_STORAGE=float)
+add_cuda_family(Half DICE_OP_CUDA_STORAGE=Half)
+add_cuda_family(BFloat16 DICE_OP_CUDA_STORAGE=BFloat16)
+add_cuda_family(General)
+foreach(_target dice_op_cuda dice_op_cuda_Float dice_op_cuda_Half dice_op_cuda_BFloat16 dice_op_cuda_General)
+  target_include_directories(${_target} PRIVATE csrc)
+  target_compile_options(${_target} PRIVATE ${_cuda_flags} -Xcompiler=-Wall,-Wextra)
+  set_target_properties(${_target} PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_ARCHITECTURES OFF)
+endforeach()
+
+find_package(Threads REQUIRED)
+set(_cuda_libraries dice_op_cuda ${DICE_OP_CUDART} Threads::Threads ${CMAKE_DL_LIBS} rt)
+set(DICE_OP_HAS_CUDA ON)

@@ -1,0 +1,223 @@
+// Arrays from Python, on the host or on a CUDA device, as plain pointers: read where they are, never
+// copied. NumPy's arrays, whatever speaks DLPack (PyTorch, JAX, CuPy) or __cuda_array_interface__.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/dice_op.h"
+#include "core/problem.h"
+
+namespace dice_op {
+
+namespace py = pybind11;
+
+struct Tensor {
+  void* data = nullptr;
+  Dims dims;
+  DType dtype = DType::kFloat;
+  bool on_device = false;
+  std::shared_ptr<void> owner;  // keeps the memory alive
+};
+
+namespace dlpack {  // the ABI of https://dmlc.github.io/dlpack, version 0
+
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t* shape;
+  int64_t* strides;  // in elements; null if compact
+  uint64_t byte_offset;
+};
+struct DLManagedTensor {
+  DLTensor tensor;
+  void* context;
+  void (*deleter)(DLManagedTensor*);
+};
+constexpr int kHost = 1, kCuda = 2, kCudaManaged = 13;
+
+}  // namespace dlpack
+
+[[noreturn]] inline void RefuseDType(const std::string& name, const std::string& dtype) {
+  throw py::type_error(name + " has dtype " + dtype +
+                       ", but must be bool, uint8, int8, uint16, int16, int32, int64, float16, bfloat16, "
+                       "float32 or float64");
+}
+
+inline DType DTypeNamed(const std::string& dtype, const char* name) {
+  static const std::pair<const char*, DType> kTypes[] = {
+      {"bool", DType::kBool},     {"uint8", DType::kUint8},    {"int8", DType::kInt8},
+      {"uint16", DType::kUint16}, {"int16", DType::kInt16},    {"int32", DType::kInt32},
+      {"int64", DType::kInt64},   {"float16", DType::kHalf},   {"bfloat16", DType::kBFloat16},
+      {"float32", DType::kFloat}, {"float64", DType::kDouble},
+  };
+  for (const auto& [known, type] : kTypes) {
+    if (dtype == known) return type;
+  }
+  RefuseDType(name, dtype);
+}
+
+inline py::dtype NumpyType(DType dtype) {
+  if (dtype == DType::kBFloat16) return py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16"));
+  return py::dtype(dtype == DType::kHalf ? "float16" : Name(dtype));
+}
+
+// strides: in units of `unit`, or null.
+template <class Strides>
+void RequireCompact(const Dims& dims, const Strides& strides, int64_t unit, const char* name) {
+  int64_t expected = unit;
+  for (size_t i = dims.size(); i-- > 0; expected *= dims[i]) {
+    if (dims[i] == 0) return;
+    if (dims[i] != 1 && strides[i] != expected) {
+      throw py::value_error(std::string(name) + " is not contiguous in C order; make a copy that is");
+    }
+  }
+}
+
+inline Tensor FromNumpy(const py::array& array, const char* name) {
+  if (!(array.flags() & py::array::c_style)) {
+    throw py::value_error(std::string(name) +
+                          " is not contiguous in C order; numpy.ascontiguousarray() makes a copy that is");
+  }
+  if (!array.dtype().attr("isnative").cast<bool>()) {
+    throw py::value_error(std::string(name) + " is not in this machine's byte order");
+  }
+  Tensor tensor;
+  tensor.data = const_cast<void*>(array.data());
+  tensor.dims = Dims(array.shape(), array.shape() + array.ndim());
+  tensor.dtype = DTypeNamed(py::str(array.dtype().attr("name")), name);
+  return tensor;
+}
+
+// The caller's array outlives the call, so nothing but its Python object need be kept.
+inline Tensor FromCudaArrayInterface(const py::object& object, const char* name) {
+  const py::dict about = object.attr("__cuda_array_interface__");
+  Tensor tensor;
+  tensor.on_device = true;
+  tensor.data = reinterpret_cast<void*>(about["data"].cast<py::tuple>()[0].cast<uintptr_t>());
+  for (const auto& size : about["shape"].cast<py::tuple>()) tensor.dims.push_back(size.cast<int64_t>());
+  const py::dtype dtype = py::dtype::from_args(about["typestr"]);
+  tensor.dtype = DTypeNamed(py::str(dtype.attr("name")), name);
+  if (about.contains("strides") && !about["strides"].is_none()) {
+    RequireCompact(tensor.dims, about["strides"].cast<std::vector<int64_t>>(), dtype.itemsize(), name);
+  }
+  return tensor;
+}
+
+inline Tensor FromDlpack(const py::object& object, const char* name) {
+  const py::capsule capsule = object.attr("__dlpack__")();
+  auto* const managed = static_cast<dlpack::DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+  if (!managed) throw py::error_already_set();
+  PyCapsule_SetName(capsule.ptr(), "used_dltensor");  // it is ours now
+  Tensor tensor;
+  tensor.owner = std::shared_ptr<void>(managed, [](void* memory) {
+    auto* const owned = static_cast<dlpack::DLManagedTensor*>(memory);
+    if (owned->deleter) owned->deleter(owned);
+  });
+  const dlpack::DLTensor& source = managed->tensor;
+  tensor.data = static_cast<char*>(source.data) + source.byte_offset;
+  tensor.dims.assign(source.shape, source.shape + source.ndim);
+  tensor.on_device = source.device_type == dlpack::kCuda || source.device_type == dlpack::kCudaManaged;
+  if (!tensor.on_device && source.device_type != dlpack::kHost) {
+    throw py::value_error(std::string(name) + " is neither in host memory nor on a CUDA device");
+  }
+  static const char* const kKinds[] = {"int", "uint", "float", "", "bfloat", "", "bool"};
+  std::string dtype = source.lanes == 1 && source.code < 7 ? kKinds[source.code] : "of another kind";
+  if (source.code != 6) dtype += std::to_string(source.bits);
+  tensor.dtype = DTypeNamed(dtype, name);
+  if (source.strides) RequireCompact(tensor.dims, source.strides, 1, name);
+  return tensor;
+}
+
+inline Tensor TensorOf(const py::object& object, const char* name) {
+  if (py::isinstance<py::array>(object)) return FromNumpy(object.cast<py::array>(), name);
+  if (py::hasattr(object, "__dlpack__")) return FromDlpack(object, name);
+  if (py::hasattr(object, "__cuda_array_interface__")) return FromCudaArrayInterface(object, name);
+  return FromNumpy(py::array::ensure(object), name);  // lists and numbers
+}
+
+inline void RequireSameMemory(const Tensor& tensor, const char* name, const Tensor& logits) {
+#ifndef DICE_OP_WITH_CUDA
+  if (logits.on_device) {
+    throw py::value_error(
+        "logits are on a CUDA device, but this build of dice_op has no CUDA kernels (DICE_OP_CUDA=on)");
+  }
+#endif
+  if (tensor.on_device != logits.on_device) {
+    throw py::value_error(std::string(name) + (tensor.on_device ? " is on a CUDA device" : " is in host memory") +
+                          ", but logits are " + (logits.on_device ? "on a CUDA device" : "in host memory") +
+                          "; move one of them");
+  }
+}
+
+#ifdef DICE_OP_WITH_CUDA
+
+inline void Check(const std::string& error) {
+  if (!error.empty()) throw std::runtime_error(error);
+}
+
+// Device memory in the order of a stream.
+class DeviceMemory {
+ public:
+  DeviceMemory(size_t bytes, uintptr_t stream) : stream_(reinterpret_cast<void*>(stream)) {
+    Check(cuda::Allocate(std::max<size_t>(bytes, 1), stream_, &data_));
+  }
+  ~DeviceMemory() { cuda::Release(data_, stream_); }
+  DeviceMemory(const DeviceMemory&) = delete;
+  void* data() const { return data_; }
+  void* stream() const { return stream_; }
+
+ private:
+  void* const stream_;
+  void* data_ = nullptr;
+};
+
+class DeviceArray {
+ public:
+  DeviceArray(DType dtype, const Dims& dims, uintptr_t stream)
+      : dtype_(dtype), dims_(dims), memory_(Bytes(dtype, dims), stream) {}
+  void* data() const { return memory_.data(); }
+  DType dtype() const { return dtype_; }
+  py::tuple Shape() const { return py::tuple(py::cast(dims_)); }
+  py::dict Interface() const {
+    if (dtype_ == DType::kBFloat16) {  // so that hasattr() says no
+      throw py::attribute_error("__cuda_array_interface__ knows no bfloat16; pass `out`");
+    }
+    py::dict about;
+    about["shape"] = Shape();
+    about["typestr"] = NumpyType(dtype_).attr("str");
+    about["data"] = py::make_tuple(reinterpret_cast<uintptr_t>(data()), false);
+    about["version"] = 3;
+    about["stream"] = memory_.stream() ? reinterpret_cast<uintptr_t>(memory_.stream()) : 1;  // 1: the default stream
+    return about;
+  }
+  py::array ToNumpy() const {
+    py::array array(NumpyType(dtype_), std::vector<py::ssize_t>(dims_.begin(), dims_.end()));
+    Check(cuda::CopyToHost(array.mutable_data(), data(), array.nbytes(), memory_.stream()));
+    return array;
+  }
+
+ private:
+  static size_t Bytes(DType dtype, const Dims& dims) {
+    size_t bytes = NumpyType(dtype).itemsize();
+    for (int64_t size : dims) bytes *= size;
+    return bytes;
+  }
+  const DType dtype_;
+  const Dims dims_;
+  const DeviceMemory memory_;
+};
+
+#endif
+
+}  // namespace dice_op

@@ -1,0 +1,45 @@
+// One kernel of each sort: compiles in seconds where all take a minute. Stands in for kernels.cu.
+#include "cuda/kernels.h"
+
+namespace dice_op {
+namespace {
+
+template <class Source>
+cuda::Variant Of(const Problem& problem, const void* d_logits) {
+  const auto of = [&](auto cross_entropy) {
+    return VariantOf<Source, Softmax, cross_entropy.value>(problem, d_logits != nullptr);
+  };
+  return problem.options.cross_entropy ? of(std::true_type{}) : of(std::false_type{});
+}
+
+}  // namespace
+
+namespace cuda {
+
+Variant FindFloat(const Problem& problem, const void* d_logits) {
+  if (!IsPlain<float>(problem, d_logits)) return {};
+  const bool planar = problem.options.data_format == DataFormat::kChannelsFirst;
+  if (planar) return problem.classes == 2 ? Of<Direct<float, 2, true>>(problem, d_logits) : Variant{};
+  if (problem.classes == 3) return Of<Staged<float, 3, 1, 3>>(problem, d_logits);
+  if (problem.classes == 4) return Of<Direct<float, 4, false>>(problem, d_logits);
+  if (problem.classes == 14) return Of<Staged<float, 14, 1, 14>>(problem, d_logits);
+  if (problem.classes == 64) return Of<Staged<float, 16, 4, 14>>(problem, d_logits);
+  if (problem.classes == 104) return Of<Staged<float, 14, 8, 12>>(problem, d_logits);
+  return {};
+}
+
+Variant FindHalf(const Problem&, const void*) { return {}; }
+
+Variant FindBFloat16(const Problem& problem, const void* d_logits) {
+  if (!IsPlain<BFloat16>(problem, d_logits) || problem.classes != 5) return {};
+  return Of<Staged<BFloat16, 5, 1, 5>>(problem, d_logits);
+}
+
+Variant FindGeneral(const Problem& problem, const void* d_logits) {
+  if (problem.dense_labels) return Of<General<float, true, 4, 1>>(problem, d_logits);
+  return problem.classes <= 4 ? Of<General<float, false, 4, 1>>(problem, d_logits)
+                              : Of<General<float, false, 8, 32>>(problem, d_logits);
+}
+
+}  // namespace cuda
+}  // namespace dice_op
