@@ -1,14 +1,17 @@
 # Everything goes into .venv and build/ here; nothing is installed elsewhere.
 #   make demo PYTHON=python3.12                 another Python
 #   make demo TENSORFLOW='tensorflow==2.21.*'   another TensorFlow; this one for GPUs
+#   make build DICE_OP_CUDA=on                  with CUDA kernels also where there is no GPU
 
 python := .venv/bin/python
 csrc := $(shell find csrc -type f)
+c++ := $(csrc) $(shell find tests -name '*.cc' -o -name '*.h')
+export DICE_OP_CUDA DICE_OP_CUDA_ARCHS
 
-.PHONY: help demo test build lint format clean FORCE
+.PHONY: help demo test test-full build lint format clean FORCE
 
 help:  ## list these commands
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile
 
 demo: build  ## train a small 3D U-Net on a brain volume with the fused loss
 	$(python) examples/brain_segmentation.py
@@ -16,17 +19,20 @@ demo: build  ## train a small 3D U-Net on a brain volume with the fused loss
 test: lint build  ## check the style, run the tests
 	$(python) -m pytest tests
 
+test-full: build  ## run the tests that take long
+	$(python) -m pytest tests -m full
+
 build: build/ready  ## compile the extension into dice_op/
 
 lint: .venv/ready  ## check the style
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
-	.venv/bin/clang-format --dry-run -Werror $(csrc)
+	.venv/bin/clang-format --dry-run -Werror $(c++)
 
 format: .venv/ready  ## mend the style
 	$(python) -m ruff check --fix --exit-zero --quiet .
 	$(python) -m ruff format .
-	.venv/bin/clang-format -i $(csrc)
+	.venv/bin/clang-format -i $(c++)
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build demo_output dist *.egg-info dice_op/*.so
@@ -35,7 +41,12 @@ clean:  ## remove what was built, but not .venv
 .venv/ready: FORCE
 	@sh build_tools/bootstrap.sh
 
-build/ready: .venv/ready $(csrc) CMakeLists.txt setup.py build_tools/tensorflow_flags.py
+# What was asked for, written anew only if it is another wish than the last time's.
+wishes = $(DICE_OP_CUDA) $(DICE_OP_CUDA_ARCHS) $(CMAKE_ARGS)
+build/wishes: FORCE
+	@mkdir -p build; echo '$(wishes)' | cmp -s - $@ || echo '$(wishes)' >$@
+
+build/ready: .venv/ready build/wishes $(csrc) CMakeLists.txt setup.py build_tools/cuda.cmake build_tools/tensorflow_flags.py
 	@sh build_tools/check_compiler.sh
 	$(python) setup.py --quiet build_ext --inplace
 	@touch $@

@@ -1,9 +1,10 @@
-"""setuptools' build backend, and TensorFlow among the requirements.
+"""setuptools' build backend, and TensorFlow and CUDA's compiler among the requirements.
 
 pip builds in an environment of its own that holds nothing but what is asked for here. A build fits
 one minor version of TensorFlow, so which one is a choice, by the environment variable
 DICE_OP_TENSORFLOW: a version ("2.20") or a requirement ("tensorflow==2.21.0"). Without it:
-pyproject.toml's default.
+pyproject.toml's default. Where CUDA kernels are asked for (DICE_OP_CUDA=on) and no nvcc is there,
+pip's is used.
 """
 
 import os
@@ -19,19 +20,25 @@ except ImportError:  # Python 3.10
     import tomli as tomllib
 
 
-def _tensorflow():
+def _requirements():
+    groups = tomllib.loads(Path("pyproject.toml").read_text())["dependency-groups"]
     wanted = os.environ.get("DICE_OP_TENSORFLOW")
     if wanted:
-        return [f"tensorflow-cpu=={wanted}.*" if wanted[0].isdigit() else wanted]
-    return tomllib.loads(Path("pyproject.toml").read_text())["dependency-groups"]["tensorflow"]
+        requirements = [f"tensorflow-cpu=={wanted}.*" if wanted[0].isdigit() else wanted]
+    else:
+        requirements = groups["tensorflow"]
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME')}/bin")
+    if os.environ.get("DICE_OP_CUDA") == "on" and not nvcc:
+        requirements = requirements + groups["cuda"]
+    return requirements
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    return build_meta.get_requires_for_build_wheel(config_settings) + _tensorflow()
+    return build_meta.get_requires_for_build_wheel(config_settings) + _requirements()
 
 
 def get_requires_for_build_editable(config_settings=None):
-    return build_meta.get_requires_for_build_editable(config_settings) + _tensorflow()
+    return build_meta.get_requires_for_build_editable(config_settings) + _requirements()
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):

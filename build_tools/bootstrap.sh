@@ -28,7 +28,11 @@ suits() { # TensorFlow 2.21 has wheels for these
 
 has=$(cat .venv/tensorflow 2>/dev/null)
 TENSORFLOW=${TENSORFLOW:-$has}
-ready="$PWD $(cksum <pyproject.toml)"
+toolkit= # pip's, where CUDA kernels are asked for and there is no nvcc
+if [ "${DICE_OP_CUDA:-}" = on ] && ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-}/bin/nvcc" ]; then
+  toolkit=--group=cuda
+fi
+ready="$PWD $(cksum <pyproject.toml) $toolkit"
 keep=
 # Another TensorFlow needs another .venv: its two packages share files, and would overwrite them.
 if suits .venv/bin/python && [ "$TENSORFLOW" = "$has" ] &&
@@ -86,7 +90,7 @@ install() {
 
 install --quiet 'pip>=25.1' # the one that venv brings may know no dependency groups
 [ "$TENSORFLOW" ] || TENSORFLOW=--group=tensorflow
-install ${keep:+--quiet} "$TENSORFLOW" --group=dev
+install ${keep:+--quiet} "$TENSORFLOW" --group=dev $toolkit
 
 # An editable install of our own, for `make build` needs no pip: dice_op/ is found where it is.
 echo "$PWD" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dice_op.pth"

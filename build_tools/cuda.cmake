@@ -1,4 +1,15 @@
-# Finds nvcc and compiles the CUDA kernels. Sets DICE_OP_HAS_CUDA, and _cuda_libraries to link with.
+# Finds nvcc and compiles the CUDA kernels. Sets _cuda_libraries, to link with.
+
+# The GPUs of this machine, such as "8.6;9.0".
+execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+                OUTPUT_VARIABLE _gpus OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE _no_gpu)
+if(_no_gpu OR NOT _gpus MATCHES "^[0-9]+\\.[0-9]")
+  set(_gpus "")
+endif()
+if(DICE_OP_CUDA STREQUAL "auto" AND _gpus STREQUAL "")
+  message(STATUS "No GPU here: the kernels for GPUs are left out (DICE_OP_CUDA=on compiles them)")
+  return()
+endif()
 
 # On PATH or under CUDA_HOME; else what pip has put beside this Python.
 if(NOT CMAKE_CUDA_COMPILER)
@@ -43,9 +54,7 @@ set(CMAKE_CUDA_EXTENSIONS OFF)
 string(REGEX MATCH "^[0-9]+\\.[0-9]+" _cuda_version ${CMAKE_CUDA_COMPILER_VERSION})
 string(REPLACE "," ";" _archs "${DICE_OP_CUDA_ARCHS}")
 if(_archs STREQUAL "")
-  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
-                  OUTPUT_VARIABLE _gpus OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE _no_gpu)
-  if(_no_gpu OR NOT _gpus MATCHES "^[0-9]+\\.[0-9]")
+  if(_gpus STREQUAL "")
     set(_archs all)
   else()
     string(REPLACE "." "" _gpus "${_gpus}")
@@ -53,8 +62,8 @@ if(_archs STREQUAL "")
     list(REMOVE_DUPLICATES _archs)
   endif()
 endif()
-if(_archs STREQUAL "all") # Turing and later; what this nvcc knows
-  set(_archs 75 80 86 89 90)
+if(_archs STREQUAL "all") # Turing and later, what this nvcc knows; 8.6 and 8.9 run the code of 8.0
+  set(_archs 75 80 90)
   if(_cuda_version VERSION_GREATER_EQUAL 12.8)
     list(APPEND _archs 100 120)
   endif()
@@ -99,4 +108,3 @@ endforeach()
 
 find_package(Threads REQUIRED)
 set(_cuda_libraries dice_op_cuda ${DICE_OP_CUDART} Threads::Threads ${CMAKE_DL_LIBS} rt)
-set(DICE_OP_HAS_CUDA ON)

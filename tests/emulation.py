@@ -31,48 +31,65 @@ DTYPES = "bool uint8 int8 uint16 int16 int32 int64 float16 bfloat16 float32 floa
 ACTIVATIONS = "softmax sigmoid none".split()
 
 
-def _compile(source, output, flags, log):
+def _flags(kind, csrc):
+    include = [f"-I{csrc}", f"-I{EMULATOR}"]
+    return [*FLAGS[kind], *include, "-Wno-unknown-pragmas", "-Wno-psabi"]
+
+
+def _compile(source, output, flags):
     command = [CXX, "-x", "c++", "-std=c++17", "-g1", *flags, "-c", source, "-o", output]
     result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
-    log.append(result.stderr)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def build(kind, csrc=ROOT / "csrc", folder=None, few=False):
+def _link(kind, objects, program):
+    subprocess.run([CXX, *FLAGS[kind], *objects, "-o", program], check=True)
+
+
+def build(kind, few=False):
     """The program of one kind ("plain", "address", "thread"), compiled if anything has changed.
 
     few: one kernel of each sort instead of all, which takes seconds.
     """
+    csrc = ROOT / "csrc"
     sources = sorted(p for d in (csrc / "core", csrc / "cuda", EMULATOR) for p in d.iterdir())
-    key = hashlib.sha256(f"{CXX} {few}".encode())
+    key = hashlib.sha256(CXX.encode())
     for source in sources:
         key.update(source.read_bytes())
-    folder = folder or ROOT / "build" / "cuda_emulator" / kind
+    folder = ROOT / "build" / "cuda_emulator" / (f"few_{kind}" if few else kind)
     program, stamp = folder / "run_cases", folder / "key"
     if program.exists() and stamp.exists() and stamp.read_text() == key.hexdigest():
         return program
     folder.mkdir(parents=True, exist_ok=True)
-    include = [f"-I{csrc}", f"-I{EMULATOR}", "-Wno-unknown-pragmas", "-Wno-psabi"]
-    flags = [*FLAGS[kind], *include]
-    # the engine speaks to the sanitizers and must not be compiled with them
-    tasks = [(EMULATOR / "cuda_emulator.cc", "engine.o", ["-O2", *include])]
-    if few:
-        tasks.append((EMULATOR / "few_kernels.cc", "few_kernels.o", flags))
-    for family, define in () if few else FAMILIES.items():
-        defines = [f"-DDICE_OP_CUDA_FIND=Find{family}", *define]
-        tasks.append((csrc / "cuda" / "kernels.cu", f"{family}.o", [*flags, *defines]))
-    tasks += [
+    flags = _flags(kind, csrc)
+    tasks = [  # the engine speaks to the sanitizers and must not be compiled with them
+        (EMULATOR / "cuda_emulator.cc", "engine.o", [*_flags("plain", csrc)]),
         (csrc / "cuda" / "dice_op_cuda.cu", "dice_op_cuda.o", flags),
         (csrc / "core" / "problem.cc", "problem.o", flags),
         (EMULATOR / "run_cases.cc", "run_cases.o", flags),
     ]
-    log = []
+    if few:
+        tasks.insert(0, (EMULATOR / "few_kernels.cc", "kernels.o", flags))
+    for family, define in () if few else FAMILIES.items():
+        defines = [f"-DDICE_OP_CUDA_FIND=Find{family}", *define]
+        tasks.insert(0, (csrc / "cuda" / "kernels.cu", f"{family}.o", [*flags, *defines]))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in [pool.submit(_compile, s, folder / o, f, log) for s, o, f in tasks]:
+        for done in [pool.submit(_compile, s, folder / o, f) for s, o, f in tasks]:
             done.result()
-    objects = [folder / o for _, o, _ in tasks]
-    subprocess.run([CXX, *FLAGS[kind], *objects, "-o", program], check=True)
+    _link(kind, [folder / o for _, o, _ in tasks], program)
     stamp.write_text(key.hexdigest())
+    return program
+
+
+def rebuild(kind, csrc, folder):
+    """The program of few kernels with those of another source tree; the rest is from `build`."""
+    objects = build(kind, few=True).parent
+    flags = _flags(kind, csrc)
+    _compile(EMULATOR / "few_kernels.cc", folder / "kernels.o", flags)
+    _compile(csrc / "cuda" / "dice_op_cuda.cu", folder / "dice_op_cuda.o", flags)
+    others = [objects / f"{name}.o" for name in ("engine", "problem", "run_cases")]
+    program = folder / "run_cases"
+    _link(kind, [folder / "kernels.o", folder / "dice_op_cuda.o", *others], program)
     return program
 
 
@@ -95,7 +112,14 @@ def case(x, y, *, weight=None, coefficients, activation="softmax", data_format="
     arrays += [np.asarray(k, number) for k in coefficients[: 3 if cross_entropy else 2]]
     data = header.tobytes() + np.float64(focal_gamma).tobytes()
     data += b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)
-    return {"data": data, "shape": (n, v, c), "like": x, "number": number, "loss": cross_entropy, "activation": ACTIVATIONS.index(activation)}
+    return {
+        "data": data,
+        "shape": (n, v, c),
+        "like": x,
+        "number": number,
+        "loss": cross_entropy,
+        "activation": ACTIVATIONS.index(activation),
+    }
 
 
 class Failed(Exception):  # noqa: N818

@@ -17,8 +17,9 @@ PACKAGE = pathlib.Path(core.__file__).parent
 MAY_INCLUDE = {
     "core": r'"core/[a-z_]+\.h"',
     "cpu": r'"(core|cpu)/[a-z_]+\.h"',
+    "cuda": r'"(core|cuda)/[a-z_]+\.h"|"cuda_emulator\.h"|<cuda_[a-z0-9_]+\.h>',
     "tf": r'"core/(dice_op|problem)\.h"|"tf/[a-z_]+\.h"|"tensorflow/.*"',
-    "pybind": r'"core/(dice_op|problem)\.h"|<pybind11/.*>',
+    "pybind": r'"core/(dice_op|problem)\.h"|"pybind/[a-z_]+\.h"|<pybind11/.*>',
 }
 SYSTEM_HEADER = r"<[a-z_]+(\.h)?>"
 
@@ -96,7 +97,7 @@ def test_build_info():
     assert f'version = "{info["version"]}"' in (ROOT / "pyproject.toml").read_text()
     assert info["tensorflow"] == tf.__version__
     assert info["simd_level"] in info["simd_levels"]
-    assert info["cuda"] is None and info["cuda_archs"] == []
+    assert (info["cuda"] is None) == (info["cuda_archs"] == [])
     assert info["compiler"]
 
 

@@ -119,7 +119,7 @@ REGIMES = {
 
 
 def voxel_counts(classes):
-    """One voxel; a whole number of tiles and words; no multiple of anything; several tiles a warp."""
+    """One voxel; a whole number of tiles and words; no multiple of anything, several tiles."""
     return (1, 64, 77) if classes > 64 else (1, 256, 333) if classes > 16 else (1, 512, 1003)
 
 
@@ -151,7 +151,8 @@ def is_specialised(x, planar, activation):
     if x.dtype == np.float64 or (c == 1 and activation == "softmax"):
         return False
     if planar and c > 1:
-        return c <= 4 and activation != "none" and v * x.itemsize % 16 == 0
+        most = {"softmax": 4, "sigmoid": 3, "none": 1}[activation]
+        return c <= most and v * x.itemsize % 16 == 0
     return (c <= 4 or activation == "softmax") and (n == 1 or v * c * x.itemsize % 16 == 0)
 
 
@@ -163,9 +164,7 @@ def program():
 @pytest.fixture(scope="session")
 def few():
     """The same program with one kernel of each sort, compiled in seconds."""
-    return lambda kind: emulation.build(
-        kind, few=True, folder=emulation.ROOT / "build" / "cuda_emulator" / f"few_{kind}"
-    )
+    return functools.cache(lambda kind: emulation.build(kind, few=True))
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
@@ -225,11 +224,13 @@ def test_long_sums_keep_their_precision(program, tmp_path):
     x = np.zeros((1, 3_000_000, 2), np.float32)
     x[..., 0] = 0.3
     y = np.zeros(x.shape[:2], np.uint8)
-    (result,) = emulation.run(program("plain"), [simple_case(x, y)], tmp_path, CUDA_EMULATOR_SMS="1")
+    (result,) = emulation.run(
+        program("plain"), [simple_case(x, y)], tmp_path, CUDA_EMULATOR_SMS="1"
+    )
     p = 1 / (1 + np.exp(-np.float64(np.float32(0.3))))
     expected = x.shape[1] * np.array([p, 1 - p])
-    np.testing.assert_allclose(result["pred_sum"][0], expected, rtol=2e-7)
-    np.testing.assert_allclose(result["cross_entropy"][0, 0], -np.log(p) * x.shape[1], rtol=3e-7)
+    np.testing.assert_allclose(result["pred_sum"][0], expected, rtol=5e-7)
+    np.testing.assert_allclose(result["cross_entropy"][0, 0], -np.log(p) * x.shape[1], rtol=5e-7)
     np.testing.assert_array_equal(result["label_sum"][0], [x.shape[1], 0])
 
 
@@ -271,9 +272,9 @@ def test_more_classes_than_the_gpu_takes(program, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64", "float32"])
 def test_a_label_that_is_no_class(dtype, program, tmp_path):
-    """NaN for the sample, not for the others; who asks is told which voxel, and what stands there."""
+    """NaN for the sample, not for the others; who asks is told which voxel it is, and its value."""
     cases, wanted = [], []
-    for c in (1, 2, 3, 4, 14, 104):
+    for c in (1, 2, 3, 4, 14, 104)[dtype == "float32" :]:  # one channel of floats is a soft mask
         for value in (c + 1, 120, -1, 0.5, np.nan):
             if dtype.startswith("u") and value == -1 or dtype != "float32" and value % 1:
                 continue
@@ -281,10 +282,8 @@ def test_a_label_that_is_no_class(dtype, program, tmp_path):
             y = y.copy()
             y[1, 37] = y[2, 99] = value
             cases.append(simple_case(x, y, activation="sigmoid" if c == 1 else "softmax"))
-            wanted.append(f"[1, 37] have the value {value:g}".replace("nan", "nan"))
-    for result, text in zip(
-        emulation.run(program("plain"), cases, tmp_path), wanted, strict=True
-    ):
+            wanted.append(f"[1, 37] have the value {value:g}")
+    for result, text in zip(emulation.run(program("plain"), cases, tmp_path), wanted, strict=True):
         assert text in result["bad_label"]
         for name in (*NAMES, "weight_sum"):
             assert np.isfinite(result[name][0]).all()
@@ -304,12 +303,12 @@ def test_dense_labels_that_are_no_labels(program, tmp_path):
         assert np.isfinite(result["pred_sum"][0]).all() and np.isnan(result["pred_sum"][1]).all()
 
 
-# --- the same bits in every order, and no sanitizer's report ------------------------------------------
+# --- the same bits in every order, and no sanitizer's report --------------------------------------
 
 
 @functools.cache
 def few_cases(small=False):
-    """What few_kernels.cc has kernels for: one of each sort, several tiles and flushes to a warp."""
+    """What few_kernels.cc has kernels for: one of each sort; several tiles and flushes a warp."""
     v = 300 if small else 20_000
     cases = Cases()
     cases.add((2, v, 4))
@@ -318,8 +317,9 @@ def few_cases(small=False):
     cases.add((2, v, 3), "int32")
     cases.add((1, v + 77, 5), dtype="bfloat16", in_place=True)
     cases.add((1, v + 77, 14))
-    cases.add((1, v // 8 + 3, 64), in_place=True)
-    cases.add((2, v // 10, 104), cross_entropy=False)
+    cases.add((1, v // 8 + 3, 48), in_place=True)
+    cases.add((1, v // 10 + 3, 104), cross_entropy=False)
+    cases.add((1, 100, 4), misalign=8)
     cases.add((2, v // 4 + 1, 3), weight="float32", focal_gamma=2.0)
     cases.add((2, v // 4 + 1, 4), "soft", data_format="channels_first")
     cases.add((1, v // 16 + 1, 50), weight="uint8", data_format="channels_first", in_place=True)
@@ -344,7 +344,7 @@ def test_the_same_bits_in_every_order(few, tmp_path):
     cases.check(results)
 
 
-@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+@pytest.mark.parametrize("order", ["forward", "random"])
 @pytest.mark.parametrize("kind", ["address", "thread"])
 def test_sanitizers(kind, order, few, tmp_path):
     cases = few_cases(small=True)

@@ -11,15 +11,26 @@ namespace {
 
 using T = DICE_OP_CUDA_STORAGE;
 
-template <class Activation, bool kCrossEntropy, int kItems, int kSure>
-Variant Lanes(const Problem& problem, bool grad) {
-  const auto of = [&](auto lanes) {
-    return VariantOf<Staged<T, kItems, lanes.value, kSure>, Activation, kCrossEntropy>(problem, grad);
+// More than 16 classes: the smallest tile that holds them.
+template <class Activation>
+Variant Shared(const Problem& problem, bool grad) {
+  const auto of = [&](auto lanes, auto items, auto sure) {
+    return VariantOf<Staged<T, items.value, lanes.value, sure.value>, Activation, true>(problem, grad);
   };
-  if (problem.classes <= 32) return of(std::integral_constant<int, 2>{});
-  if (problem.classes <= 64) return of(std::integral_constant<int, 4>{});
-  if (problem.classes <= 128) return of(std::integral_constant<int, 8>{});
-  return of(std::integral_constant<int, 16>{});
+  const auto with = [&](auto lanes) -> Variant {
+    const int64_t items = (problem.classes + lanes.value - 1) / lanes.value;  // 9 to 16
+    if (items <= 12) return of(lanes, std::integral_constant<int, 12>{}, std::integral_constant<int, 8>{});
+    if constexpr (lanes.value == 8) {  // some hundred classes: a body's organs and bones
+      if (items <= 14) return of(lanes, std::integral_constant<int, 14>{}, std::integral_constant<int, 12>{});
+      return of(lanes, std::integral_constant<int, 16>{}, std::integral_constant<int, 14>{});
+    }
+    if (items <= 16) return of(lanes, std::integral_constant<int, 16>{}, std::integral_constant<int, 12>{});
+    return {};
+  };
+  if (problem.classes <= 32) return with(std::integral_constant<int, 2>{});
+  if (problem.classes <= 64) return with(std::integral_constant<int, 4>{});
+  if (problem.classes <= 128) return with(std::integral_constant<int, 8>{});
+  return with(std::integral_constant<int, 16>{});
 }
 
 template <class Activation, bool kCrossEntropy>
@@ -32,17 +43,12 @@ Variant Plain(const Problem& problem, bool grad) {
       return {};  // p = 1 everywhere
     } else if constexpr (kCount == 0) {
       if constexpr (kSoftmax) {
-        if (planar) return {};
-        const int64_t lanes = problem.classes <= 32 ? 2 : problem.classes <= 64 ? 4 : problem.classes <= 128 ? 8 : 16;
-        const int64_t items = (problem.classes + lanes - 1) / lanes;  // 9 to 16
-        if (items <= 12) return Lanes<Activation, kCrossEntropy, 12, 8>(problem, grad);
-        if (items <= 14) return Lanes<Activation, kCrossEntropy, 14, 12>(problem, grad);
-        if (items <= 16) return Lanes<Activation, kCrossEntropy, 16, 14>(problem, grad);
+        if (!planar) return Shared<Activation>(problem, grad);
       }
       return {};
     } else {
       if (planar) {
-        if constexpr (kCount > 1 && kCount <= 4 && !std::is_same_v<Activation, Identity>) {
+        if constexpr (kCount > 1 && kCount <= (kSoftmax ? 4 : std::is_same_v<Activation, Sigmoid> ? 3 : 1)) {
           return VariantOf<Direct<T, kCount, true>, Activation, kCrossEntropy>(problem, grad);
         }
         return {};

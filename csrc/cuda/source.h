@@ -64,20 +64,23 @@ DICE_OP_DEVICE constexpr Terms<R> PlainTerms() {
 
 // --- labels and weights -------------------------------------------------------------------------------
 
-// Reads kCount integer labels at once. classes[i] becomes the number of the class among those there
-// are logits for, or negative. Sets *bad if a label is no class. Four widths serve all integers: read as
-// unsigned, negative ones lie beyond the limit, which the launcher keeps within what the type holds.
-template <int kCount>
-DICE_OP_DEVICE void ReadClasses(const Call& call, int64_t at, int* classes, bool* bad) {
+// Integer labels, kCount at once and that kTimes, `stride` apart. Four widths serve all types: read as
+// unsigned, negative ones lie beyond every class. *largest keeps the largest label seen.
+template <int kCount, int kTimes>
+DICE_OP_DEVICE void ReadLabels(const Call& call, int64_t at, int stride, uint32_t (*labels)[kCount],
+                               uint32_t* largest) {
   const auto read = [&](auto zero) {
-    using Labels = Vector<decltype(zero), kCount>;
-    const Labels labels = *reinterpret_cast<const Labels*>(static_cast<const decltype(zero)*>(call.labels) + at);
+    using T = decltype(zero);
+    const T* const from = static_cast<const T*>(call.labels) + at;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const bool is_class = labels.elements[i] < static_cast<decltype(zero)>(call.label_limit) ||
-                            (sizeof(zero) == 1 && call.label_limit > 255);
-      *bad |= !is_class;
-      classes[i] = is_class ? static_cast<int>(labels.elements[i]) - call.first_class : -1;
+    for (int t = 0; t < kTimes; ++t) {
+      const auto several = *reinterpret_cast<const Vector<T, kCount>*>(from + t * stride);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const T label = several.elements[i];
+        labels[t][i] = sizeof(T) == 8 && label > UINT32_MAX ? UINT32_MAX : static_cast<uint32_t>(label);
+        *largest = *largest < labels[t][i] ? labels[t][i] : *largest;
+      }
     }
   };
   switch (call.label_bytes) {
@@ -115,15 +118,15 @@ class Direct {
   static constexpr int kPerWord = 16 / sizeof(T);
   static constexpr int kWords = kPlanar ? kCount : 1;
   static constexpr int kVoxels = kPlanar ? kPerWord : kPerWord / kCount;
-  static constexpr int kUnits = kWords == 1 ? 2 : 1;  // so that each thread waits for 32 bytes or more
+  static constexpr int kUnits = kWords == 1 && kVoxels < 8 ? 2 : 1;  // so that threads wait for 32 bytes or more
   static constexpr int kTile = kWarp * kUnits * kVoxels;
   static constexpr int Bytes(int, int) { return 0; }
   static constexpr bool kSingle = false, kWeighted = false;
-  static constexpr int kRegisters = !kPlanar ? 64 : sizeof(T) == 2 ? 128 : 80;  // of a thread, at most
+  static constexpr int kRegisters = (kPlanar ? 80 : 64) + (sizeof(T) == 2 ? 16 : 0);  // of a thread, at most
 
   DICE_OP_DEVICE Direct(const Call& call, int64_t sample, char*)
       : call_(call), offset_(sample * call.voxels * kCount), voxel_offset_(sample * call.voxels) {}
-  DICE_OP_DEVICE bool bad() const { return bad_; }
+  DICE_OP_DEVICE bool bad() const { return largest_ >= static_cast<uint32_t>(call_.label_limit); }
 
   template <bool kStore, class Voxel, class Done>
   DICE_OP_DEVICE void Run(int64_t first, int64_t step, Voxel&& voxel, Done&& done) {
@@ -145,13 +148,13 @@ class Direct {
     auto* d_logits = reinterpret_cast<Word<T>*>(static_cast<T*>(call_.d_logits) + offset_);
     const int64_t plane = call_.voxels / kPerWord;  // if planar
     Word<T> words[kUnits][kWords];
-    int label[kUnits][kVoxels];
+    uint32_t labels[kUnits][kVoxels];
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
       for (int w = 0; w < kWords; ++w) words[u][w] = logits[first + u * kWarp + w * plane];
-      ReadClasses<kVoxels>(call_, voxel_offset_ + (first + u * kWarp) * kVoxels, label[u], &bad_);
     }
+    ReadLabels<kVoxels, kUnits>(call_, voxel_offset_ + first * kVoxels, kWarp * kVoxels, labels, &largest_);
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
@@ -159,7 +162,7 @@ class Direct {
         float z[kCount];
 #pragma unroll
         for (int c = 0; c < kCount; ++c) z[c] = Read<float>(Element(words[u], v, c));
-        voxel(Classes{}, z, Label{label[u][v]}, 1.0f, PlainTerms<float>());
+        voxel(Classes{}, z, LabelOf(labels[u][v]), 1.0f, PlainTerms<float>());
         if constexpr (kStore) {
 #pragma unroll
           for (int c = 0; c < kCount; ++c) Element(words[u], v, c) = Write<T>(z[c]);
@@ -175,15 +178,18 @@ class Direct {
     return kPlanar ? words[c].elements[voxel] : words[0].elements[voxel * kCount + c];
   }
 
+  // The only class of a mask is the label 1.
+  DICE_OP_DEVICE static Label LabelOf(uint32_t label) { return {static_cast<int>(label - (kCount == 1 ? 1 : 0))}; }
+
   // A voxel of the last tile, which is not full.
   template <bool kStore, class Voxel>
   DICE_OP_DEVICE void One(int64_t v, Voxel&& voxel) {
     const auto at = [&](int c) { return offset_ + (kPlanar ? c * call_.voxels + v : v * kCount + c); };
     float z[kCount];
-    int label;
-    ReadClasses<1>(call_, voxel_offset_ + v, &label, &bad_);
+    uint32_t label[1][1];
+    ReadLabels<1, 1>(call_, voxel_offset_ + v, 0, label, &largest_);
     for (int c = 0; c < kCount; ++c) z[c] = Read<float>(static_cast<const T*>(call_.logits)[at(c)]);
-    voxel(Classes{}, z, Label{label}, 1.0f, PlainTerms<float>());
+    voxel(Classes{}, z, LabelOf(label[0][0]), 1.0f, PlainTerms<float>());
     if constexpr (kStore) {
       for (int c = 0; c < kCount; ++c) static_cast<T*>(call_.d_logits)[at(c)] = Write<T>(z[c]);
     }
@@ -191,7 +197,7 @@ class Direct {
 
   const Call& call_;
   const int64_t offset_, voxel_offset_;
-  bool bad_ = false;
+  uint32_t largest_ = 0;
 };
 
 // --- staged -------------------------------------------------------------------------------------------
@@ -226,7 +232,7 @@ class Staged {
         d_logits_(static_cast<T*>(call.d_logits) + sample * call.voxels * classes()),
         voxel_offset_(sample * call.voxels),
         memory_(memory) {}
-  DICE_OP_DEVICE bool bad() const { return bad_; }
+  DICE_OP_DEVICE bool bad() const { return largest_ >= static_cast<uint32_t>(call_.label_limit); }
 
   template <bool kStore, class Voxel, class Done>
   DICE_OP_DEVICE void Run(int64_t first, int64_t step, Voxel&& voxel, Done&& done) {
@@ -244,19 +250,19 @@ class Staged {
       if (ahead < call_.tiles) Fetch(begin_of(ahead), s);
       EndCopies();
     }
-    int label[kLabels], next_label[kLabels];
-    ReadLabels(begin_of(first), next_label);
+    uint32_t labels[kLabels], next_labels[kLabels];
+    FetchLabels(begin_of(first), next_labels);
     for (int64_t t = first; t < call_.tiles; t += step, ahead += step) {
       WaitForCopies<kStages - 2>();
-      __syncwarp();  // all lanes' copies are there, and no lane is at the stage before any more
+      __syncwarp();  // all lanes' copies are there, and no lane is at the stage before
       if (ahead < call_.tiles) Fetch(begin_of(ahead), stage == 0 ? kStages - 1 : stage - 1);
       EndCopies();
 #pragma unroll
-      for (int i = 0; i < kLabels; ++i) label[i] = next_label[i];
-      ReadLabels(begin_of(t + step), next_label);
+      for (int i = 0; i < kLabels; ++i) labels[i] = next_labels[i];
+      FetchLabels(begin_of(t + step), next_labels);
       const int64_t begin = begin_of(t);
       const int64_t left = call_.voxels - begin;
-      Compute<kStore>(stage, left < kTile ? static_cast<int>(left) : kTile, label, voxel);
+      Compute<kStore>(stage, left < kTile ? static_cast<int>(left) : kTile, labels, voxel);
       if constexpr (kStore) {
         __syncwarp();  // the whole tile is computed
         Put(begin, stage);
@@ -302,18 +308,21 @@ class Staged {
     for (int e = words * kPerWord + Lane(); e < elements; e += kWarp) to[e] = Row(stage, 0)[e];
   }
   // Lane l reads the label of the tile's voxel l (and l + 32). `begin` may lie outside the sample.
-  DICE_OP_DEVICE void ReadLabels(int64_t begin, int* label) {
+  DICE_OP_DEVICE void FetchLabels(int64_t begin, uint32_t* labels) {
 #pragma unroll
     for (int i = 0; i < kLabels; ++i) {
       const int in_tile = i * kWarp + Lane();
       const int64_t v = begin + in_tile;
-      label[i] = -1;
-      if (v >= 0 && v < call_.voxels && in_tile < kTile) ReadClasses<1>(call_, voxel_offset_ + v, &label[i], &bad_);
+      uint32_t label[1][1] = {{UINT32_MAX}};
+      if (v >= 0 && v < call_.voxels && in_tile < kTile) {
+        ReadLabels<1, 1>(call_, voxel_offset_ + v, 0, label, &largest_);
+      }
+      labels[i] = label[0][0];
     }
   }
 
   template <bool kStore, class Voxel>
-  DICE_OP_DEVICE void Compute(int stage, int count, const int* labels, Voxel&& voxel) {
+  DICE_OP_DEVICE void Compute(int stage, int count, const uint32_t* labels, Voxel&& voxel) {
     if constexpr (kLanes == 1) {
 #pragma unroll
       for (int r = 0; r < kRounds; ++r) {
@@ -346,12 +355,13 @@ class Staged {
     }
   }
   DICE_OP_DEVICE bool Holds(int i, int lane) const { return i < kSure || i * kLanes + lane < call_.classes; }
-  DICE_OP_DEVICE static Label LabelOf(const T* row, int label) {
+  DICE_OP_DEVICE Label LabelOf(const T* row, uint32_t label) const {
     if constexpr (kSingle) {
-      const bool held = label >= 0 && label % kLanes == Lane() % kLanes;
-      return {label, held ? label / kLanes : -1, held ? Read<float>(row[label]) : 0.0f};
+      const bool held = label < static_cast<uint32_t>(classes()) && label % kLanes == Lane() % kLanes;
+      const int index = static_cast<int>(label);
+      return {index, held ? index / kLanes : -1, held ? Read<float>(row[index]) : 0.0f};
     } else {
-      return {label};
+      return {static_cast<int>(label)};
     }
   }
 
@@ -383,7 +393,7 @@ class Staged {
   T* const d_logits_;
   const int64_t voxel_offset_;
   char* const memory_;  // [kStages][kTile] rows
-  bool bad_ = false;
+  uint32_t largest_ = 0;
 };
 
 // --- general ------------------------------------------------------------------------------------------

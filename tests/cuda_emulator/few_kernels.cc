@@ -23,7 +23,7 @@ Variant FindFloat(const Problem& problem, const void* d_logits) {
   if (problem.classes == 3) return Of<Staged<float, 3, 1, 3>>(problem, d_logits);
   if (problem.classes == 4) return Of<Direct<float, 4, false>>(problem, d_logits);
   if (problem.classes == 14) return Of<Staged<float, 14, 1, 14>>(problem, d_logits);
-  if (problem.classes == 64) return Of<Staged<float, 16, 4, 14>>(problem, d_logits);
+  if (problem.classes == 48) return Of<Staged<float, 12, 4, 8>>(problem, d_logits);
   if (problem.classes == 104) return Of<Staged<float, 14, 8, 12>>(problem, d_logits);
   return {};
 }

@@ -1,0 +1,177 @@
+"""The CUDA kernels as machine code: what nvcc made of each, for every architecture."""
+
+import concurrent.futures
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from dice_op import core
+
+BUILD = pathlib.Path(__file__).parent.parent / "build"
+LIBRARY = pathlib.Path(core.__file__).parent / "dice_op.so"
+INFO = core.build_info()
+pytestmark = pytest.mark.skipif(
+    INFO["cuda"] is None, reason="built without CUDA kernels: DICE_OP_CUDA=on asks for them"
+)
+
+
+def tool(name):
+    """A program of the toolkit, or of the packages in pyproject.toml's test group."""
+    for folder in sys.path:
+        for found in sorted(pathlib.Path(folder).glob(f"nvidia/cu*/bin/{name}")):
+            return found
+    return shutil.which(name) or pytest.fail(f"{name} is missing: pip install nvidia-cuda-{name}")
+
+
+def dump(*arguments):
+    """cuobjdump's words, split by architecture and function: {(arch, function): text}."""
+    environment = {"PATH": f"{pathlib.Path(tool('nvdisasm')).parent}:{os.environ['PATH']}"}
+    text = subprocess.run(
+        [tool("cuobjdump"), *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    functions, arch, function = {}, None, None
+    for line in text.splitlines():
+        if match := re.match(r"arch = (sm_\d+)", line):
+            arch, function = match[1], None
+        elif match := re.match(r"\s*Function\s*:?\s*(\w+)", line):
+            function = match[1]
+            functions[arch, function] = ""
+        elif function:
+            functions[arch, function] += line + "\n"
+    return functions
+
+
+def budget(function):
+    """Registers that a thread may have: as csrc/cuda/source.h states for each source of voxels."""
+    if match := re.search(r"DirectI.*?Li\d+ELb([01])E", function):
+        return (64 if match[1] == "0" else 80) + (0 if "DirectIf" in function else 16)
+    if match := re.search(r"StagedI.*?Li(\d+)E", function):
+        return 128 if int(match[1]) > 8 else 96
+    return 255 if "GeneralId" in function else 128
+
+
+def complaints(usages):
+    """What is wrong with functions, by cuobjdump's -res-usage."""
+    found = []
+    for (arch, function), usage in usages.items():
+        numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        if numbers["REG"] > budget(function):
+            found.append(f"{arch} {function}: {numbers['REG']} registers")
+        if numbers["STACK"] or numbers["LOCAL"]:
+            found.append(f"{arch} {function}: memory of its own, {usage.strip()}")
+    return found
+
+
+def test_no_spills_and_registers_within_budget():
+    usages = dump("-res-usage", LIBRARY)
+    archs = {arch for arch, _ in usages}
+    assert archs == {f"sm_{arch}" for arch in INFO["cuda_archs"]}
+    kernels = [function for arch, function in usages if arch == min(archs)]
+    for sort in ("SumsKernel", "GradKernel", "Direct", "Staged", "General", "CombineKernel"):
+        assert sum(sort in k for k in kernels) > 0, sort
+    assert len(usages) == len(kernels) * len(archs)
+    assert complaints(usages) == []
+
+
+SPILLS = """
+__global__ void __launch_bounds__(1024, 2) Spills(float* x, const int* at) {
+  float many[64];
+  for (int i = 0; i < 64; ++i) many[i] = x[i * 1024 + threadIdx.x];
+  for (int i = 0; i < 64; ++i) many[at[i] & 63] += many[i];
+  for (int i = 0; i < 64; ++i) x[i * 1024 + threadIdx.x] = many[i];
+}
+"""
+
+
+def test_a_planted_spill_is_noticed(tmp_path):
+    (tmp_path / "spills.cu").write_text(SPILLS)
+    cache = (BUILD / "CMakeCache.txt").read_text()
+    nvcc = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.*)$", cache, re.MULTILINE)[1]
+    arch = f"-arch=sm_{INFO['cuda_archs'][-1]}"
+    output = tmp_path / "spills.cubin"
+    subprocess.run([nvcc, arch, "-cubin", tmp_path / "spills.cu", "-o", output], check=True)
+    assert complaints(dump("-res-usage", output))
+
+
+FAMILIES = ("Float", "Half", "BFloat16", "General")
+
+
+def wanting(family, arch):
+    """Kernels without the 16-byte accesses that the design has, one line for each."""
+    (found,) = BUILD.glob(f"CMakeFiles/dice_op_cuda_{family}.dir/**/kernels.cu.o")
+    found_wanting = []
+    for (_, function), code in dump("-sass", "-arch", f"sm_{arch}", found).items():
+        has = {
+            "load": re.search(r"\bLDG\.E(\.\w+)*\.128\b", code),
+            "copy": re.search(r"\bLDGSTS\.E(\.\w+)*\.128\b", code),
+            "store": re.search(r"\bSTG\.E(\.\w+)*\.128\b", code),
+            "local": not re.search(r"\b(STL|LDL)\b", code),
+        }
+        needs = {"local"}
+        if "Staged" in function:
+            needs |= {"copy" if int(arch) >= 80 else "load"}
+        if "Direct" in function:
+            needs |= {"load"}
+        if "GradKernel" in function and "General" not in function:
+            needs |= {"store"}
+        found_wanting += [f"{arch} {function}: {need}" for need in needs if not has[need]]
+    return found_wanting
+
+
+def test_words_of_16_bytes():
+    if not BUILD.exists():
+        pytest.skip("not built from this checkout")
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        tasks = [pool.submit(wanting, f, a) for a in INFO["cuda_archs"] for f in FAMILIES]
+        assert sum((task.result() for task in tasks), []) == []
+
+
+def test_the_library_needs_no_cuda_of_others():
+    """TensorFlow's GPU package exports the runtime's symbols, in another version; its CPU package
+    has none. A machine without a driver has no libcuda."""
+    for library in LIBRARY.parent.glob("*.so"):
+        symbols = subprocess.run(
+            ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+        ).stdout
+        assert not re.findall(r"\b_*cuda\w+", symbols), library.name
+        needed = subprocess.run(["ldd", library], capture_output=True, text=True).stdout
+        assert "cuda" not in needed
+
+
+def test_both_ops_have_gpu_kernels():
+    import tensorflow as tf
+    from tensorflow.python.framework import kernels
+
+    tf.load_op_library(str(LIBRARY))
+    for op in ("DiceSums", "DiceSumsGrad"):
+        devices = {k.device_type for k in kernels.get_registered_kernels_for_op(op).kernel}
+        assert {"CPU", "GPU"} <= devices
+        for kernel in kernels.get_registered_kernels_for_op(op).kernel:
+            assert not kernel.host_memory_arg  # labels stay where they are
+
+
+def test_the_library_is_small():
+    assert LIBRARY.stat().st_size < 10 << 20
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
+def test_no_device_is_an_error_that_says_so():
+    class OnDevice:
+        __cuda_array_interface__ = {
+            "shape": (1, 8, 4),
+            "typestr": "<f4",
+            "data": (1 << 20, False),
+            "version": 3,
+        }
+
+    with pytest.raises(RuntimeError, match="CUDA"):
+        core.sums(OnDevice(), OnDevice())
