@@ -103,7 +103,7 @@ REGIMES = {
     4: "direct, a voxel in a word",
     5: "staged, odd rows",
     8: "staged, rows of whole words",
-    13: "staged, odd rows",
+    13: "two lanes to a voxel, odd rows",
     14: "staged, rows of even length",
     16: "staged, the last with a thread for a voxel",
     17: "two lanes to a voxel, the first",
@@ -150,8 +150,10 @@ def is_specialised(x, planar, activation):
     n, v, c = (x.shape[0], x.shape[2], x.shape[1]) if planar else x.shape
     if x.dtype == np.float64 or (c == 1 and activation == "softmax"):
         return False
+    if activation == "none" and x.itemsize == 2:
+        return False
     if planar and c > 1:
-        most = {"softmax": 4, "sigmoid": 3, "none": 1}[activation]
+        most = {"softmax": 4, "sigmoid": 3, "none": 0}[activation]
         return c <= most and v * x.itemsize % 16 == 0
     return (c <= 4 or activation == "softmax") and (n == 1 or v * c * x.itemsize % 16 == 0)
 

@@ -53,7 +53,8 @@ def dump(*arguments):
 def budget(function):
     """Registers that a thread may have: as csrc/cuda/source.h states for each source of voxels."""
     if match := re.search(r"DirectI.*?Li\d+ELb([01])E", function):
-        return (64 if match[1] == "0" else 80) + (0 if "DirectIf" in function else 16)
+        planar = match[1] == "1"
+        return (80 if planar else 64) if "DirectIf" in function else (128 if planar else 80)
     if match := re.search(r"StagedI.*?Li(\d+)E", function):
         return 128 if int(match[1]) > 8 else 96
     return 255 if "GeneralId" in function else 128

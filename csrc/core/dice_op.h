@@ -129,6 +129,8 @@ std::string DiceSumsGrad(const Problem& problem, const SumsGrad& grad, void* str
 // those who look for the reason of a NaN.
 std::string FindBadLabel(const Problem& problem, void* workspace, void* stream, BadLabel* bad, void* label);
 
+int CurrentDevice();  // or -1
+
 // Memory in the order of the stream, for callers without a framework that has some. CopyToHost waits.
 std::string Allocate(size_t bytes, void* stream, void** memory);
 std::string Release(void* memory, void* stream);

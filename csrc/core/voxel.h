@@ -17,8 +17,10 @@
 
 #ifdef __CUDACC__
 #define DICE_OP_HD __device__ __forceinline__
+#define DICE_OP_UNROLL _Pragma("unroll")  // or the arrays of a thread would not be registers
 #else
 #define DICE_OP_HD inline __attribute__((always_inline))
+#define DICE_OP_UNROLL
 #endif
 
 namespace dice_op {
@@ -114,15 +116,18 @@ struct Softmax {
   template <class Classes, class R>
   DICE_OP_HD static Norm<R> Forward(const Classes& k, const R* z, R* p) {
     R top = z[0];
+    DICE_OP_UNROLL
     for (int i = 1; i < k.size(); ++i) top = Max(top, z[i]);
     top = k.Max(top);
     R total = R(0);
+    DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       p[i] = ExpOfDifference(z[i], top);
       total = total + p[i];
     }
     total = k.Sum(total);
     const R scale = Reciprocal(total);
+    DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) p[i] = p[i] * scale;
     return {top, scale, total};
   }
@@ -142,12 +147,14 @@ struct Softmax {
   template <bool kCrossEntropy, class Classes, class R, class H>
   DICE_OP_HD static void Backward(const Classes& k, const R* p, const H& h, R* d) {
     R dot = R(0);
+    DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       d[i] = p[i] * d[i];
       if constexpr (kCrossEntropy) d[i] = d[i] + h(i);
       dot = dot + d[i];
     }
     dot = k.Sum(dot);
+    DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) d[i] = d[i] - p[i] * dot;
   }
 };
@@ -168,6 +175,7 @@ struct Sigmoid {
   static constexpr bool kBinary = true;  // a cross-entropy term for every class, present or not
   template <class Classes, class R>
   DICE_OP_HD static Norm<R> Forward(const Classes& k, const R* z, R* p) {
+    DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) p[i] = Logistic<R>::Of(z[i]).p;
     return {};
   }
@@ -184,6 +192,7 @@ struct Identity {
   static constexpr double kEpsilon = 1e-7;
   template <class Classes, class R>
   DICE_OP_HD static Norm<R> Forward(const Classes& k, const R* z, R* p) {
+    DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) p[i] = z[i];
     return {};
   }
@@ -203,6 +212,7 @@ struct Identity {
   template <bool kCrossEntropy, class Classes, class R, class H>
   DICE_OP_HD static void Backward(const Classes& k, const R* p, const H& h, R* d) {
     if constexpr (kCrossEntropy) {
+      DICE_OP_UNROLL
       for (int i = 0; i < k.size(); ++i) d[i] = d[i] + Select(p[i] < R(kEpsilon), R(0), h(i) / p[i]);
     }
   }
@@ -233,6 +243,7 @@ template <class Activation, class Classes, class Label, class R, class Scalar, c
 DICE_OP_HD void CrossEntropy(const Classes& k, const R* z, const R* p, const Norm<R>& norm, const Label& label,
                              Scalar gamma, Fn&& fn) {
   if constexpr (Activation::kBinary) {
+    DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       const auto terms = BinaryTerms<R>::Of(z[i], Logistic<R>::Of(z[i]), gamma);
       fn(i, label.Mix(terms.present, terms.absent, k.Class(i), i), R(0));
@@ -240,16 +251,19 @@ DICE_OP_HD void CrossEntropy(const Classes& k, const R* z, const R* p, const Nor
   } else if constexpr (Label::kOneHot) {
     // One class has a term: pick its numbers first, then take logarithm and power once.
     R z_t = R(0), p_t = R(0);
+    DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       z_t = z_t + label.Times(z[i], k.Class(i), i);
       p_t = p_t + label.Times(p[i], k.Class(i), i);
     }
     const auto focal = Activation::CategoricalTerm(z_t, p_t, norm, Activation::LogTotal(norm), gamma);
+    DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       fn(i, label.Times(focal.loss, k.Class(i), i), label.Times(focal.slope, k.Class(i), i));
     }
   } else {
     const R log_total = Activation::LogTotal(norm);
+    DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       const auto focal = Activation::CategoricalTerm(z[i], p[i], norm, log_total, gamma);
       const R present = label.Times(R(1), k.Class(i), i);
@@ -264,6 +278,7 @@ template <class Classes, class R, class Scalar>
 DICE_OP_HD void ClearMasked(const Classes& k, R* z, R weight, const Terms<Scalar>& terms) {
   if (!terms.masked) return;
   const auto counts = weight != R(0);
+  DICE_OP_UNROLL
   for (int i = 0; i < k.size(); ++i) z[i] = Select(counts, z[i], R(0));
 }
 
@@ -273,6 +288,7 @@ DICE_OP_HD void AddVoxel(const Classes& k, R* z, R* p, const Label& label, R m, 
                          Accumulators& sums) {
   ClearMasked(k, z, m, terms);
   const auto norm = Activation::Forward(k, z, p);
+  DICE_OP_UNROLL
   for (int i = 0; i < k.size(); ++i) {
     const R mp = m * p[i];
     sums.pred_sum[i] = sums.pred_sum[i] + (terms.squared ? mp * p[i] : mp);
@@ -318,6 +334,7 @@ DICE_OP_HD void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const Label&
     return cardinality + label.Times(Label::kSingle ? a_t : R(a[i]), k.Class(i), i);
   };
   if constexpr (Activation::kBinary) {  // no class knows of another
+    DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       const auto s = Logistic<R>::Of(z[i]);
       R total = direct(i, s.p) * s.p * s.q;
@@ -339,8 +356,10 @@ DICE_OP_HD void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const Label&
       CrossEntropy<Activation>(k, z, p, norm, label, terms.gamma, [&](int i, R, R slope) { h[i] = R(e[i]) * slope; });
     }
     const auto by_cross_entropy = [&](int i) { return Label::kSingle ? label.Times(h_t, k.Class(i), i) : h[i]; };
+    DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) d[i] = direct(i, p[i]);
     Activation::template Backward<kCrossEntropy>(k, p, by_cross_entropy, d);
+    DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) d[i] = m * d[i];
   }
 }

@@ -82,6 +82,11 @@ std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
                                                  static_cast<int>(plan->shared_bytes)),
                             "cudaFuncSetAttribute");
   }
+  if (plan->shared_bytes > 4 << 10) {  // tiles pass through it: as much as there is, cut from a cache they do not need
+    DICE_OP_RETURN_IF_ERROR(cudaFuncSetAttribute(variant.kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                 cudaSharedmemCarveoutMaxShared),
+                            "cudaFuncSetAttribute");
+  }
   DICE_OP_RETURN_IF_ERROR(
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, variant.kernel, plan->threads, plan->shared_bytes),
       "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
@@ -204,6 +209,11 @@ __global__ void __launch_bounds__(kThreads) CheckLabelsKernel(const __grid_const
 #ifdef __CUDACC__
 const char* Version() { return DICE_OP_CUDA_VERSION; }
 const char* Archs() { return DICE_OP_CUDA_ARCHS; }
+
+int CurrentDevice() {
+  int device = -1;
+  return cudaGetDevice(&device) == cudaSuccess ? device : -1;
+}
 
 std::string Allocate(size_t bytes, void* stream, void** memory) {
   return Describe(cudaMallocAsync(memory, bytes, static_cast<cudaStream_t>(stream)), "cudaMallocAsync");

@@ -36,27 +36,28 @@ Variant Shared(const Problem& problem, bool grad) {
 template <class Activation, bool kCrossEntropy>
 Variant Plain(const Problem& problem, bool grad) {
   constexpr bool kSoftmax = std::is_same_v<Activation, Softmax>;
+  constexpr bool kNone = std::is_same_v<Activation, Identity>;  // a model's own softmax gives floats
+  if constexpr (kNone && sizeof(T) == 2) return {};
+  constexpr int kMostPlanar = kSoftmax ? 4 : kNone ? 0 : 3;
   const bool planar = problem.options.data_format == DataFormat::kChannelsFirst && problem.classes > 1;
   return WithCount<kSoftmax ? 16 : 4>(problem.classes, [&](auto count) -> Variant {
     constexpr int kCount = count.value;
-    if constexpr (kCount == 1 && kSoftmax) {
-      return {};  // p = 1 everywhere
+    const auto of = [&](auto source) {
+      return VariantOf<typename decltype(source)::type, Activation, kCrossEntropy>(problem, grad);
+    };
+    if (planar) {
+      if constexpr (kCount > 1 && kCount <= kMostPlanar) return of(Type<Direct<T, kCount, true>>{});
     } else if constexpr (kCount == 0) {
-      if constexpr (kSoftmax) {
-        if (!planar) return Shared<Activation>(problem, grad);
-      }
-      return {};
+      if constexpr (kSoftmax) return Shared<Activation>(problem, grad);
+    } else if constexpr (kCount == 1 && kSoftmax) {  // p = 1 everywhere
+    } else if constexpr (kCount == 1 || kCount == 2 || kCount == 4) {
+      return of(Type<Direct<T, kCount, false>>{});
+    } else if constexpr (kCount > 8 && kCount % 2 == 1) {  // rare: one kernel for the four
+      return of(Type<Staged<T, 8, 2, 4>>{});
     } else {
-      if (planar) {
-        if constexpr (kCount > 1 && kCount <= (kSoftmax ? 4 : std::is_same_v<Activation, Sigmoid> ? 3 : 1)) {
-          return VariantOf<Direct<T, kCount, true>, Activation, kCrossEntropy>(problem, grad);
-        }
-        return {};
-      }
-      using Source = std::conditional_t<kCount == 1 || kCount == 2 || kCount == 4,
-                                        Direct<T, kCount == 3 ? 1 : kCount, false>, Staged<T, kCount, 1, kCount>>;
-      return VariantOf<Source, Activation, kCrossEntropy>(problem, grad);
+      return of(Type<Staged<T, kCount, 1, kCount>>{});
     }
+    return {};
   });
 }
 
@@ -71,20 +72,18 @@ Variant Find(const Problem& problem, const void* d_logits) {
 
 #else
 
+// Double is for tests, and for those who need it: one kernel does with and without cross-entropy.
 template <class R, class Activation, bool kCrossEntropy, bool kDense>
 Variant OfAnyCount(const Problem& problem, bool grad) {
-  const auto of = [&](auto items, auto lanes) {
-    return VariantOf<General<R, kDense, items.value, lanes.value>, Activation, kCrossEntropy>(problem, grad);
+  constexpr bool kDouble = std::is_same_v<R, double>;
+  const auto of = [&](auto source) {
+    return VariantOf < typename decltype(source)::type, Activation, kCrossEntropy || kDouble > (problem, grad);
   };
-  using One = std::integral_constant<int, 1>;
-  using Four = std::integral_constant<int, 4>;
-  if constexpr (std::is_same_v<R, float>) {  // double is for tests, and for those who need it
-    if (problem.classes <= 4) return of(Four{}, One{});
-    if (problem.classes <= 16) return of(Four{}, Four{});
+  if constexpr (!kDouble) {
+    if (problem.classes <= 4) return of(Type<General<R, kDense, 4, 1>>{});
+    if (problem.classes <= 16) return of(Type<General<R, kDense, 4, 4>>{});
   }
-  if (problem.classes <= cuda::kMaxClasses) {
-    return of(std::integral_constant<int, 8>{}, std::integral_constant<int, 32>{});
-  }
+  if (problem.classes <= cuda::kMaxClasses) return of(Type<General<R, kDense, 8, 32>>{});
   return {};
 }
 

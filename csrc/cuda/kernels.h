@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kThreads<Source>, kBlocks<Source>) GradKernel(
     const bool there = c < call.classes;
     b[i] = there ? d_pred_sum[c] : R(0);
     if constexpr (!Source::kSingle) a[i] = there ? d_intersection[c] : R(0);
-    if constexpr (kLossOfHeld) e[i] = there ? d_loss[c] : R(0);
+    if constexpr (kLossOfHeld) e[i] = there && d_loss ? d_loss[c] : R(0);
   }
   source.template Run<true>(
       block * kWarps<Source> + warp, static_cast<int64_t>(call.blocks_per_sample) * kWarps<Source>,

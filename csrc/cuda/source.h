@@ -122,7 +122,8 @@ class Direct {
   static constexpr int kTile = kWarp * kUnits * kVoxels;
   static constexpr int Bytes(int, int) { return 0; }
   static constexpr bool kSingle = false, kWeighted = false;
-  static constexpr int kRegisters = (kPlanar ? 80 : 64) + (sizeof(T) == 2 ? 16 : 0);  // of a thread, at most
+  static constexpr int kRegisters =
+      sizeof(T) == 4 ? (kPlanar ? 80 : 64) : (kPlanar ? 128 : 80);  // of a thread, at most
 
   DICE_OP_DEVICE Direct(const Call& call, int64_t sample, char*)
       : call_(call), offset_(sample * call.voxels * kCount), voxel_offset_(sample * call.voxels) {}

@@ -237,25 +237,27 @@ PYBIND11_MODULE(core, m) {
   m.def("build_info", &BuildInfo,
         "What this build is: version, tensorflow and cuda it was built for (None: without), cuda_archs, "
         "simd_levels it holds, simd_level in use here, compiler.");
-  m.def("sums", &SumsOf, arg("logits"), arg("labels"), py::kw_only(), arg("activation") = "softmax",
-        arg("squared_pred") = false, arg("voxel_weight") = py::none(), arg("ignore_label") = py::none(),
-        arg("cross_entropy") = false, arg("focal_gamma") = 0.0, arg("data_format") = "channels_last",
-        arg("threads") = 0, arg("stream") = 0,
-        "The sums of each sample and class, in one pass.\n\n"
-        "Args:\n"
-        "  logits: [N, spatial..., C] (channels_last) or [N, C, spatial...]; float16, bfloat16, float32, float64.\n"
-        "  labels: class indices [N, spatial...] or one-hot or soft labels of the logits' shape; C-contiguous.\n"
-        "  activation: 'softmax', 'sigmoid' or 'none' (logits are probabilities already).\n"
-        "  squared_pred: squares in pred_sum and label_sum.\n"
-        "  voxel_weight: [N, spatial...], any dtype; voxels of weight 0 count for nothing.\n"
-        "  ignore_label: voxels with this class index count for nothing.\n"
-        "  cross_entropy, focal_gamma: also sum t (1-p)^gamma (-log p).\n"
-        "  threads: 0 for one per processor. The result does not depend on it, bit for bit.\n"
-        "  stream: on a device, the CUDA stream to work on, as a number (torch.cuda.current_stream().cuda_stream).\n\n"
-        "Returns: a dict of intersection, pred_sum, label_sum [, cross_entropy] of shape [N, C] and weight_sum [N],\n"
-        "  float32 (float64 for float64 logits); on a device as DeviceArray, and NaN for a sample with a label that\n"
-        "  is no class.\n\n"
-        "Raises: ValueError, TypeError, saying which argument is wrong and what it must be.");
+  m.def(
+      "sums", &SumsOf, arg("logits"), arg("labels"), py::kw_only(), arg("activation") = "softmax",
+      arg("squared_pred") = false, arg("voxel_weight") = py::none(), arg("ignore_label") = py::none(),
+      arg("cross_entropy") = false, arg("focal_gamma") = 0.0, arg("data_format") = "channels_last", arg("threads") = 0,
+      arg("stream") = 0,
+      "The sums of each sample and class, in one pass.\n\n"
+      "Args:\n"
+      "  logits: [N, spatial..., C] (channels_last) or [N, C, spatial...]; float16, bfloat16, float32, float64.\n"
+      "  labels: class indices [N, spatial...] or one-hot or soft labels of the logits' shape; C-contiguous.\n"
+      "  activation: 'softmax', 'sigmoid' or 'none' (logits are probabilities already).\n"
+      "  squared_pred: squares in pred_sum and label_sum.\n"
+      "  voxel_weight: [N, spatial...], any dtype; voxels of weight 0 count for nothing.\n"
+      "  ignore_label: voxels with this class index count for nothing.\n"
+      "  cross_entropy, focal_gamma: also sum t (1-p)^gamma (-log p).\n"
+      "  threads: 0 for one per processor. The result does not depend on it, bit for bit.\n"
+      "  stream: on a device, the CUDA stream to work on, as a number (torch.cuda.current_stream().cuda_stream). The\n"
+      "    arrays must be ready on it.\n\n"
+      "Returns: a dict of intersection, pred_sum, label_sum [, cross_entropy] of shape [N, C] and weight_sum [N],\n"
+      "  float32 (float64 for float64 logits); on a device as DeviceArray, and NaN for a sample with a label that\n"
+      "  is no class.\n\n"
+      "Raises: ValueError, TypeError, saying which argument is wrong and what it must be.");
   m.def("gradient", &GradientOf, arg("logits"), arg("labels"), py::kw_only(), arg("d_intersection"), arg("d_pred_sum"),
         arg("d_cross_entropy") = py::none(), arg("activation") = "softmax", arg("squared_pred") = false,
         arg("voxel_weight") = py::none(), arg("ignore_label") = py::none(), arg("focal_gamma") = 0.0,

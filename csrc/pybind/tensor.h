@@ -24,6 +24,7 @@ struct Tensor {
   Dims dims;
   DType dtype = DType::kFloat;
   bool on_device = false;
+  int device = -1;              // its number, where the array tells it
   std::shared_ptr<void> owner;  // keeps the memory alive
 };
 
@@ -115,7 +116,11 @@ inline Tensor FromCudaArrayInterface(const py::object& object, const char* name)
 }
 
 inline Tensor FromDlpack(const py::object& object, const char* name) {
-  const py::capsule capsule = object.attr("__dlpack__")();
+  // On a device the caller says on which stream the array is ready: nothing is to be waited for.
+  const bool asks_stream = py::hasattr(object, "__dlpack_device__") &&
+                           object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<int>() != dlpack::kHost;
+  const py::capsule capsule =
+      asks_stream ? object.attr("__dlpack__")(py::arg("stream") = -1) : object.attr("__dlpack__")();
   auto* const managed = static_cast<dlpack::DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
   if (!managed) throw py::error_already_set();
   PyCapsule_SetName(capsule.ptr(), "used_dltensor");  // it is ours now
@@ -128,6 +133,7 @@ inline Tensor FromDlpack(const py::object& object, const char* name) {
   tensor.data = static_cast<char*>(source.data) + source.byte_offset;
   tensor.dims.assign(source.shape, source.shape + source.ndim);
   tensor.on_device = source.device_type == dlpack::kCuda || source.device_type == dlpack::kCudaManaged;
+  if (tensor.on_device) tensor.device = source.device_id;
   if (!tensor.on_device && source.device_type != dlpack::kHost) {
     throw py::value_error(std::string(name) + " is neither in host memory nor on a CUDA device");
   }
@@ -158,6 +164,15 @@ inline void RequireSameMemory(const Tensor& tensor, const char* name, const Tens
                           ", but logits are " + (logits.on_device ? "on a CUDA device" : "in host memory") +
                           "; move one of them");
   }
+#ifdef DICE_OP_WITH_CUDA
+  const int current = cuda::CurrentDevice();
+  for (const int device : {tensor.device, logits.device}) {
+    if (device >= 0 && device != current) {
+      throw py::value_error("an array is on CUDA device " + std::to_string(device) + ", but the current device is " +
+                            std::to_string(current) + "; make that the current one (torch.cuda.device) for the call");
+    }
+  }
+#endif
 }
 
 #ifdef DICE_OP_WITH_CUDA

@@ -185,15 +185,15 @@ class DiceSumsGpu final : public DiceSumsKernel {
 
  private:
   absl::Status Run(OpKernelContext* context, const Problem& problem, const Sums& sums) override {
-    void* stream;
+    void* stream = nullptr;
     TF_RETURN_IF_ERROR(StreamOf(context, &stream));
-    size_t bytes;
+    size_t bytes = 0;
     TF_RETURN_IF_ERROR(ToStatus(problem, cuda::DiceSumsWorkspace(problem, &bytes)));
     Tensor workspace;
     TF_RETURN_IF_ERROR(Allocate(context, std::max(bytes, sizeof(int64_t)), &workspace));
     if (checks_labels_) {
       BadLabel bad;
-      int64_t label;
+      int64_t label = 0;
       TF_RETURN_IF_ERROR(ToStatus(problem, cuda::FindBadLabel(problem, workspace.data(), stream, &bad, &label)));
       if (bad.sample >= 0) return BadLabelError(context, problem, bad, &label);
     }
@@ -213,7 +213,7 @@ class DiceSumsGradGpu final : public DiceSumsGradKernel {
 
  private:
   absl::Status Run(OpKernelContext* context, const Problem& problem, const SumsGrad& grad) override {
-    void* stream;
+    void* stream = nullptr;
     TF_RETURN_IF_ERROR(StreamOf(context, &stream));
     return ToStatus(problem, cuda::DiceSumsGrad(problem, grad, stream));
   }

@@ -1,0 +1,169 @@
+// A GPU without a framework, for gpu_device.py: memory, events, graphs, and the yardsticks of a
+// measurement, which are how fast 16-byte words can be copied and how fast they can be read.
+//
+// All work goes to one stream. Functions return 0, or a cudaError_t that gpu_error puts in words.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#define GPU_EXPORT extern "C" __attribute__((visibility("default")))
+#define GPU_RETURN_IF_ERROR(expression)                                    \
+  do {                                                                     \
+    if (const cudaError_t error = (expression); error != cudaSuccess) return error; \
+  } while (false)
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kInFlight = 4;  // independent loads of a thread
+cudaStream_t stream = nullptr;
+unsigned long long* counter = nullptr;  // 8 bytes on the device
+
+__global__ void __launch_bounds__(kThreads) CopyKernel(uint4* to, const uint4* from, int64_t words) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  for (; i + (kInFlight - 1) * step < words; i += kInFlight * step) {
+    uint4 word[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) word[k] = from[i + k * step];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) to[i + k * step] = word[k];
+  }
+  for (; i < words; i += step) to[i] = from[i];
+}
+
+__global__ void __launch_bounds__(kThreads) ReadKernel(const uint4* from, int64_t words, unsigned long long* sink) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  unsigned bits = 0;
+  for (; i + (kInFlight - 1) * step < words; i += kInFlight * step) {
+    uint4 word[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) word[k] = from[i + k * step];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) bits |= word[k].x & word[k].y & word[k].z & word[k].w;
+  }
+  for (; i < words; i += step) bits |= from[i].x & from[i].y & from[i].z & from[i].w;
+  // The caller's data never sets all bits, but the compiler cannot know.
+  if (bits == ~0u) *sink = bits;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    CountKernel(const unsigned char* data, int64_t period, int64_t bytes, unsigned long long* count) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  unsigned long long mismatches = 0;
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i + period < bytes; i += step) {
+    mismatches += data[i] != data[i + period];
+  }
+  if (mismatches) atomicAdd(count, mismatches);
+}
+
+}  // namespace
+
+GPU_EXPORT const char* gpu_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+// about: multiprocessors, bytes of L2, 10 * major + minor, versions of the driver and of the runtime.
+GPU_EXPORT int gpu_open(int about[5]) {
+  GPU_RETURN_IF_ERROR(cudaSetDevice(0));
+  int major = 0, minor = 0;
+  GPU_RETURN_IF_ERROR(cudaDeviceGetAttribute(&about[0], cudaDevAttrMultiProcessorCount, 0));
+  GPU_RETURN_IF_ERROR(cudaDeviceGetAttribute(&about[1], cudaDevAttrL2CacheSize, 0));
+  GPU_RETURN_IF_ERROR(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+  GPU_RETURN_IF_ERROR(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
+  about[2] = 10 * major + minor;
+  GPU_RETURN_IF_ERROR(cudaDriverGetVersion(&about[3]));
+  GPU_RETURN_IF_ERROR(cudaRuntimeGetVersion(&about[4]));
+  if (!stream) GPU_RETURN_IF_ERROR(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  if (!counter) GPU_RETURN_IF_ERROR(cudaMalloc(&counter, sizeof(*counter)));
+  return cudaSuccess;
+}
+
+GPU_EXPORT uint64_t gpu_stream() { return reinterpret_cast<uint64_t>(stream); }
+GPU_EXPORT int gpu_synchronize() { return cudaStreamSynchronize(stream); }
+
+// --- memory -------------------------------------------------------------------------------------------
+
+GPU_EXPORT int gpu_memory(uint64_t about[2]) {  // bytes free, bytes in all
+  size_t free = 0, total = 0;
+  GPU_RETURN_IF_ERROR(cudaMemGetInfo(&free, &total));
+  about[0] = free;
+  about[1] = total;
+  return cudaSuccess;
+}
+
+GPU_EXPORT int gpu_allocate(uint64_t bytes, void** memory) {
+  const cudaError_t error = cudaMalloc(memory, bytes);
+  if (error != cudaSuccess) cudaGetLastError();  // too little memory breaks nothing that comes after
+  return error;
+}
+GPU_EXPORT int gpu_release(void* memory) { return cudaFree(memory); }
+
+GPU_EXPORT int gpu_copy_bytes(void* to, const void* from, uint64_t bytes) {  // whichever side is the host
+  GPU_RETURN_IF_ERROR(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream));
+  return cudaStreamSynchronize(stream);
+}
+
+GPU_EXPORT int gpu_fill(void* to, int byte, uint64_t bytes) { return cudaMemsetAsync(to, byte, bytes, stream); }
+
+// Repeats the first `period` bytes over all of them.
+GPU_EXPORT int gpu_repeat(void* data, uint64_t period, uint64_t bytes) {
+  char* const start = static_cast<char*>(data);
+  for (uint64_t done = period; done < bytes; done *= 2) {
+    const uint64_t more = std::min(done, bytes - done);
+    GPU_RETURN_IF_ERROR(cudaMemcpyAsync(start + done, start, more, cudaMemcpyDeviceToDevice, stream));
+  }
+  return cudaSuccess;
+}
+
+// How many bytes differ from those one period before.
+GPU_EXPORT int gpu_mismatches(const void* data, uint64_t period, uint64_t bytes, uint64_t* count) {
+  GPU_RETURN_IF_ERROR(cudaMemsetAsync(counter, 0, sizeof(*counter), stream));
+  CountKernel<<<4096, kThreads, 0, stream>>>(static_cast<const unsigned char*>(data), static_cast<int64_t>(period),
+                                             static_cast<int64_t>(bytes), counter);
+  GPU_RETURN_IF_ERROR(cudaGetLastError());
+  return gpu_copy_bytes(count, counter, sizeof(*count));
+}
+
+// The most that was in use at once of the pool behind cudaMallocAsync, since the last reset.
+GPU_EXPORT int gpu_pool_peak(uint64_t* bytes, int reset) {
+  cudaMemPool_t pool = nullptr;
+  GPU_RETURN_IF_ERROR(cudaDeviceGetDefaultMemPool(&pool, 0));
+  GPU_RETURN_IF_ERROR(cudaMemPoolGetAttribute(pool, cudaMemPoolAttrUsedMemHigh, bytes));
+  uint64_t zero = 0;
+  return reset ? cudaMemPoolSetAttribute(pool, cudaMemPoolAttrUsedMemHigh, &zero) : cudaSuccess;
+}
+
+// --- time -----------------------------------------------------------------------------------------------
+
+GPU_EXPORT int gpu_event(void** event) { return cudaEventCreate(reinterpret_cast<cudaEvent_t*>(event)); }
+GPU_EXPORT int gpu_record(void* event) { return cudaEventRecord(static_cast<cudaEvent_t>(event), stream); }
+GPU_EXPORT int gpu_elapsed(void* from, void* to, float* milliseconds) {
+  return cudaEventElapsedTime(milliseconds, static_cast<cudaEvent_t>(from), static_cast<cudaEvent_t>(to));
+}
+
+GPU_EXPORT int gpu_capture() { return cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed); }
+
+GPU_EXPORT int gpu_end_capture(void** executable) {
+  cudaGraph_t graph = nullptr;
+  GPU_RETURN_IF_ERROR(cudaStreamEndCapture(stream, &graph));
+  const cudaError_t error = cudaGraphInstantiateWithFlags(reinterpret_cast<cudaGraphExec_t*>(executable), graph, 0);
+  cudaGraphDestroy(graph);
+  return error;
+}
+
+GPU_EXPORT int gpu_replay(void* executable) { return cudaGraphLaunch(static_cast<cudaGraphExec_t>(executable), stream); }
+GPU_EXPORT int gpu_drop_graph(void* executable) {
+  return cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(executable));
+}
+
+GPU_EXPORT int gpu_copy_words(void* to, const void* from, uint64_t words, int blocks) {
+  CopyKernel<<<blocks, kThreads, 0, stream>>>(static_cast<uint4*>(to), static_cast<const uint4*>(from),
+                                              static_cast<int64_t>(words));
+  return cudaGetLastError();
+}
+
+GPU_EXPORT int gpu_read_words(const void* from, uint64_t words, int blocks) {
+  ReadKernel<<<blocks, kThreads, 0, stream>>>(static_cast<const uint4*>(from), static_cast<int64_t>(words), counter);
+  return cudaGetLastError();
+}

@@ -1,0 +1,336 @@
+"""Builds dice_op for this machine's GPU, checks it, measures it, and writes a record.
+
+    python build_tools/gpu_check.py [--quick]
+
+Needs Linux, a GPU with its driver, nvcc of CUDA 12 or later, Python >= 3.10 with numpy, pybind11
+and cmake. PyTorch, Triton, JAX and TensorFlow take part if they can be imported. Exit status: 0 if
+all checks that ran passed, 1 if not, 2 without a GPU or nvcc.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS, BUILD = ROOT / "benchmarks", ROOT / "build" / "gpu"
+sys.path.append(str(BENCHMARKS))
+
+import gpu_report  # noqa: E402
+
+# Steps, and how they share the time: each takes at most its part of what the earlier ones left.
+STEPS = {"build": 3, "check": 2, "sanitizer": 1.5, "measure": 3, "contenders": 3.5, "tensorflow": 1}
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+
+
+# --- the record -----------------------------------------------------------------------------------
+
+
+def output_of(*command):
+    """What a command prints, or an empty string."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def without_paths(value):
+    """Strict JSON has no NaN, and where a machine keeps its files is nobody's business."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str):
+        value = value.replace(str(ROOT), ".")
+        return re.sub(r"(?<![\w.:])/(?:[\w.+@-]+/)+", "", value)
+    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
+
+
+class Record:
+    """The JSON file, written anew whenever something is added."""
+
+    def __init__(self, folder, gpu, commit):
+        modules = ("numpy", "torch", "triton", "jax", "cupy-cuda13x", "tensorflow", "ml_dtypes")
+        versions = {}
+        for name in modules:
+            try:
+                versions[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        head = output_of("git", "rev-parse", "--short=10", "HEAD")
+        nvcc = re.search(r"release ([\d.]+)", output_of(find_nvcc(), "--version"))
+        self.data = {
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "gpu": gpu, "nvcc": nvcc[1] if nvcc else None, "commit": commit or head or "unknown",
+            "dirty": bool(output_of("git", "status", "--porcelain")) if head else None,
+            "python": sys.version.split()[0], "packages": versions, "arguments": sys.argv[1:],
+            "steps": {}, "results": [],
+        }  # fmt: skip
+        name = re.sub(r"[^A-Za-z0-9]+", "-", gpu["name"]).strip("-").lower()
+        self.path = folder / f"{self.data['date'][:10]}-{name}-{self.data['commit']}.json"
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self):
+        """Never leaves half a file behind."""
+        beside = self.path.with_suffix(".part")
+        beside.write_text(json.dumps(without_paths(self.data), indent=1) + "\n")
+        beside.replace(self.path)
+
+    def add(self, result):
+        """A result of a worker."""
+        self.data["results"].append(result)
+        self.write()
+        print("  " + gpu_report.line(result), flush=True)
+
+    def step(self, name, status, start, **details):
+        """How a step ended: "passed", "failed", "skipped"."""
+        seconds = round(time.monotonic() - start, 1)
+        self.data["steps"][name] = {"status": status, "seconds": seconds, **details}
+        self.write()
+        reason = details.get("reason", "")
+        print(f"{name}: {status} after {seconds} s{': ' if reason else ''}{reason}", flush=True)
+
+
+def run_worker(command, seconds, record):
+    """Run a worker, take its results as they come. Returns its exit status and its log's end."""
+    try:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            cwd=ROOT,
+        )  # fmt: skip
+    except OSError as error:
+        return f"{error.strerror}: {error.filename}", ""
+    stopped = threading.Event()
+
+    def stop():
+        stopped.set()
+        process.kill()
+
+    timer = threading.Timer(seconds, stop)
+    timer.start()
+    log = []
+    try:
+        for text in process.stdout:
+            if text.startswith("RECORD "):
+                record.add(json.loads(text.removeprefix("RECORD ")))
+            else:
+                log = [*log[-40:], text.rstrip()]
+                if text.startswith("  FAILED"):
+                    print(text, end="", flush=True)
+        status = process.wait()
+    finally:
+        timer.cancel()
+        process.kill()
+    return ("stopped: no time left" if stopped.is_set() else status), "\n".join(log)[-3000:]
+
+
+# --- the steps ------------------------------------------------------------------------------------
+
+
+def find_nvcc():
+    """Where CMake will look first; an empty string if it is not there."""
+    folders = [os.environ[n] for n in ("CUDA_HOME", "CUDA_PATH") if n in os.environ]
+    folders.append("/usr/local/cuda")
+    candidates = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
+    candidates += [f"{folder}/bin/nvcc" for folder in folders]
+    candidates += [
+        n for p in sys.path for n in sorted(map(str, Path(p).glob("nvidia/cu*/bin/nvcc")))
+    ]
+    return next((c for c in candidates if c and Path(c).exists()), "")
+
+
+def gpu_facts():
+    """Of the first GPU, from nvidia-smi; None without one."""
+    fields = (
+        "name,driver_version,compute_cap,memory.total,clocks.sm,clocks.mem,clocks.max.sm,"
+        "clocks.max.mem,power.limit,temperature.gpu,ecc.mode.current,utilization.gpu"
+    )
+    text = output_of("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0")
+    values = [value.strip() for value in text.split(",")]
+    if len(values) != len(fields.split(",")) or not re.match(r"\d+\.\d+$", values[2]):
+        return None
+    return dict(zip(fields.split(","), values, strict=True))
+
+
+def build(arch, seconds, record, start):
+    """The module, and the library of gpu_device.py, for this GPU only."""
+    cmake = shutil.which("cmake") or str(Path(sys.executable).with_name("cmake"))
+    nvcc = find_nvcc()
+    install = BUILD / "install"
+    configure = [
+        cmake,
+        "-S",
+        ".",
+        "-B",
+        str(BUILD),
+        "-DDICE_OP_WITH_TENSORFLOW=OFF",
+        "-DDICE_OP_CUDA=on",
+    ]
+    configure += [f"-DDICE_OP_CUDA_ARCHS={arch}", f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}", "-DCMAKE_BUILD_TYPE=Release"]
+    if not (BUILD / "CMakeCache.txt").exists() and shutil.which("ninja"):
+        configure += ["-G", "Ninja"]
+    library = [
+        "-shared",
+        "-std=c++17",
+        "-O3",
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+        f"-arch=sm_{arch}",
+    ]
+    # pip's nvcc looks for its runtime in another folder than pip puts it into
+    library += [f"-L{Path(nvcc).resolve().parent.parent / 'lib'}"]
+    library += [str(BENCHMARKS / "gpu_device.cu"), "-o", str(BUILD / "libgpu_device.so")]
+    jobs = str(os.cpu_count() or 1)
+    took = {}
+    for what, command in (
+        ("configure", configure),
+        ("compile", [cmake, "--build", str(BUILD), "--parallel", jobs]),
+        ("install", [cmake, "--install", str(BUILD), "--prefix", str(install)]),
+        ("measuring library", [nvcc, *library]),
+    ):
+        print(f"  {what}", flush=True)
+        begun = time.monotonic()
+        status, log = run_worker(command, max(1, seconds - (begun - start)), record)
+        took[what] = round(time.monotonic() - begun, 1)
+        if status != 0:
+            print(log)
+            record.step("build", "failed", start, reason=f"{what}: {status}", log=log, took=took)
+            return False
+    record.step("build", "passed", start, took=took)
+    return True
+
+
+def run_sanitizer(seconds, record, start):
+    """compute-sanitizer's tools over a few cases; an error of theirs fails the step."""
+    tool = shutil.which("compute-sanitizer") or str(
+        Path(find_nvcc()).with_name("compute-sanitizer")
+    )
+    if not Path(tool).exists():
+        record.step("sanitizer", "skipped", start, reason="there is no compute-sanitizer")
+        return
+    results, end = {}, start + seconds
+    for i, kind in enumerate(SANITIZERS):
+        share = (end - time.monotonic()) / (len(SANITIZERS) - i)
+        command = [tool, "--tool", kind, "--error-exitcode", "99", sys.executable]
+        command += [str(BENCHMARKS / "gpu_cases.py"), "few", "--seconds", str(share * 0.8)]
+        status, log = run_worker(command, max(1, share), record)
+        errors = re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", log)
+        found = [int(a or b) for a, b in errors]
+        if status == 0:
+            results[kind] = "no errors"
+        elif any(found) or status == 99 or "  FAILED" in log:
+            results[kind] = f"failed: exit {status}, {sum(found)} errors\n{log}"
+        else:  # the tool does not work everywhere
+            results[kind] = f"did not run to its end: {status}\n{log[-600:]}"
+        print(f"  {kind}: {results[kind]}", flush=True)
+    first_words = {result.split()[0] for result in results.values()}
+    status = (
+        "failed" if "failed:" in first_words else "passed" if "no" in first_words else "skipped"
+    )
+    record.step("sanitizer", status, start, tools=results)
+
+
+def run_step(name, arguments, seconds, record, start):
+    """A step that is one worker, or two."""
+    programs = {
+        "check": [["gpu_cases.py", "all"]],
+        "tensorflow": [["gpu_cases.py", "tensorflow"]],
+        "measure": [["gpu_timing.py"]],
+        "contenders": [["gpu_contenders.py", "torch"], ["gpu_contenders.py", "jax"]],
+    }[name]
+    ends = []
+    for i, (program, *command) in enumerate(programs):
+        left = start + seconds - time.monotonic()
+        share = left * 0.75 if i + 1 < len(programs) else left
+        command = [sys.executable, str(BENCHMARKS / program), *command]
+        command += ["--seconds", str(share * 0.85)]
+        command += ["--quick"] * (arguments.quick and name in ("measure", "contenders"))
+        before = len(record.data["results"])
+        status, log = run_worker(command, max(1, share), record)
+        wrong = [r for r in record.data["results"][before:] if r.get("passed") is False]
+        wrong += [f for r in record.data["results"][before:] for f in r.get("failures", ())]
+        if name == "contenders":  # what others compute or fail to is recorded, not judged
+            wrong = [r for r in wrong if isinstance(r, dict) and r["name"] == "dice_op"]
+        ends.append({"status": status, "wrong": len(wrong)} | ({"log": log} if status else {}))
+    crashed = any(end["status"] != 0 for end in ends)
+    failed = any(end["wrong"] for end in ends) or (crashed and name not in ("contenders",))
+    reason = "; ".join(
+        f"exit {end['status']}: {end['log'].splitlines()[-1] if end['log'] else ''}"
+        for end in ends
+        if end["status"] != 0
+    )
+    status = "failed" if failed else "passed"
+    if name == "tensorflow" and (why := record.data["results"][-1:]) and "skipped" in why[0]:
+        status, reason = "skipped", why[0]["skipped"]
+    record.step(name, status, start, workers=ends, reason=reason)
+
+
+def parse_arguments():
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="few volumes")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--steps", default=",".join(STEPS), help="default: %(default)s")
+    parser.add_argument("--skip", default="", help="steps to leave out, separated by commas")
+    parser.add_argument("--time-limit", type=float, default=540, metavar="SECONDS")
+    parser.add_argument("--commit", help="what to call the sources, in a copy without git")
+    parser.add_argument("--render", type=Path, metavar="FILE.json", help="draw a record anew")
+    arguments = parser.parse_args()
+    arguments.steps = [s for s in arguments.steps.split(",") if s not in arguments.skip.split(",")]
+    if unknown := {*arguments.steps, *filter(None, arguments.skip.split(","))} - {*STEPS}:
+        parser.error(f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
+    return arguments
+
+
+def main():
+    """Run the steps in their order, each with its share of the time. Returns the exit status."""
+    arguments = parse_arguments()
+    if arguments.render:
+        print("\n".join(map(str, gpu_report.render(arguments.render))))
+        return 0
+    gpu = gpu_facts()
+    if gpu is None:
+        print("gpu_check: there is no GPU here (nvidia-smi names none)", file=sys.stderr)
+        return 2
+    if not find_nvcc():
+        print("gpu_check: there is no nvcc on PATH or under CUDA_HOME", file=sys.stderr)
+        return 2
+    deadline = time.monotonic() + arguments.time_limit
+    record = Record(arguments.out, gpu, arguments.commit)
+    print(f"{gpu['name']}, driver {gpu['driver_version']}, nvcc {record.data['nvcc']}", flush=True)
+    steps = [step for step in STEPS if step in arguments.steps]
+    for i, name in enumerate(steps):
+        start = time.monotonic()
+        left = deadline - start
+        seconds = left * STEPS[name] / sum(STEPS[step] for step in steps[i:])
+        if left < 5:
+            record.step(name, "skipped", start, reason="no time left")
+        elif name == "build":
+            if not build(gpu["compute_cap"].replace(".", ""), left, record, start):
+                break  # without a module there is nothing to check
+        elif name == "sanitizer":
+            run_sanitizer(seconds, record, start)
+        else:
+            run_step(name, arguments, seconds, record, start)
+    record.data["gpu_afterwards"] = gpu_facts()
+    record.write()
+    written = gpu_report.render(record.path)
+    print(written[0].read_text())
+    print("\n".join(str(path) for path in (record.path, *written)))
+    return 1 if any(s["status"] == "failed" for s in record.data["steps"].values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
