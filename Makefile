@@ -5,7 +5,7 @@
 
 python := .venv/bin/python
 csrc := $(shell find csrc -type f)
-c++ := $(csrc) $(shell find tests -name '*.cc' -o -name '*.h')
+c++ := $(csrc) $(shell find tests benchmarks -name '*.cc' -o -name '*.h' -o -name '*.cu')
 export DICE_OP_CUDA DICE_OP_CUDA_ARCHS
 
 .PHONY: help demo test test-full build lint format clean FORCE

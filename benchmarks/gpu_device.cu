@@ -8,8 +8,8 @@
 #include <cstdint>
 
 #define GPU_EXPORT extern "C" __attribute__((visibility("default")))
-#define GPU_RETURN_IF_ERROR(expression)                                    \
-  do {                                                                     \
+#define GPU_RETURN_IF_ERROR(expression)                                             \
+  do {                                                                              \
     if (const cudaError_t error = (expression); error != cudaSuccess) return error; \
   } while (false)
 
@@ -152,7 +152,9 @@ GPU_EXPORT int gpu_end_capture(void** executable) {
   return error;
 }
 
-GPU_EXPORT int gpu_replay(void* executable) { return cudaGraphLaunch(static_cast<cudaGraphExec_t>(executable), stream); }
+GPU_EXPORT int gpu_replay(void* executable) {
+  return cudaGraphLaunch(static_cast<cudaGraphExec_t>(executable), stream);
+}
 GPU_EXPORT int gpu_drop_graph(void* executable) {
   return cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(executable));
 }

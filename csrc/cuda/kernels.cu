@@ -14,23 +14,19 @@ using T = DICE_OP_CUDA_STORAGE;
 // More than 16 classes: the smallest tile that holds them.
 template <class Activation>
 Variant Shared(const Problem& problem, bool grad) {
-  const auto of = [&](auto lanes, auto items, auto sure) {
-    return VariantOf<Staged<T, items.value, lanes.value, sure.value>, Activation, true>(problem, grad);
+  const auto of = [&](auto source) {
+    return VariantOf<typename decltype(source)::type, Activation, true>(problem, grad);
   };
-  const auto with = [&](auto lanes) -> Variant {
-    const int64_t items = (problem.classes + lanes.value - 1) / lanes.value;  // 9 to 16
-    if (items <= 12) return of(lanes, std::integral_constant<int, 12>{}, std::integral_constant<int, 8>{});
-    if constexpr (lanes.value == 8) {  // some hundred classes: a body's organs and bones
-      if (items <= 14) return of(lanes, std::integral_constant<int, 14>{}, std::integral_constant<int, 12>{});
-      return of(lanes, std::integral_constant<int, 16>{}, std::integral_constant<int, 14>{});
-    }
-    if (items <= 16) return of(lanes, std::integral_constant<int, 16>{}, std::integral_constant<int, 12>{});
-    return {};
-  };
-  if (problem.classes <= 32) return with(std::integral_constant<int, 2>{});
-  if (problem.classes <= 64) return with(std::integral_constant<int, 4>{});
-  if (problem.classes <= 128) return with(std::integral_constant<int, 8>{});
-  return with(std::integral_constant<int, 16>{});
+  const int64_t c = problem.classes;
+  if (c <= 24) return of(Type<Staged<T, 12, 2, 8>>{});
+  if (c <= 32) return of(Type<Staged<T, 16, 2, 12>>{});
+  if (c <= 48) return of(Type<Staged<T, 12, 4, 8>>{});
+  if (c <= 64) return of(Type<Staged<T, 16, 4, 12>>{});
+  if (c <= 96) return of(Type<Staged<T, 12, 8, 8>>{});
+  if (c <= 112) return of(Type<Staged<T, 14, 8, 12>>{});  // a body's organs and bones
+  if (c <= 128) return of(Type<Staged<T, 16, 8, 14>>{});
+  if (c <= cuda::kMaxClasses) return of(Type<Staged<T, 16, 16, 8>>{});
+  return {};
 }
 
 template <class Activation, bool kCrossEntropy>

@@ -239,6 +239,7 @@ class Staged {
   DICE_OP_DEVICE void Run(int64_t first, int64_t step, Voxel&& voxel, Done&& done) {
     const auto begin_of = [&](int64_t t) { return (kStore ? call_.tiles - 1 - t : t) * kTile; };
     if constexpr (kLanes > 1) {  // no NaN may stand where the last tile has no voxel
+#pragma unroll 1
       for (int w = Lane(); w < kStages * kTile * row_bytes() / 16; w += kWarp) {
         reinterpret_cast<Word<T>*>(memory_)[w] = Word<T>{};
       }
@@ -296,16 +297,20 @@ class Staged {
   DICE_OP_DEVICE void Fetch(int64_t begin, int stage) {
     const T* from = logits_ + begin * classes();
     const int elements = Elements(begin), words = elements / kPerWord;
+#pragma unroll 2
     for (int w = Lane(); w < words; w += kWarp) CopyWord(WordAt(stage, w), from + w * kPerWord);
     // rows are padded only where they are whole words, and then nothing is left
+#pragma unroll 1
     for (int e = words * kPerWord + Lane(); e < elements; e += kWarp) Row(stage, 0)[e] = from[e];
   }
   DICE_OP_DEVICE void Put(int64_t begin, int stage) {
     T* to = d_logits_ + begin * classes();
     const int elements = Elements(begin), words = elements / kPerWord;
+#pragma unroll 2
     for (int w = Lane(); w < words; w += kWarp) {
       StoreStreaming<T>(reinterpret_cast<Word<T>*>(to) + w, *reinterpret_cast<const Word<T>*>(WordAt(stage, w)));
     }
+#pragma unroll 1
     for (int e = words * kPerWord + Lane(); e < elements; e += kWarp) to[e] = Row(stage, 0)[e];
   }
   // Lane l reads the label of the tile's voxel l (and l + 32). `begin` may lie outside the sample.
@@ -470,21 +475,16 @@ class General {
   // fn(place in the tile, place in the sample) for this lane's share of a tile, in the order of memory.
   template <class Fn>
   DICE_OP_DEVICE void ForEachElement(int64_t begin, int count, Fn&& fn) const {
-    const int pitch = Pitch(call_.classes);
-    if (call_.planar) {
+    const bool planar = call_.planar;
+    const int classes = call_.classes, pitch = Pitch(classes);
+    const int64_t voxel_step = planar ? 1 : classes, class_step = planar ? call_.voxels : 1;
+    int v = planar ? Lane() % kTile : Lane() / classes, c = planar ? Lane() / kTile : Lane() % classes;
 #pragma unroll 2
-      for (int e = Lane(); e < kTile * call_.classes; e += kWarp) {
-        const int v = e % kTile, c = e / kTile;
-        if (v < count) fn(v * pitch + c, c * call_.voxels + begin + v);
-      }
-    } else {
-      const int classes = call_.classes;
-      int v = Lane() / classes, c = Lane() % classes;
-#pragma unroll 2
-      for (int e = Lane(); e < count * classes; e += kWarp) {
-        fn(v * pitch + c, begin * classes + e);
+    while (v < count && c < classes) {
+      fn(v * pitch + c, (begin + v) * voxel_step + c * class_step);
+      c += planar ? kWarp / kTile : kWarp % classes;
+      if (!planar) {
         v += kWarp / classes;
-        c += kWarp % classes;
         if (c >= classes) {
           c -= classes;
           ++v;
