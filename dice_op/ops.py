@@ -82,6 +82,9 @@ def dice_sums(
       tf.errors.InvalidArgumentError, ValueError: shapes do not fit, or a label is no class; names
         the argument, or the voxel and its value. Inside a graph, what its shapes show is raised
         while tracing.
+        On a GPU a label that is no class makes its sample's sums NaN instead;
+        `DICE_OP_CHECK_LABELS=1` in the environment makes that this error, at the price of a wait
+        in every call. GPUs take at most 256 classes.
       TypeError: `y_pred` or `y_true` have a dtype that is not listed above.
     """
     y_true = tf.convert_to_tensor(y_true)

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -201,3 +202,11 @@ def test_info_without_tensorflow(run_python):
         """
     )
     assert re.search(r"^op +not loaded: TensorFlow is not installed", out, re.MULTILINE)
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
+def test_the_gpu_check_says_what_is_missing():
+    check = [sys.executable, ROOT / "build_tools" / "gpu_check.py"]
+    result = subprocess.run(check, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1 and "GPU" in result.stderr

@@ -82,10 +82,10 @@ struct Thread {
   WarpOp op{};
   unsigned mask = 0, source = 0;
   uint64_t value = 0, result = 0;
-  Scope fence = Scope::kNone;      // since the last barrier
-  std::set<const void*> observed;  // atomics since the last fence, for the thread sanitizer
-  std::deque<PendingCopy> copies;
-  int groups = 0;  // committed
+  Scope fence = Scope::kNone;       // since the last barrier
+  std::set<const void*> observed;   // atomics since the last fence, for the thread sanitizer
+  std::vector<PendingCopy> copies;  // oldest first; no deque: it frees in a fibre what the scheduler allocated
+  int groups = 0;                   // committed
 };
 
 struct WarpState {
@@ -606,7 +606,7 @@ bool NextCopy(int groups_to_keep, Copy* copy) {
   if (t.copies.empty()) return false;
   if (groups_to_keep != kAll && t.copies.front().group >= t.groups - groups_to_keep) return false;
   *copy = t.copies.front().copy;
-  t.copies.pop_front();
+  t.copies.erase(t.copies.begin());
   return true;
 }
 
