@@ -83,6 +83,15 @@ DICE_OP_DEVICE R Read(T value) {
   return FromStorage<T, R>(value);
 }
 
+// Element `at` of an array whose type is known when running.
+template <class R>
+DICE_OP_DEVICE R ReadNumber(const void* from, DType dtype, int64_t at) {
+  return WithType(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return Read<R>(static_cast<const T*>(from)[at]);
+  });
+}
+
 template <class T, class R>
 DICE_OP_DEVICE T Write(R value) {
 #ifdef __CUDA_ARCH__

@@ -180,23 +180,18 @@ __global__ void __launch_bounds__(kThreads) CheckLabelsKernel(const __grid_const
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t at = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; at < check.samples * check.voxels;
        at += step) {
-    const auto number = [&](const void* from, DType dtype, int64_t i) {
-      return WithType(dtype, [&](auto type) {
-        using T = typename decltype(type)::type;
-        return Read<double>(static_cast<const T*>(from)[i]);
-      });
-    };
     bool good = true;
     if (check.dense) {
       const int64_t sample = at / check.voxels, voxel = at % check.voxels;
-      if (check.weight && number(check.weight, check.weight_dtype, at) == 0) continue;
+      if (check.weight && ReadNumber<double>(check.weight, check.weight_dtype, at) == 0) continue;
       for (int64_t c = 0; c < check.classes; ++c) {
         const int64_t place = check.planar ? c * check.voxels + voxel : voxel * check.classes + c;
-        const double t = number(check.labels, check.labels_dtype, sample * check.voxels * check.classes + place);
+        const double t =
+            ReadNumber<double>(check.labels, check.labels_dtype, sample * check.voxels * check.classes + place);
         good &= check.labels_dtype == DType::kBool || IsSoftLabel(t, check.labels_dtype >= DType::kHalf);
       }
     } else {
-      const double label = number(check.labels, check.labels_dtype, at);  // integers of no class may round
+      const double label = ReadNumber<double>(check.labels, check.labels_dtype, at);  // integers of no class may round
       good = (check.has_ignore_label && label == static_cast<double>(check.ignore_label)) ||
              (label >= 0 && label < check.limit && label == trunc(label));
     }

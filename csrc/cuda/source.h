@@ -95,14 +95,6 @@ DICE_OP_DEVICE void ReadLabels(const Call& call, int64_t at, int stride, uint32_
   }
 }
 
-template <class R>
-DICE_OP_DEVICE R ReadNumber(const void* from, DType dtype, int64_t at) {
-  return WithType(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    return Read<R>(static_cast<const T*>(from)[at]);
-  });
-}
-
 // --- direct -------------------------------------------------------------------------------------------
 
 // A unit is what a thread takes at once: the kVoxels voxels in one 16-byte word, or in one word of each
