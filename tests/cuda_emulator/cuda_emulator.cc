@@ -112,7 +112,7 @@ struct LaunchState {
   const std::function<void()>* body;
   size_t shared_bytes;
   std::vector<std::unique_ptr<Block>> live, finished;
-  std::deque<void*> tsan_fibers;  // oldest first
+  std::deque<void*> finished_fibers;  // of the thread sanitizer, oldest first
   std::vector<SharedMemory> pages;
   size_t page_bytes_left = 0;
   uint64_t start_token = 0, end_token = 0;
@@ -391,11 +391,11 @@ void NewContext(Context* context) {
   context->start.uc_stack.ss_size = 0;  // or the address sanitizer forgets a stack's red zones at every switch
 }
 
-// A fibre that is ordered after the start of the launch, and not with other fibres of it. `alive` of them are needed.
+// A fibre that is ordered after the start of the launch, and not with other fibres of it. `alive` are in use.
 void* NewTsanFiber(unsigned block, unsigned thread, size_t alive) {
-  if (launch->tsan_fibers.size() >= std::max(kMaxTsanFibers, alive)) {
-    __tsan_destroy_fiber(launch->tsan_fibers.front());
-    launch->tsan_fibers.pop_front();
+  if (!launch->finished_fibers.empty() && launch->finished_fibers.size() + alive >= kMaxTsanFibers) {
+    __tsan_destroy_fiber(launch->finished_fibers.front());
+    launch->finished_fibers.pop_front();
   }
   void* fiber;
   if (idle_fibers.empty()) {
@@ -409,7 +409,6 @@ void* NewTsanFiber(unsigned block, unsigned thread, size_t alive) {
   }
   const std::string name = "block " + std::to_string(block) + " thread " + std::to_string(thread);
   __tsan_set_fiber_name(fiber, name.c_str());
-  launch->tsan_fibers.push_back(fiber);
   return fiber;
 }
 
@@ -426,7 +425,7 @@ std::unique_ptr<Block> NewBlock(unsigned number, unsigned size) {
     t.thread_idx = Unravel(i, blockDim);
     block->warps[i / 32].alive |= 1u << (i % 32);
     NewContext(&t.context);
-    if (tsan) t.context.tsan_fiber = NewTsanFiber(number, i, launch->live.size() * size + i + 1);
+    if (tsan) t.context.tsan_fiber = NewTsanFiber(number, i, launch->live.size() * size + i);
   }
   return block;
 }
@@ -506,6 +505,7 @@ void Run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const s
       }
       for (const Thread& t : state.live[i]->threads) {
         free_stacks.push_back(static_cast<char*>(const_cast<void*>(t.context.stack_bottom)));
+        if (tsan) state.finished_fibers.push_back(t.context.tsan_fiber);
       }
       // The thread sanitizer takes free for an access: it has to wait for the end.
       if (tsan) state.finished.push_back(std::move(state.live[i]));
@@ -518,7 +518,7 @@ void Run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const s
   }
   if (tsan) __tsan_acquire(&state.end_token);
   // All of them are ordered before the next launch now.
-  idle_fibers.insert(idle_fibers.end(), state.tsan_fibers.begin(), state.tsan_fibers.end());
+  idle_fibers.insert(idle_fibers.end(), state.finished_fibers.begin(), state.finished_fibers.end());
   for (const SharedMemory& page : state.pages) syscall(SYS_munmap, page.data, page.bytes);
   launch = nullptr;
 }
