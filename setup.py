@@ -28,7 +28,7 @@ class CMakeBuild(build_ext):
             *("-S", ROOT, "-B", build, "-G", "Ninja", "--log-level=WARNING"),
             f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR, 'ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DDICE_OP_CUDA={os.environ.get('DICE_OP_CUDA', 'auto')}",
+            f"-DDICE_OP_CUDA={os.environ.get('DICE_OP_CUDA') or 'auto'}",
             f"-DDICE_OP_CUDA_ARCHS={os.environ.get('DICE_OP_CUDA_ARCHS', '')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
