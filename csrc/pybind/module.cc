@@ -95,7 +95,8 @@ DType SumsType(const Problem& problem) {
 }
 
 // A new array on the host or on the device, for results, and its memory.
-std::pair<py::object, void*> NewArray(bool on_device, DType dtype, const Dims& dims, uintptr_t stream) {
+std::pair<py::object, void*> NewArray([[maybe_unused]] bool on_device, DType dtype, const Dims& dims,
+                                      [[maybe_unused]] uintptr_t stream) {
 #ifdef DICE_OP_WITH_CUDA
   if (on_device) {
     auto array = std::make_unique<DeviceArray>(dtype, dims, stream);
