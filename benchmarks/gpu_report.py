@@ -5,6 +5,7 @@ import os
 
 TITLES = {
     "dice_op": "dice_op",
+    "dice_op_jax": "dice_op in JAX's jit",
     "triton": "Triton kernels",
     "compiled": "torch.compile, MONAI's form",
     "jax": "JAX, jit",

@@ -21,7 +21,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
-sys.path += [str(BUILD / "install" / "dice_op"), str(ROOT / "tests")]
+sys.path += [str(BUILD / "install"), str(ROOT / "tests")]
 
 SMOOTH = 1e-5
 SUMS = ("intersection", "pred_sum", "label_sum", "cross_entropy")
@@ -36,7 +36,8 @@ CLASSES = (1, 2, 3, 4, 5, 14, 104)
 
 def load():
     """The module under test, the reference, the GPU."""
-    core, reference = importlib.import_module("core"), importlib.import_module("reference")
+    core = importlib.import_module("dice_op.core")
+    reference = importlib.import_module("reference")
     return core, reference, gpu_device.Device(BUILD / "libgpu_device.so")
 
 

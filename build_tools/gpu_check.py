@@ -206,6 +206,8 @@ def build(arch, seconds, record, start):
             print(log)
             record.step("build", "failed", start, reason=f"{what}: {status}", log=log, took=took)
             return False
+    no_binaries = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "dice_op", install / "dice_op", ignore=no_binaries, dirs_exist_ok=True)
     record.step("build", "passed", start, took=took)
     return True
 

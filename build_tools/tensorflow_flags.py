@@ -1,5 +1,6 @@
 """Prints, as a CMake list, what a build against the installed TensorFlow needs:
-its version, include directory, library, and the remaining compiler flags."""
+its version, include directory, library, the library of its compiler XLA, and the remaining compiler
+flags."""
 
 import os
 
@@ -10,6 +11,5 @@ import tensorflow as tf  # noqa: E402
 flags = [f for f in tf.sysconfig.get_compile_flags() if not f.startswith(("-I", "--std", "-std"))]
 directory = tf.sysconfig.get_lib()
 library = next(f[3:] for f in tf.sysconfig.get_link_flags() if f.startswith("-l:"))
-print(
-    ";".join([tf.__version__, tf.sysconfig.get_include(), os.path.join(directory, library), *flags])
-)
+libraries = [os.path.join(directory, name) for name in (library, "libtensorflow_cc.so.2")]
+print(";".join([tf.__version__, tf.sysconfig.get_include(), *libraries, *flags]))

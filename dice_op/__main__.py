@@ -18,7 +18,7 @@ def info():
     report["platform"] = platform.platform()
     report["processors"] = os.cpu_count()
     report["tensorflow"] = report["keras"] = None
-    report["op"] = "not loaded: TensorFlow is not installed"
+    report["op"] = report["xla"] = "not loaded: TensorFlow is not installed"
     if importlib.util.find_spec("tensorflow"):
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         import keras
@@ -31,8 +31,12 @@ def info():
 
             _loader.library()
             report["op"] = f"loaded from {_loader.LIBRARY}"
+            problem = _loader.xla_problem()
+            report["xla"] = (
+                f"not loaded: {problem}" if problem else f"loaded from {_loader.XLA_LIBRARY}"
+            )
         except ImportError as error:
-            report["op"] = f"not loaded: {error}"
+            report["op"] = report["xla"] = f"not loaded: {error}"
     return report
 
 

@@ -1,5 +1,6 @@
-"""Loads dice_op.so into TensorFlow, or says in words why it cannot."""
+"""Loads dice_op.so and dice_op_xla.so into TensorFlow, or says in words why it cannot."""
 
+import ctypes
 import functools
 import pathlib
 from importlib import metadata
@@ -9,6 +10,7 @@ import tensorflow as tf
 from dice_op import core
 
 LIBRARY = pathlib.Path(__file__).with_name("dice_op.so")
+XLA_LIBRARY = pathlib.Path(__file__).with_name("dice_op_xla.so")
 
 
 def _minor(version):
@@ -72,3 +74,18 @@ def library():
             f"{tf.__version__}. Rebuild it: {_rebuild(tf.__version__)}. TensorFlow said: "
             f"{error.message}"
         ) from error
+
+
+@functools.cache
+def xla_problem():
+    """Loads the ops' kernels for XLA. Returns why XLA cannot take them, or None."""
+    library()
+    if not XLA_LIBRARY.exists():
+        return f"{XLA_LIBRARY} is missing; rebuild dice_op: {_rebuild(tf.__version__)}"
+    try:
+        tf.load_op_library(str(XLA_LIBRARY))
+    except tf.errors.NotFoundError as error:
+        return error.message
+    refusal = ctypes.CDLL(str(XLA_LIBRARY)).dice_op_xla_refusal
+    refusal.restype = ctypes.c_char_p
+    return refusal().decode() or None

@@ -1,12 +1,20 @@
 """The fused ops: `dice_sums`, and the registered gradients."""
 
 import typing
+import warnings
 
 import tensorflow as tf
 
 from dice_op import _loader, composite
 
 _ops = _loader.library()
+if _loader.xla_problem():
+    warnings.warn(
+        "dice_op works, but not in programs that XLA compiles, as Keras does by default where "
+        f"there is a GPU: pass jit_compile=False to compile(). The reason: {_loader.xla_problem()}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 _ATTRIBUTES = (
     "activation",

@@ -19,7 +19,8 @@ MAY_INCLUDE = {
     "core": r'"core/[a-z_]+\.h"',
     "cpu": r'"(core|cpu)/[a-z_]+\.h"',
     "cuda": r'"(core|cuda)/[a-z_]+\.h"|"cuda_emulator\.h"|<cuda_[a-z0-9_]+\.h>',
-    "tf": r'"core/(dice_op|problem)\.h"|"tf/[a-z_]+\.h"|"tensorflow/.*"',
+    "tf": r'"core/(dice_op|problem)\.h"|"tf/[a-z_]+\.h"|"tensorflow/.*"|"xla/.*"',
+    "xla": r'"core/(dice_op|problem)\.h"|"xla/ffi/api/ffi\.h"',  # XLA's, and it stands alone
     "pybind": r'"core/(dice_op|problem)\.h"|"pybind/[a-z_]+\.h"|<pybind11/.*>',
 }
 SYSTEM_HEADER = r"<[a-z_]+(\.h)?>"
@@ -29,6 +30,8 @@ SYSTEM_HEADER = r"<[a-z_]+(\.h)?>"
 def test_layers(layer):
     sources = list((ROOT / "csrc" / layer).iterdir())
     assert sources
+    # or "xla/..." would be ambiguous
+    assert layer != "xla" or not [s for s in sources if s.suffix == ".h"]
     for source in sources:
         for header in re.findall(r"^#\s*include (\S+)", source.read_text(), re.MULTILINE):
             allowed = rf"({MAY_INCLUDE[layer]}|{SYSTEM_HEADER})"
@@ -48,8 +51,8 @@ def test_only_the_op_is_compiled_with_tensorflow():
         for c in commands
         if re.search(r"-(I|isystem) ?\S*tensorflow", c["command"])
     }
-    assert includes == {"tf"}
-    assert with_tensorflow == {"tf", "pybind"}
+    assert includes == {"tf", "xla"}
+    assert with_tensorflow == {"tf", "xla", "pybind"}
 
 
 def test_configures_where_there_is_no_tensorflow(tmp_path):
@@ -80,15 +83,23 @@ def test_binaries_hold_no_path_of_the_machine_that_built_them():
         assert os.fsencode(ROOT) not in library.read_bytes(), library.name
 
 
-def test_the_op_library_exports_nothing():
-    """Its symbols must not meet those of another library in the same process."""
+@pytest.mark.parametrize(
+    ("library", "exports"),
+    [
+        ("dice_op.so", {"dice_op::ffi::Handlers", "dice_op::ffi::DiceSumsWorkspace"}),
+        ("dice_op_xla.so", {"dice_op_xla_refusal"}),
+    ],
+)
+def test_the_libraries_export_nothing_else(library, exports):
+    """Their symbols must not meet those of another library in the same process."""
     symbols = subprocess.run(
-        ["nm", "-D", "--defined-only", PACKAGE / "dice_op.so"],
+        ["nm", "-D", "--demangle", "--defined-only", PACKAGE / library],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert symbols == ""
+    names = {line.split(maxsplit=2)[2].partition("(")[0] for line in symbols.splitlines()}
+    assert names == exports
 
 
 def test_build_info():

@@ -1,4 +1,4 @@
-// The entry points of the library: all that the TensorFlow op and the pybind11 module include.
+// The entry points of the library: all that the TensorFlow op, XLA's handlers and the pybind11 module include.
 //
 // Plain pointers, a shape, and memory that the caller owns; nothing here knows a framework. Each
 // pointer carries its shape in a comment: N samples, V voxels per sample, C classes.
@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace dice_op {
 
@@ -115,7 +116,7 @@ namespace cuda {
 
 constexpr int kMaxClasses = 256;
 
-// Bytes of scratch memory that DiceSums needs, aligned to 8.
+// Bytes of scratch memory that DiceSums needs, aligned to 8, on any GPU: it asks for none.
 std::string DiceSumsWorkspace(const Problem& problem, size_t* bytes);
 
 // A label that is no class makes its sample's sums NaN.
@@ -141,4 +142,33 @@ const char* Version();
 const char* Archs();
 
 }  // namespace cuda
+
+// The same calls for the compiler XLA: handlers of its typed foreign function interface (FFI), for TensorFlow's
+// jit_compile and for JAX.
+//
+//   dice_op_sums(logits, labels [, voxel_weight])
+//     -> intersection, pred_sum, label_sum, cross_entropy, weight_sum, workspace
+//   dice_op_sums_grad(logits, labels [, voxel_weight], d_intersection, d_pred_sum, d_cross_entropy) -> d_logits
+//
+// Shapes and dtypes are those of the TensorFlow ops (cross_entropy and its derivative [N, 0] where it is not asked
+// for), and so are the attributes: activation, data_format (strings), squared_pred, with_cross_entropy (bool),
+// focal_gamma (float32), ignore_label (int64 array of none or one). workspace: uint8 [bytes], see below; an output,
+// so that its memory is the compiled program's own, also where that is replayed as a CUDA graph.
+namespace ffi {
+
+struct Handler {
+  const char* target;    // "dice_op_sums" or "dice_op_sums_grad"
+  const char* platform;  // "Host" or "CUDA", as XLA names them
+  void* function;        // an XLA_FFI_Handler*
+  uint32_t traits;       // XLA_FFI_Handler_Traits
+};
+
+// Of the platforms that this build serves.
+__attribute__((visibility("default"))) const std::vector<Handler>& Handlers();
+
+// Bytes of the workspace on that platform; or what is wrong, in words.
+__attribute__((visibility("default"))) std::string DiceSumsWorkspace(const Problem& problem,
+                                                                     const std::string& platform, size_t* bytes);
+
+}  // namespace ffi
 }  // namespace dice_op

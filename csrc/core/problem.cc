@@ -38,7 +38,30 @@ Dims WithoutUnitAxis(Dims dims, size_t rank, size_t axis) {
   return dims;
 }
 
+constexpr const char* kActivations[] = {"softmax", "sigmoid", "none"};
+constexpr const char* kDataFormats[] = {"channels_last", "channels_first"};
+
+template <class E, size_t kCount>
+std::string ParseOne(const char* argument, const std::string& name, const char* const (&names)[kCount], E* value) {
+  std::string allowed;
+  for (size_t i = 0; i < kCount; ++i) {
+    *value = static_cast<E>(i);
+    if (name == names[i]) return "";
+    allowed += (i ? ", '" : "'") + std::string(names[i]) + "'";
+  }
+  return std::string(argument) + " is '" + name + "', but must be one of " + allowed;
+}
+
 }  // namespace
+
+std::string Parse(const std::string& name, Activation* activation) {
+  return ParseOne("activation", name, kActivations, activation);
+}
+std::string Parse(const std::string& name, DataFormat* data_format) {
+  return ParseOne("data_format", name, kDataFormats, data_format);
+}
+const char* Name(Activation activation) { return kActivations[static_cast<int>(activation)]; }
+const char* Name(DataFormat data_format) { return kDataFormats[static_cast<int>(data_format)]; }
 
 bool IsFloat(DType dtype) { return dtype >= DType::kHalf; }
 

@@ -22,6 +22,12 @@ std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optio
 std::string DescribeBadLabel(const Problem& problem, const Dims& logits, const BadLabel& bad,
                              const void* label = nullptr);
 
+// The option of that name, such as "softmax" or "channels_first"; or what is wrong, as above.
+std::string Parse(const std::string& name, Activation* activation);
+std::string Parse(const std::string& name, DataFormat* data_format);
+const char* Name(Activation activation);
+const char* Name(DataFormat data_format);
+
 bool IsFloat(DType dtype);
 const char* Name(DType dtype);
 

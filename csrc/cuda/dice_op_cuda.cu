@@ -15,6 +15,10 @@ namespace {
 constexpr int kWarps = 4;  // of a block of the kernels in this file
 constexpr int kThreads = kWarps * kWarp;
 
+// A launch has no more blocks than these, which is more than a GPU holds at once, or one per sample. So the size of
+// the workspace is known without a GPU: XLA asks for it when it compiles.
+constexpr int64_t kMaxBlocks = 4096;
+
 // --- errors -------------------------------------------------------------------------------------------
 
 std::string Describe(cudaError_t error, const char* what) {
@@ -57,12 +61,15 @@ int Bytes(DType dtype) {
   return WithType(dtype, [](auto type) { return static_cast<int>(sizeof(typename decltype(type)::type)); });
 }
 
+std::string CheckClasses(const Problem& problem) {
+  if (problem.classes <= kMaxClasses) return "";
+  return "logits (y_pred) have " + std::to_string(problem.classes) + " classes, but the GPU kernels take at most " +
+         std::to_string(kMaxClasses) + "; place the loss on the CPU, with tf.device('CPU')";
+}
+
 // d_logits: null for the sums.
 std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
-  if (problem.classes > kMaxClasses) {
-    return "logits (y_pred) have " + std::to_string(problem.classes) + " classes, but the GPU kernels take at most " +
-           std::to_string(kMaxClasses) + "; place the loss on the CPU, with tf.device('CPU')";
-  }
+  if (std::string error = CheckClasses(problem); !error.empty()) return error;
   if (problem.batch * problem.voxels * problem.classes == 0) return "";
   Variant variant;
   if (problem.logits_dtype == DType::kFloat) variant = FindFloat(problem, d_logits);
@@ -98,10 +105,9 @@ std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   call.voxels = problem.voxels;
   call.tiles = (problem.voxels + variant.tile - 1) / variant.tile;
   // All blocks at once, each with its share of the tiles: no second wave that fills the GPU in part.
-  const int64_t at_once = static_cast<int64_t>(multiprocessors) * std::max(1, resident);
+  const int64_t at_once = std::min(kMaxBlocks, static_cast<int64_t>(multiprocessors) * std::max(1, resident));
   const int64_t useful = (call.tiles + variant.warps - 1) / variant.warps;
-  call.blocks_per_sample =
-      static_cast<int>(std::max<int64_t>(1, std::min(useful, at_once / std::max<int64_t>(1, problem.batch))));
+  call.blocks_per_sample = static_cast<int>(std::max<int64_t>(1, std::min(useful, at_once / problem.batch)));
   plan->blocks = problem.batch * call.blocks_per_sample;
   if (plan->blocks > 0x7fffffff) return "the batch has more samples than a GPU can take in one call";
   call.ignore_label = problem.options.ignore_label;
@@ -225,10 +231,12 @@ std::string CopyToHost(void* to, const void* from, size_t bytes, void* stream) {
 }
 
 std::string DiceSumsWorkspace(const Problem& problem, size_t* bytes) {
-  Plan plan;
-  std::string error = MakePlan(problem, nullptr, &plan);
-  *bytes = plan.blocks * PartialWidth(static_cast<int>(problem.classes)) * sizeof(double);
-  return error;
+  *bytes = 0;
+  if (std::string error = CheckClasses(problem); !error.empty()) return error;
+  if (problem.batch * problem.voxels * problem.classes == 0) return "";
+  const int64_t blocks_per_sample = std::max<int64_t>(1, std::min(problem.voxels, kMaxBlocks / problem.batch));
+  *bytes = problem.batch * blocks_per_sample * PartialWidth(static_cast<int>(problem.classes)) * sizeof(double);
+  return "";
 }
 
 std::string DiceSums(const Problem& problem, const Sums& sums, void* workspace, void* stream) {

@@ -39,14 +39,8 @@ class Threads final : public cpu::ParallelFor {
   int threads_;
 };
 
-template <class E>
-E OneOf(const char* argument, const std::string& value, std::initializer_list<std::pair<const char*, E>> choices) {
-  std::string names;
-  for (const auto& [name, choice] : choices) {
-    if (value == name) return choice;
-    names += (names.empty() ? "'" : ", '") + std::string(name) + "'";
-  }
-  throw py::value_error(std::string(argument) + " is '" + value + "', but must be one of " + names);
+void Require(const std::string& error) {
+  if (!error.empty()) throw py::value_error(error);
 }
 
 struct Inputs {
@@ -60,12 +54,8 @@ Inputs InputsOf(const py::object& logits, const py::object& labels, const std::s
   Inputs inputs{{}, TensorOf(logits, "logits"), TensorOf(labels, "labels"), {}};
   Problem& problem = inputs.problem;
   Options& options = problem.options;
-  options.activation = OneOf<Activation>(
-      "activation", activation,
-      {{"softmax", Activation::kSoftmax}, {"sigmoid", Activation::kSigmoid}, {"none", Activation::kNone}});
-  options.data_format =
-      OneOf<DataFormat>("data_format", data_format,
-                        {{"channels_last", DataFormat::kChannelsLast}, {"channels_first", DataFormat::kChannelsFirst}});
+  Require(Parse(activation, &options.activation));
+  Require(Parse(data_format, &options.data_format));
   options.squared_pred = squared_pred;
   options.cross_entropy = cross_entropy;
   options.focal_gamma = focal_gamma;
@@ -84,8 +74,7 @@ Inputs InputsOf(const py::object& logits, const py::object& labels, const std::s
     problem.weight_dtype = inputs.voxel_weight.dtype;
     weight = inputs.voxel_weight.dims;
   }
-  const std::string error = MakeProblem(inputs.logits.dims, inputs.labels.dims, weight, &problem);
-  if (!error.empty()) throw py::value_error(error);
+  Require(MakeProblem(inputs.logits.dims, inputs.labels.dims, weight, &problem));
   return inputs;
 }
 
@@ -196,6 +185,31 @@ py::object GradientOf(const py::object& logits, const py::object& labels, const 
   return *out;
 }
 
+#ifdef DICE_OP_WITH_FFI
+// XLA's platforms as JAX names them.
+std::string JaxName(const std::string& platform) { return platform == "Host" ? "cpu" : platform; }
+
+py::dict FfiTargets() {
+  py::dict platforms;
+  for (const ffi::Handler& handler : ffi::Handlers()) {
+    const py::str platform(JaxName(handler.platform));
+    if (!platforms.contains(platform)) platforms[platform] = py::dict();
+    platforms[platform][handler.target] = py::capsule(handler.function, "xla._CUSTOM_CALL_TARGET");
+  }
+  return platforms;
+}
+
+size_t FfiWorkspace(const std::string& platform, int64_t batch, int64_t voxels, int64_t classes) {
+  Problem problem;
+  problem.batch = batch;
+  problem.voxels = voxels;
+  problem.classes = classes;
+  size_t bytes = 0;
+  Require(ffi::DiceSumsWorkspace(problem, platform == "cpu" ? "Host" : platform, &bytes));
+  return bytes;
+}
+#endif
+
 py::dict BuildInfo() {
   const std::string levels = cpu::SimdLevels();
   py::dict info;
@@ -270,4 +284,12 @@ PYBIND11_MODULE(core, m) {
         "  out: array to write to, of the logits' dtype and shape; may be the logits themselves.\n"
         "  The others are those of `sums`. Labels that are no class count as absent.\n\n"
         "Returns: an array of the logits' dtype and shape.");
+#ifdef DICE_OP_WITH_FFI
+  m.def("ffi_targets", &FfiTargets,
+        "The same calls as handlers of XLA's foreign function interface, for jax.ffi.register_ffi_target(name,\n"
+        "handler, platform=platform): a dict from platform ('cpu', 'CUDA') to a dict from name to handler. Their\n"
+        "operands, results and attributes are described in csrc/core/dice_op.h.");
+  m.def("ffi_workspace", &FfiWorkspace, arg("platform"), arg("batch"), arg("voxels"), arg("classes"),
+        "Bytes of the workspace among the results of dice_op_sums.");
+#endif
 }

@@ -58,10 +58,9 @@ absl::Status ReadAttributes(Context* context, Problem* problem) {
   TF_RETURN_IF_ERROR(context->GetAttr("with_cross_entropy", &options.cross_entropy));
   TF_RETURN_IF_ERROR(context->GetAttr("focal_gamma", &focal_gamma));
   TF_RETURN_IF_ERROR(context->GetAttr("ignore_label", &ignore_label));
-  options.activation = activation == "softmax"   ? Activation::kSoftmax
-                       : activation == "sigmoid" ? Activation::kSigmoid
-                                                 : Activation::kNone;
-  options.data_format = data_format == "channels_first" ? DataFormat::kChannelsFirst : DataFormat::kChannelsLast;
+  for (const std::string& error : {Parse(activation, &options.activation), Parse(data_format, &options.data_format)}) {
+    if (!error.empty()) return absl::InvalidArgumentError(error);
+  }
   options.focal_gamma = focal_gamma;
   options.has_ignore_label = !ignore_label.empty();
   options.ignore_label = ignore_label.empty() ? 0 : ignore_label[0];

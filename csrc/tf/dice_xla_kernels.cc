@@ -1,0 +1,186 @@
+// The ops in programs that TensorFlow compiles with XLA (jit_compile): each becomes a call of its handler, csrc/xla.
+#include <algorithm>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "core/problem.h"
+#include "tensorflow/compiler/tf2xla/type_util.h"
+#include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
+#include "tf/attributes.h"
+#include "xla/ffi/api/c_api.h"
+#include "xla/hlo/builder/xla_builder.h"
+#include "xla/layout_util.h"
+#include "xla/shape_util.h"
+
+namespace xla::ffi {
+const XLA_FFI_Api* GetXlaFfiApi();  // its header, xla/ffi/ffi_api.h, wants MLIR's, which TensorFlow does not ship
+}
+
+namespace dice_op {
+namespace {
+
+using tensorflow::OpKernelConstruction;
+using tensorflow::XlaOpKernel;
+using tensorflow::XlaOpKernelContext;
+
+// --- the handlers ---------------------------------------------------------------------------------------
+
+XLA_FFI_ByteSpan SpanOf(const char* text) { return {text, std::string_view(text).size()}; }
+
+std::string TakeMessage(const XLA_FFI_Api* api, XLA_FFI_Error* error) {
+  XLA_FFI_Error_GetMessage_Args message = {};
+  message.struct_size = XLA_FFI_Error_GetMessage_Args_STRUCT_SIZE;
+  message.error = error;
+  api->XLA_FFI_Error_GetMessage(&message);
+  const std::string text = message.message;
+  XLA_FFI_Error_Destroy_Args destroy = {};
+  destroy.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE;
+  destroy.error = error;
+  api->XLA_FFI_Error_Destroy(&destroy);
+  return text;
+}
+
+// Tells XLA's runtime where the handlers are; returns why it does not take them.
+std::string RegisterHandlers() {
+  const XLA_FFI_Api* const api = xla::ffi::GetXlaFfiApi();
+  std::string refusals;
+  for (const ffi::Handler& handler : ffi::Handlers()) {
+    XLA_FFI_Handler_Register_Args args = {};
+    args.struct_size = XLA_FFI_Handler_Register_Args_STRUCT_SIZE;
+    args.name = SpanOf(handler.target);
+    args.platform = SpanOf(handler.platform);
+    args.bundle.execute = reinterpret_cast<XLA_FFI_Handler*>(handler.function);
+    args.traits = handler.traits;
+    if (XLA_FFI_Error* const error = api->XLA_FFI_Handler_Register(&args)) {
+      refusals += (refusals.empty() ? "" : "; ") + TakeMessage(api, error);
+    }
+  }
+  return refusals;
+}
+
+const std::string refusal = RegisterHandlers();
+
+// --- the ops --------------------------------------------------------------------------------------------
+
+class DiceXlaKernel : public XlaOpKernel {
+ public:
+  explicit DiceXlaKernel(OpKernelConstruction* context)
+      : XlaOpKernel(context),
+        platform_(context->device_type() == tensorflow::DeviceType("XLA_GPU_JIT") ? "CUDA" : "Host") {
+    static constexpr char kMend[] = "train without XLA, with model.compile(..., jit_compile=False)";
+    OP_REQUIRES_OK(context, ReadAttributes(context, &attributes_));
+    OP_REQUIRES(
+        context, refusal.empty(),
+        absl::UnimplementedError("this TensorFlow's XLA does not take dice_op's handlers (" + refusal + "): " + kMend));
+    const auto& handlers = ffi::Handlers();
+    const bool served = std::any_of(handlers.begin(), handlers.end(),
+                                    [&](const ffi::Handler& handler) { return platform_ == handler.platform; });
+    OP_REQUIRES(context, served,
+                absl::UnimplementedError("this build of dice_op has no kernels for XLA's platform " + platform_ +
+                                         ": install one that has, or " + kMend));
+  }
+
+ protected:
+  struct Inputs {
+    Problem problem;
+    std::vector<xla::XlaOp> operands;
+    std::vector<xla::Shape> shapes;  // in row-major layout, in which the handlers want them
+  };
+
+  absl::Status Read(XlaOpKernelContext* context, Inputs* inputs) const {
+    std::vector<Dims> dims;
+    for (int i = 0; i < context->num_inputs(); ++i) {
+      TF_ASSIGN_OR_RETURN(xla::Shape shape, context->InputXlaShape(i));
+      if (shape.is_dynamic()) {
+        return absl::UnimplementedError(
+            "y_true, y_pred or voxel_weight have a shape that is not known when XLA compiles, " + shape.ToString() +
+            ": give them one with tf.ensure_shape or tf.reshape, or pass jit_compile=False");
+      }
+      xla::LayoutUtil::SetToDefaultLayout(&shape);
+      dims.emplace_back(shape.dimensions().begin(), shape.dimensions().end());
+      inputs->shapes.push_back(shape);
+      inputs->operands.push_back(context->Input(i));
+    }
+    std::vector<xla::XlaOp> weights;
+    std::vector<tensorflow::TensorShape> weight_shapes;
+    TF_RETURN_IF_ERROR(context->InputList("voxel_weight", &weights, &weight_shapes));
+    inputs->problem = attributes_;
+    std::optional<Dims> weight;
+    if (!weights.empty()) weight = dims[2];
+    const std::string error = MakeProblem(dims[0], dims[1], weight, &inputs->problem);
+    return error.empty() ? absl::OkStatus() : absl::InvalidArgumentError(error);
+  }
+
+  xla::XlaOp Call(XlaOpKernelContext* context, const char* target, const Inputs& inputs,
+                  const xla::Shape& result) const {
+    return xla::CustomCallWithLayout(
+        context->builder(), target, inputs.operands, result, inputs.shapes, AttributesText(),
+        /*has_side_effect=*/false, /*output_operand_aliasing=*/{}, /*literal=*/nullptr,
+        xla::CustomCallSchedule::SCHEDULE_NONE, xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+  }
+
+  const std::string& platform() const { return platform_; }
+
+ private:
+  // As an MLIR dictionary.
+  std::string AttributesText() const {
+    const Options& options = attributes_.options;
+    char gamma[32];
+    std::snprintf(gamma, sizeof(gamma), "%.9e", options.focal_gamma);
+    const auto boolean = [](bool value) { return value ? "true" : "false"; };
+    return std::string("{activation = \"") + Name(options.activation) + "\", data_format = \"" +
+           Name(options.data_format) + "\", squared_pred = " + boolean(options.squared_pred) +
+           ", with_cross_entropy = " + boolean(options.cross_entropy) + ", focal_gamma = " + gamma +
+           " : f32, ignore_label = array<i64" +
+           (options.has_ignore_label ? ": " + std::to_string(options.ignore_label) : "") + ">}";
+  }
+
+  const std::string platform_;
+  Problem attributes_;
+};
+
+class DiceSumsXla final : public DiceXlaKernel {
+ public:
+  using DiceXlaKernel::DiceXlaKernel;
+
+  void Compile(XlaOpKernelContext* context) override {
+    Inputs inputs;
+    OP_REQUIRES_OK(context, Read(context, &inputs));
+    const Problem& problem = inputs.problem;
+    size_t workspace_bytes = 0;
+    const std::string error = ffi::DiceSumsWorkspace(problem, platform(), &workspace_bytes);
+    OP_REQUIRES(context, error.empty(), absl::InvalidArgumentError(error));
+    const xla::PrimitiveType type = problem.logits_dtype == DType::kDouble ? xla::F64 : xla::F32;
+    const int64_t n = problem.batch, c = problem.classes;
+    std::vector<xla::Shape> results(3, xla::ShapeUtil::MakeShape(type, {n, c}));
+    results.push_back(xla::ShapeUtil::MakeShape(type, {n, problem.options.cross_entropy ? c : 0}));
+    results.push_back(xla::ShapeUtil::MakeShape(type, {n}));
+    results.push_back(xla::ShapeUtil::MakeShape(xla::U8, {static_cast<int64_t>(workspace_bytes)}));
+    const xla::XlaOp call = Call(context, "dice_op_sums", inputs, xla::ShapeUtil::MakeTupleShape(results));
+    for (int i = 0; i < 5; ++i) context->SetOutput(i, xla::GetTupleElement(call, i));
+  }
+};
+
+class DiceSumsGradXla final : public DiceXlaKernel {
+ public:
+  using DiceXlaKernel::DiceXlaKernel;
+
+  void Compile(XlaOpKernelContext* context) override {
+    Inputs inputs;
+    OP_REQUIRES_OK(context, Read(context, &inputs));
+    context->SetOutput(0, Call(context, "dice_op_sums_grad", inputs, inputs.shapes[0]));
+  }
+};
+
+// Not by REGISTER_XLA_OP, which counts for nothing once TensorFlow has run an op.
+REGISTER_KERNEL_BUILDER(Name("DiceSums").Device("XLA_CPU_JIT"), DiceSumsXla);
+REGISTER_KERNEL_BUILDER(Name("DiceSums").Device("XLA_GPU_JIT"), DiceSumsXla);
+REGISTER_KERNEL_BUILDER(Name("DiceSumsGrad").Device("XLA_CPU_JIT"), DiceSumsGradXla);
+REGISTER_KERNEL_BUILDER(Name("DiceSumsGrad").Device("XLA_GPU_JIT"), DiceSumsGradXla);
+
+}  // namespace
+}  // namespace dice_op
+
+// Why jit_compile=True will fail, or an empty string.
+extern "C" __attribute__((visibility("default"))) const char* dice_op_xla_refusal() { return dice_op::refusal.c_str(); }

@@ -1,0 +1,102 @@
+"""The fused Dice loss in JAX, whose compiler calls the same kernels: a recipe to build on.
+
+Needs JAX and `dice_op.core`, no TensorFlow. What the two calls take and give is described in
+csrc/core/dice_op.h.
+
+    python examples/jax_dice.py
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dice_op import core
+
+for platform, handlers in core.ffi_targets().items():
+    for name, handler in handlers.items():
+        jax.ffi.register_ffi_target(name, handler, platform=platform)
+
+
+def _attributes(
+    activation="softmax",
+    data_format="channels_last",
+    squared_pred=False,
+    cross_entropy=False,
+    focal_gamma=0.0,
+    ignore_label=None,
+):
+    return {
+        "activation": activation,
+        "data_format": data_format,
+        "squared_pred": squared_pred,
+        "with_cross_entropy": cross_entropy,
+        "focal_gamma": np.float32(focal_gamma),
+        "ignore_label": np.array([] if ignore_label is None else [ignore_label], np.int64),
+    }
+
+
+def dice_sums(logits, labels, *voxel_weight, **options):
+    """intersection, pred_sum, label_sum, cross_entropy `[N, C]` and weight_sum `[N]`."""
+    attributes = _attributes(**options)
+    last = attributes["data_format"] == "channels_last"
+    n, c = logits.shape[0], logits.shape[-1 if last else 1]
+    voxels = math.prod(logits.shape[1:-1] if last else logits.shape[2:])
+    platform = "cpu" if jax.default_backend() == "cpu" else "CUDA"
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    shapes = [(n, c)] * 3 + [(n, c if attributes["with_cross_entropy"] else 0), (n,)]
+    results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    workspace = jax.ShapeDtypeStruct((core.ffi_workspace(platform, n, voxels, c),), jnp.uint8)
+    call = jax.ffi.ffi_call("dice_op_sums", [*results, workspace])
+    return call(logits, labels, *voxel_weight, **attributes)[:5]
+
+
+def dice_sums_grad(logits, labels, *rest, **options):
+    """d_logits; rest: voxel_weight if there is one, d_intersection, d_pred_sum, d_cross_entropy."""
+    result = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
+    call = jax.ffi.ffi_call("dice_op_sums_grad", result)
+    return call(logits, labels, *rest, **_attributes(**options))
+
+
+def formula(intersection, pred_sum, label_sum, smooth=1e-5):
+    """Mean of 1 - (2 I + smooth) / (P + T + smooth) over samples and classes."""
+    return jnp.mean(1 - (2 * intersection + smooth) / (pred_sum + label_sum + smooth))
+
+
+@jax.custom_vjp
+def dice_loss(logits, labels):
+    """Soft Dice of logits `[N, spatial..., C]` and class indices `[N, spatial...]`."""
+    return _forward(logits, labels)[0]
+
+
+def _forward(logits, labels):
+    sums = dice_sums(logits, labels)[:3]
+    loss, d_sums = jax.value_and_grad(formula, (0, 1))(*sums)
+    return loss, (logits, labels, *d_sums)
+
+
+def _backward(kept, d_loss):
+    logits, labels, d_intersection, d_pred_sum = kept
+    no_cross_entropy = jnp.zeros((len(logits), 0), d_pred_sum.dtype)
+    coefficients = d_loss * d_intersection, d_loss * d_pred_sum, no_cross_entropy
+    return dice_sums_grad(logits, labels, *coefficients), None
+
+
+dice_loss.defvjp(_forward, _backward)
+
+
+def main():
+    """Fit logits to labels, straight: the loss falls."""
+    labels = jax.random.randint(jax.random.key(0), (2, 32, 32, 32), 0, 4)
+    logits = jax.random.normal(jax.random.key(1), (*labels.shape, 4))
+    step = jax.jit(jax.value_and_grad(dice_loss))
+    for i in range(101):
+        loss, gradient = step(logits, labels)
+        if i % 20 == 0:
+            print(f"step {i:3d}  loss {loss:.4f}")
+        logits -= 3e5 * gradient
+
+
+if __name__ == "__main__":
+    main()

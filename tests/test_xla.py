@@ -1,0 +1,554 @@
+"""The ops in programs that XLA compiles: the same numbers, wherever the loss stands."""
+
+import concurrent.futures
+import pathlib
+import re
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import reference
+import tensorflow as tf
+
+import dice_op
+from dice_op import _loader, core
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+FORMATS = ("channels_last", "channels_first")
+
+
+def compile_library(source, text):
+    """A library over TensorFlow's XLA, beside its source."""
+    source.write_text(text)
+    include = tf.sysconfig.get_include()
+    folders = [include] + [
+        f"{include}/external/{p}" for p in ("highwayhash", "farmhash_archive/src")
+    ]
+    subprocess.run(
+        ["c++", "-std=c++17", "-w", "-shared", "-fPIC", *(f"-I{f}" for f in folders), source]
+        + [f"-L{tf.sysconfig.get_lib()}", *tf.sysconfig.get_link_flags()[1:]]
+        + ["-l:libtensorflow_cc.so.2", "-o", source.with_suffix(".so")],
+        check=True,
+    )
+
+
+def jit(function, **options):
+    return tf.function(function, jit_compile=True, **options)
+
+
+def volume(shape=(2, 6, 5, 7), classes=4, dtype="float32", seed=0):
+    """Logits and uint8 class indices."""
+    rng = np.random.default_rng(seed)
+    x = tf.constant(2 * rng.normal(size=(*shape, classes)), dtype)
+    return x, tf.constant(rng.integers(0, classes, size=shape), tf.uint8)
+
+
+def sums_and_gradient(y, x, **options):
+    """All sums, and the gradient of a scalar that depends on each of them."""
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        sums = [s for s in dice_op.dice_sums(y, x, **options) if s is not None]
+        total = tf.add_n([(i + 1) * tf.reduce_sum(s) for i, s in enumerate(sums)])
+    return *sums, tape.gradient(total, x)
+
+
+def dice_and_gradient(x, y):
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = dice_op.losses.DiceLoss()(y, x)
+    return loss, tape.gradient(loss, x)
+
+
+def assert_same_bits(results, expected):
+    for result, wanted in zip(results, expected, strict=True):
+        assert result.dtype == wanted.dtype
+        np.testing.assert_array_equal(result, wanted)
+    assert np.any(tf.cast(expected[-1], tf.float64) != 0)
+
+
+def assert_close(results, expected, tolerance=1e-6):
+    for result, wanted in zip(tf.nest.flatten(results), tf.nest.flatten(expected), strict=True):
+        assert np.any(wanted != 0)
+        assert reference.relative_error(result, wanted) <= tolerance
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "softmax": {},
+    "squares, cross-entropy": {"squared_pred": True, "cross_entropy": True},
+    "focal": {"cross_entropy": True, "focal_gamma": 1.75},
+    "ignored class": {"ignore_label": 1},
+    "sigmoid": {"activation": "sigmoid", "cross_entropy": True},
+    "probabilities": {"activation": "none", "cross_entropy": True},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_same_bits_as_outside(options, dtype):
+    """Several blocks of the CPU kernels, the last not full, shared out over XLA's threads."""
+    options = {"activation": "softmax", **OPTIONS[options]}
+    x, y = volume((2, 50, 41, 23), 3, dtype)
+    if options["activation"] == "none":
+        x = tf.nn.softmax(x)
+    inside = jit(lambda y, x: sums_and_gradient(y, x, **options))(y, x)
+    assert_same_bits(inside, sums_and_gradient(y, x, **options))
+
+
+LABELS = ["uint8", "int8", "uint16", "int16", "int32", "int64", "float32", "bfloat16"]
+DENSE = ["bool", "uint8", "float32", "float16"]
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("labels", [*LABELS, *(f"one-hot {d}" for d in DENSE), "soft"])
+def test_every_kind_of_label_and_weight(labels, data_format):
+    x, y = volume()
+    weight = tf.constant(np.random.default_rng(1).integers(0, 3, size=y.shape))
+    if labels == "soft":
+        y = tf.nn.softmax(tf.random.stateless_normal(x.shape, [1, 2]))
+    elif "one-hot" in labels:
+        y = tf.one_hot(y, 4)
+    dense = y.shape == x.shape
+    if labels != "soft":
+        y = tf.cast(y, labels.split()[-1])
+    if data_format == "channels_first":
+        x = tf.transpose(x, [0, 4, 1, 2, 3])
+        y = tf.transpose(y, [0, 4, 1, 2, 3]) if dense else y
+    for w in (None, tf.cast(weight, "float32"), tf.cast(weight, "uint8"), weight > 0):
+        options = {"activation": "softmax", "data_format": data_format, "voxel_weight": w}
+        inside = jit(lambda y, x, options=options: sums_and_gradient(y, x, **options))(y, x)
+        assert_same_bits(inside, sums_and_gradient(y, x, **options))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 14, 120])
+def test_loss_and_gradient_against_float64(classes):
+    x, y = volume((2, 9, 10, 11), classes)
+    activation = "sigmoid" if classes == 1 else "softmax"
+    loss = dice_op.losses.DiceLoss(activation=activation)
+
+    def function(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = loss(y, x)
+        return value, tape.gradient(value, x)
+
+    value, gradient = jit(function)(x)
+    flat = np.reshape(x, (2, -1, classes))
+    t = reference.one_hot(np.reshape(y, (2, -1)), classes)
+    wanted, wanted_gradient = reference.loss_and_gradient(
+        flat, t, lambda *s: reference.dice_losses(*s).mean(), activation=activation
+    )
+    assert reference.relative_error(value, wanted) <= 1e-6
+    reference.assert_gradient(np.reshape(gradient, flat.shape), wanted_gradient, 2e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4, 3), (2, 0, 4, 3), (2, 1, 1, 3), (1, 3)])
+def test_degenerate_shapes(shape):
+    x, y = tf.ones(shape), tf.zeros(shape[:-1], tf.uint8)
+    inside = jit(lambda: sums_and_gradient(y, x, activation="softmax"))()
+    for result, wanted in zip(inside, sums_and_gradient(y, x, activation="softmax"), strict=True):
+        np.testing.assert_array_equal(result, wanted)
+
+
+# --- wherever the loss stands ---------------------------------------------------------------------
+
+
+def test_changing_shapes():
+    function = jit(
+        dice_and_gradient,
+        input_signature=[
+            tf.TensorSpec([None, None, None, None, 4], tf.float32),
+            tf.TensorSpec([None, None, None, None], tf.uint8),
+        ],
+    )
+    for shape in [(1, 4, 5, 6), (3, 4, 5, 6), (3, 7, 5, 2), (1, 4, 5, 6)]:
+        x, y = volume(shape)
+        assert_close(function(x, y), dice_and_gradient(x, y))
+    assert function.experimental_get_tracing_count() == 1
+
+
+def test_control_flow():
+    x, y = volume((4, 6, 5, 7))
+    loss = dice_op.losses.DiceLoss()
+
+    def in_cond(x):
+        return tf.cond(tf.reduce_mean(x) > 100, lambda: 0.0, lambda: loss(y, x))
+
+    def in_while_loop(x):
+        def body(i, total):
+            return i + 1, total + loss(y, x * total)
+
+        start, bound = (0, 1.0), {"maximum_iterations": 3}  # without a bound XLA has no gradient
+        return tf.while_loop(lambda i, _: i < 3, body, start, **bound)[1]
+
+    def in_map_fn(x):
+        def of_sample(sample):
+            return loss(sample[0][tf.newaxis], sample[1][tf.newaxis])
+
+        each = tf.map_fn(of_sample, (y, x), fn_output_signature=tf.float32)
+        return tf.reduce_sum(each**2)
+
+    def in_recompute_grad(x):
+        return tf.recompute_grad(lambda x: loss(y, tf.tanh(x)))(x)
+
+    inner = tf.function(loss)
+    inner(y, x)  # traced before XLA asks for it
+
+    def in_an_inner_function(x):
+        return inner(y, x)
+
+    for program in (in_cond, in_while_loop, in_map_fn, in_recompute_grad, in_an_inner_function):
+
+        def gradient(x, program=program):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                value = program(x)
+            return value, tape.gradient(value, x)
+
+        assert_close(jit(gradient)(x), gradient(x))
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_second_order(activation):
+    x, y = volume((2, 3, 2), 3, "float64")
+    t = tf.one_hot(y, 3, dtype=tf.float64)  # the gradient with respect to labels as well
+    loss = dice_op.losses.DiceLoss(activation=activation)
+
+    def function(x, t):
+        with tf.GradientTape(persistent=True) as second:
+            second.watch([x, t])
+            with tf.GradientTape() as first:
+                first.watch([x, t])
+                value = loss(t, x)
+            gradients = first.gradient(value, [x, t])
+            norm = tf.reduce_sum(gradients[0] ** 2)
+        return gradients, second.gradient(norm, [x, t])
+
+    assert_close(jit(function)(x, t), function(x, t), 1e-10)
+
+
+def test_from_several_threads_at_once():
+    """More callers than the pool has threads: none waits for a helper that cannot come."""
+    x, y = volume((1, 64, 64, 32))
+    function = jit(dice_and_gradient)
+    expected = dice_and_gradient(x, y)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for _ in range(4):
+            for result in [pool.submit(function, x, y) for _ in range(8)]:
+                assert_close(result.result(timeout=120), expected)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_loaded_before_and_after_the_first_op(when, run_python):
+    losses = run_python(
+        """
+        import sys
+        import tensorflow as tf
+        if sys.argv[1] == "before":
+            import dice_op.losses
+        first = tf.function(lambda: tf.reshape(tf.range(24.0) - 9, (2, 4, 3)), jit_compile=True)
+        x = first()
+        y = tf.constant([[0, 1, 2, 0]] * 2)
+        import dice_op.losses
+        loss = dice_op.losses.DiceLoss()
+        print(float(loss(y, x)), float(tf.function(loss, jit_compile=True)(y, x)))
+        """,
+        when,
+    ).split()
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
+
+
+def test_auto_clustering(run_python):
+    """XLA picks the operations to compile itself; it takes ours."""
+    out = run_python(
+        """
+        import tensorflow as tf
+        import dice_op
+        v1 = tf.compat.v1
+        with tf.Graph().as_default():
+            x = tf.reshape(tf.sin(tf.range(96.0)), (2, 4, 4, 3))
+            x *= v1.placeholder_with_default(2.0, [])
+            loss = dice_op.losses.DiceLoss()(tf.argmax(tf.cos(x), -1), x)
+            fetches = [loss, v1.gradients(loss, x)[0]]
+            options = v1.RunOptions(output_partition_graphs=True)
+            ran = v1.RunMetadata()
+            with v1.Session() as session:
+                result = session.run(fetches, options=options, run_metadata=ran)
+            ops = {node.op for graph in ran.partition_graphs for node in graph.node}
+        print("DiceSums" in ops or "DiceSumsGrad" in ops, "_XlaRun" in ops or "XlaLaunch" in ops)
+        print(result[0], abs(result[1]).sum())
+        """,
+        TF_XLA_FLAGS="--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit --tf_xla_min_cluster_size=1",
+    )
+    left_outside, clustered, loss, gradient = out.split()
+    assert (left_outside, clustered) == ("False", "True")
+    x = 2 * np.sin(np.arange(96.0)).reshape(2, 16, 3)
+    t = reference.one_hot(np.cos(x).argmax(-1), 3)
+    wanted, wanted_gradient = reference.loss_and_gradient(
+        x, t, lambda *s: reference.dice_losses(*s).mean(), activation="softmax"
+    )
+    assert float(loss) == pytest.approx(wanted, rel=1e-5)
+    assert float(gradient) == pytest.approx(np.abs(wanted_gradient).sum(), rel=1e-5)
+
+
+def test_saved_model_in_another_process(tmp_path, run_python):
+    x, y = volume((2, 4, 4))
+    module = tf.Module()
+    signature = [tf.TensorSpec([None, None, None, 4]), tf.TensorSpec([None, None, None], tf.uint8)]
+    module.step = jit(dice_and_gradient, input_signature=signature)
+    tf.saved_model.save(module, str(tmp_path / "model"))
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "y.npy", y)
+    run_python(
+        """
+        import sys
+        import numpy as np
+        import tensorflow as tf
+        import dice_op.losses
+        folder = sys.argv[1]
+        x, y = (tf.constant(np.load(f"{folder}/{name}.npy")) for name in "xy")
+        gradient = tf.saved_model.load(f"{folder}/model").step(x, y)[1]
+        np.save(f"{folder}/gradient.npy", gradient)
+        """,
+        tmp_path,
+    )
+    gradient = np.load(tmp_path / "gradient.npy")
+    assert_close([gradient], [dice_and_gradient(x, y)[1]])
+
+
+# --- the compiled program -------------------------------------------------------------------------
+
+
+def test_the_program_holds_our_calls_and_no_volume_but_the_gradient(tmp_path, run_python):
+    run_python(
+        """
+        import tensorflow as tf
+        import dice_op
+        loss = dice_op.losses.DiceLoss()
+
+        @tf.function(jit_compile=True)
+        def step(x, y):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                value = loss(y, x)
+            return value, tape.gradient(value, x)
+
+        step(tf.ones((2, 32, 32, 32, 4)), tf.zeros((2, 32, 32, 32), tf.uint8))
+        """,
+        XLA_FLAGS=f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text",
+    )
+
+    def dumped(name):
+        (path,) = [p for p in tmp_path.iterdir() if "step" in p.name and p.name.endswith(name)]
+        return path.read_text()
+
+    program = dumped("cpu_after_optimizations.txt")
+    assert re.findall(r'custom_call_target="([^"]*)"', program) == [
+        "dice_op_sums",
+        "dice_op_sums_grad",
+    ]
+    logits = 4 * 2 * 32**3 * 4
+    allocations = re.findall(
+        r"^allocation \d+: size (\d+), (.*):$", dumped("buffer-assignment.txt"), re.MULTILINE
+    )
+    large = sorted(kind.split(",")[0] for size, kind in allocations if int(size) >= logits // 100)
+    assert large == ["maybe-live-out", "parameter 0", "parameter 1"]  # the gradient, logits, labels
+    assert max(int(size) for size, _ in allocations) == logits
+
+
+GPU_BACKEND = """
+#include "tensorflow/compiler/tf2xla/xla_op_registry.h"
+namespace tensorflow {
+REGISTER_XLA_BACKEND(DEVICE_GPU_XLA_JIT, kGpuAllTypes, [](KernelDef*) { return true; });
+}
+"""
+
+
+def test_lowering_for_a_gpu(tmp_path, run_python):
+    """XLA's front end for GPUs makes the program; where TensorFlow has none, one is registered."""
+    compile_library(tmp_path / "backend.cc", GPU_BACKEND)
+    out = run_python(
+        """
+        import ctypes, sys
+        import tensorflow as tf
+        if not tf.sysconfig.get_build_info()["is_cuda_build"]:
+            ctypes.CDLL(sys.argv[1])
+        import dice_op
+        loss = dice_op.losses.DiceLoss()
+
+        @tf.function(jit_compile=True)
+        def step(x, y):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                value = loss(y, x)
+            return value, tape.gradient(value, x)
+
+        x, y = tf.ones((2, 8, 8, 3)), tf.ones((2, 8, 8), tf.uint8)
+        lower = step.experimental_get_compiler_ir(x, y)
+        try:
+            print(lower(stage="hlo", platform_name="GPU"))
+        except ValueError as error:
+            print(error)
+        """,
+        tmp_path / "backend.so",
+    )
+    if core.build_info()["cuda"] is None:
+        assert "no kernels for XLA's platform CUDA" in out and "jit_compile=False" in out
+    else:
+        calls = re.findall(r'custom_call_target="([^"]*)"', out)
+        assert calls == ["dice_op_sums", "dice_op_sums_grad"]
+        assert out.count("api_version=API_VERSION_TYPED_FFI") == 2
+        workspace = core.ffi_workspace("CUDA", batch=2, voxels=64, classes=3)
+        assert f"u8[{workspace}]" in out
+
+
+# --- Keras ----------------------------------------------------------------------------------------
+
+
+class CountedLoss(dice_op.losses.DiceLoss):
+    """Counts how often it is traced."""
+
+    traces = 0
+
+    def call(self, *args, **kwargs):
+        self.traces += 1
+        return super().call(*args, **kwargs)
+
+
+def demo_network():
+    """What examples/brain_segmentation.py trains, and data to learn from."""
+    from brain_segmentation import build_unet
+
+    keras.utils.set_random_seed(0)
+    x = np.random.default_rng(0).normal(size=(6, 16, 16, 16, 1)).astype(np.float32)
+    return build_unet(), x, (x[..., 0] > 0.5).astype(np.uint8) + (x[..., 0] > 1)
+
+
+def test_fit_as_without(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    histories = {}
+    for jit_compile in (False, True):
+        model, x, y = demo_network()
+        loss = CountedLoss()
+        # not Adam, which makes whole steps of rounding errors where a gradient is nearly zero
+        model.compile(keras.optimizers.SGD(0.1), loss, jit_compile=jit_compile)
+        fitted = model.fit(x, y, batch_size=2, epochs=3, shuffle=False, verbose=0)
+        assert loss.traces == 1
+        histories[jit_compile] = [*fitted.history["loss"], model.evaluate(x, y, verbose=0)]
+    np.testing.assert_allclose(histories[True], histories[False], rtol=1e-5)
+    assert histories[True][2] < histories[True][0]
+
+
+def test_the_default_where_there_is_a_gpu(monkeypatch):
+    """There, compile() chooses XLA; it does so if TensorFlow claims to have a GPU."""
+    gpu = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
+    devices = [*tf.config.list_physical_devices(), gpu]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            tf.config,
+            "list_physical_devices",
+            lambda kind=None: [d for d in devices if kind in (None, d.device_type)],
+        )
+        patch.syspath_prepend(str(EXAMPLES))
+        model, x, y = demo_network()
+        model.compile(keras.optimizers.SGD(0.1), dice_op.losses.DiceLoss())
+        assert model.jit_compile is True
+    history = model.fit(x, y, batch_size=2, epochs=2, verbose=0).history["loss"]
+    assert history[1] < history[0]
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision(policy):
+    keras.utils.set_random_seed(0)
+    x = np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)
+    y = (x[..., 0] > 0).astype(np.uint8)
+    layer = keras.layers.Conv2D(2, 3, padding="same", dtype=policy)
+    model = keras.Sequential([keras.Input((8, 8, 1)), layer])
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.5))
+    model.compile(optimizer, dice_op.losses.DiceLoss(), jit_compile=True)
+    losses = model.fit(x, y, epochs=20, verbose=0).history["loss"]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+def test_a_label_that_is_no_class():
+    x, y = volume((2, 4, 4))
+    y = tf.tensor_scatter_nd_update(y, [[1, 2, 3]], tf.constant([9], tf.uint8))
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"\[1, 2, 3\] have the value 9"):
+        jit(dice_and_gradient)(x, y)
+    assert_close(jit(dice_and_gradient)(x, y % 4), dice_and_gradient(x, y % 4))  # and goes on
+
+
+def test_shapes_that_do_not_fit():
+    x, y = volume((2, 4, 4))
+    unknown = [tf.TensorSpec(None, tf.float32), tf.TensorSpec(None, tf.uint8)]
+    function = jit(
+        lambda x, y: dice_op.dice_sums(y, x, activation="softmax")[0], input_signature=unknown
+    )
+    assert_close(function(x, y), dice_op.dice_sums(y, x, activation="softmax")[0])
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match=r"labels \(y_true\) have shape \[2, 4\]"
+    ):
+        function(x, y[..., 0])
+
+
+def test_shapes_that_only_the_data_tells():
+    x, y = volume((8, 6))
+    with pytest.raises(tf.errors.UnimplementedError, match=r"tf.ensure_shape.*jit_compile=False"):
+        jit(lambda x, y: dice_and_gradient(*(tf.boolean_mask(a, y[:, 0] > 0) for a in (x, y))))(
+            x, y
+        )
+
+
+OCCUPY = """
+#include "xla/ffi/api/ffi.h"
+namespace xla::ffi {
+const XLA_FFI_Api* GetXlaFfiApi();
+XLA_FFI_DEFINE_HANDLER(other, []() { return Error::Success(); }, Ffi::Bind());
+XLA_FFI_REGISTER_HANDLER(GetXlaFfiApi(), "dice_op_sums", "Host", other);
+}  // namespace xla::ffi
+"""
+USE = """
+    import ctypes, pathlib, sys, warnings
+    import tensorflow as tf
+    if len(sys.argv) > 1:
+        ctypes.CDLL(sys.argv[1])
+    else:
+        from dice_op import _loader
+        _loader.XLA_LIBRARY = pathlib.Path("/nowhere/dice_op_xla.so")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        import dice_op.losses
+    print(*[w.message for w in said if w.category is RuntimeWarning], sep="|")
+    loss, x, y = dice_op.losses.DiceLoss(), tf.zeros((1, 4, 2)), tf.zeros((1, 4), tf.uint8)
+    print(float(loss(y, x)))
+    try:
+        tf.function(loss, jit_compile=True)(y, x)
+    except tf.errors.OpError as error:
+        print(error.message.replace("\\n", " "))
+"""
+
+
+def test_handlers_that_xla_refuses(tmp_path, run_python):
+    """As a TensorFlow with another version of the interface would: never a silent wrong path."""
+    compile_library(tmp_path / "occupy.cc", OCCUPY)
+    warning, value, error = run_python(USE, tmp_path / "occupy.so").splitlines()
+    assert "pass jit_compile=False" in warning and "dice_op_sums" in warning
+    assert float(value) == pytest.approx(2 / 3, rel=1e-4)
+    assert "does not take dice_op's handlers" in error and "jit_compile=False" in error
+
+
+def test_a_missing_library(run_python):
+    warning, value, _ = run_python(USE).splitlines()
+    assert "pass jit_compile=False" in warning and "/nowhere/dice_op_xla.so is missing" in warning
+    assert float(value) == pytest.approx(2 / 3, rel=1e-4)
+
+
+def test_info():
+    out = subprocess.run([sys.executable, "-m", "dice_op", "info"], capture_output=True, text=True)
+    assert re.search(rf"^xla +loaded from {re.escape(str(_loader.XLA_LIBRARY))}$", out.stdout, re.M)
