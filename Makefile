@@ -19,7 +19,7 @@ demo: build  ## train a small 3D U-Net on a brain volume with the fused loss
 test: lint build  ## check the style, run the tests
 	$(python) -m pytest tests
 
-test-full: build  ## run the tests that take long
+test-full: build .venv/jax  ## run the tests that take long or need more packages
 	$(python) -m pytest tests -m full
 
 build: build/ready  ## compile the extension into dice_op/
@@ -41,12 +41,16 @@ clean:  ## remove what was built, but not .venv
 .venv/ready: FORCE
 	@sh build_tools/bootstrap.sh
 
+.venv/jax: .venv/ready
+	$(python) -m pip install --quiet --no-input --disable-pip-version-check --group jax
+	@touch $@
+
 # What was asked for, written anew only if it is another wish than the last time's.
 wishes = $(DICE_OP_CUDA) $(DICE_OP_CUDA_ARCHS) $(CMAKE_ARGS)
 build/wishes: FORCE
 	@mkdir -p build; echo '$(wishes)' | cmp -s - $@ || echo '$(wishes)' >$@
 
-build/ready: .venv/ready build/wishes $(csrc) CMakeLists.txt setup.py build_tools/cuda.cmake build_tools/tensorflow_flags.py
+build/ready: .venv/ready build/wishes $(csrc) CMakeLists.txt setup.py build_tools/cuda.cmake build_tools/tensorflow_flags.py build_tools/exports.map
 	@sh build_tools/check_compiler.sh
 	$(python) setup.py --quiet build_ext --inplace
 	@touch $@

@@ -93,6 +93,19 @@ def rebuild(kind, csrc, folder):
     return program
 
 
+def build_handlers(include, folder):
+    """XLA's handlers for CUDA over the same few kernels, under the address sanitizer."""
+    objects = build("address", few=True).parent
+    csrc, names = ROOT / "csrc", ("engine", "problem", "kernels", "dice_op_cuda")
+    flags = [*_flags("address", csrc), "-isystem", include, "-DDICE_OP_WITH_CUDA"]
+    _compile(csrc / "xla" / "handlers.cc", folder / "handlers.o", flags)
+    _compile(EMULATOR / "run_handlers.cc", folder / "run_handlers.o", flags)
+    program = folder / "run_handlers"
+    others = [folder / "handlers.o", folder / "run_handlers.o"]
+    _link("address", [*others, *(objects / f"{name}.o" for name in names)], program)
+    return program
+
+
 def case(x, y, *, weight=None, coefficients, activation="softmax", data_format="channels_last",
          squared_pred=False, cross_entropy=True, focal_gamma=0.0, ignore_label=None,
          in_place=False, misalign=0):  # fmt: skip

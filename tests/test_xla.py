@@ -1,11 +1,13 @@
 """The ops in programs that XLA compiles: the same numbers, wherever the loss stands."""
 
 import concurrent.futures
+import os
 import pathlib
 import re
 import subprocess
 import sys
 
+import emulation
 import keras
 import numpy as np
 import pytest
@@ -403,6 +405,39 @@ def test_lowering_for_a_gpu(tmp_path, run_python):
         assert out.count("api_version=API_VERSION_TYPED_FFI") == 2
         workspace = core.ffi_workspace("CUDA", batch=2, voxels=64, classes=3)
         assert f"u8[{workspace}]" in out
+
+
+def test_the_handlers_for_a_gpu_on_the_emulator(tmp_path):
+    """Called as XLA calls them, under the address sanitizer; the stream and XLA are stand-ins."""
+    program = emulation.build_handlers(tf.sysconfig.get_include(), tmp_path)
+
+    def run(place, **environment):
+        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", **environment}
+        command = [program, str(place)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.splitlines()
+
+    i = np.arange(2 * 1003 * 4).reshape(2, 1003, 4)
+    x = ((i * 7919 % 1000 - 500) / 128).astype(np.float32)
+    y = (np.arange(2 * 1003).reshape(2, 1003) * 31 % 7 % 4).astype(np.uint8)
+    results = [np.array(line.split(), np.float32) for line in run(-1)]
+    wanted = core.sums(x, y, cross_entropy=True)
+    names = ["intersection", "pred_sum", "label_sum", "cross_entropy", "weight_sum"]
+    for name, result in zip(names, results[:5], strict=True):
+        result = result.reshape(wanted[name].shape)
+        assert reference.relative_error(result, wanted[name]) <= 1e-6
+    d = [results[k].reshape(2, 4) for k in (0, 1, 3)]
+    gradient = core.gradient(
+        x, y, d_intersection=d[0], d_pred_sum=d[1], d_cross_entropy=d[2], threads=1
+    )
+    reference.assert_gradient(results[5].reshape(x.shape), gradient, 2e-6)
+
+    nan = [np.array(line.split(), np.float32).reshape(2, -1) for line in run(1003 + 7)[:5]]
+    assert all(np.isfinite(s[0]).all() and np.isnan(s[1]).all() for s in nan)
+    (error,) = run(1003 + 7, DICE_OP_CHECK_LABELS="1")
+    assert "labels (y_true) at voxel [1, 7] have the value 9" in error
+    assert len(run(-1, DICE_OP_CHECK_LABELS="1")) == 6
 
 
 # --- Keras ----------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ namespace cuda {
 
 constexpr int kMaxClasses = 256;
 
-// Bytes of scratch memory that DiceSums needs, aligned to 8, on any GPU: it asks for none.
+// Bytes of scratch memory that DiceSums or FindBadLabel need, aligned to 8, on any GPU: it asks for none.
 std::string DiceSumsWorkspace(const Problem& problem, size_t* bytes);
 
 // A label that is no class makes its sample's sums NaN.
@@ -126,9 +126,11 @@ std::string DiceSums(const Problem& problem, const Sums& sums, void* workspace, 
 std::string DiceSumsGrad(const Problem& problem, const SumsGrad& grad, void* stream);
 
 // The first label that is no class, if there is one; `label`, 8 bytes on the host, receives a class
-// index as it stands there. Needs 8 bytes of scratch memory, aligned to 8, and waits for the stream: for
-// those who look for the reason of a NaN.
+// index as it stands there. Waits for the stream: for those who look for the reason of a NaN.
 std::string FindBadLabel(const Problem& problem, void* workspace, void* stream, BadLabel* bad, void* label);
+
+// Whether the environment asks for that search before each DiceSums: DICE_OP_CHECK_LABELS=1.
+bool ChecksLabels();
 
 int CurrentDevice();  // or -1
 

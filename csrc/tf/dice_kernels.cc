@@ -1,7 +1,4 @@
 // The ops' kernels: validate, allocate, call.
-#include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <optional>
 
 #include "core/problem.h"
@@ -190,8 +187,8 @@ class DiceSumsGpu final : public DiceSumsKernel {
     size_t bytes = 0;
     TF_RETURN_IF_ERROR(ToStatus(problem, cuda::DiceSumsWorkspace(problem, &bytes)));
     Tensor workspace;
-    TF_RETURN_IF_ERROR(Allocate(context, std::max(bytes, sizeof(int64_t)), &workspace));
-    if (checks_labels_) {
+    TF_RETURN_IF_ERROR(Allocate(context, bytes, &workspace));
+    if (cuda::ChecksLabels()) {  // else a wrong label makes its sample's sums NaN
       BadLabel bad;
       int64_t label = 0;
       TF_RETURN_IF_ERROR(ToStatus(problem, cuda::FindBadLabel(problem, workspace.data(), stream, &bad, &label)));
@@ -199,12 +196,6 @@ class DiceSumsGpu final : public DiceSumsKernel {
     }
     return ToStatus(problem, cuda::DiceSums(problem, sums, workspace.data(), stream));
   }
-
-  // A wrong label makes its sample's sums NaN; to be told which one it is costs a wait for the GPU.
-  const bool checks_labels_ = [] {
-    const char* wish = std::getenv("DICE_OP_CHECK_LABELS");
-    return wish && *wish && std::strcmp(wish, "0") != 0;
-  }();
 };
 
 class DiceSumsGradGpu final : public DiceSumsGradKernel {

@@ -46,6 +46,7 @@ using xla::ffi::Ffi;
 using xla::ffi::RemainingArgs;
 using xla::ffi::RemainingRets;
 using xla::ffi::Result;
+using xla::ffi::Traits;
 
 Error Invalid(const std::string& message) { return Error::InvalidArgument(message); }
 
@@ -202,7 +203,7 @@ class ThreadPool final : public cpu::ParallelFor {
 
 struct Host {
   static constexpr const char* kName = "Host";
-  static constexpr std::initializer_list<xla::ffi::Traits> kTraits = {};
+  static std::initializer_list<Traits> TraitsOfCalls() { return {}; }
   using Context = xla::ffi::ThreadPool;
 
   static Error DiceSums(xla::ffi::ThreadPool pool, const Operands& operands, const Sums& sums, void* workspace) {
@@ -219,11 +220,22 @@ struct Host {
 #ifdef DICE_OP_WITH_CUDA
 struct Cuda {
   static constexpr const char* kName = "CUDA";
-  // every call launches the same kernels on the same memory
-  static constexpr std::initializer_list<xla::ffi::Traits> kTraits = {xla::ffi::Traits::kCmdBufferCompatible};
+
+  // A call launches the same kernels on the same memory each time, unless it has to wait for their result.
+  static std::initializer_list<Traits> TraitsOfCalls() {
+    static constexpr std::initializer_list<Traits> kReplayed = {Traits::kCmdBufferCompatible}, kNone = {};
+    return cuda::ChecksLabels() ? kNone : kReplayed;
+  }
   using Context = xla::ffi::PlatformStream<void*>;
 
   static Error DiceSums(void* stream, const Operands& operands, const Sums& sums, void* workspace) {
+    if (cuda::ChecksLabels()) {
+      BadLabel bad;
+      int64_t label = 0;
+      const std::string error = cuda::FindBadLabel(operands.problem, workspace, stream, &bad, &label);
+      if (!error.empty()) return Error::Internal(error);
+      if (bad.sample >= 0) return Invalid(DescribeBadLabel(operands.problem, operands.logits, bad, &label));
+    }
     return ToError(cuda::DiceSums(operands.problem, sums, workspace, stream));
   }
   static Error DiceSumsGrad(void* stream, const Operands& operands, const SumsGrad& grad) {
@@ -289,7 +301,7 @@ XLA_FFI_Error* CallSums(XLA_FFI_CallFrame* frame) {
                                    .RemainingArgs()
                                    .RemainingRets()
                                    .template Attrs<Attributes>()
-                                   .To(SumsImpl<Platform>, Platform::kTraits)
+                                   .To(SumsImpl<Platform>, Platform::TraitsOfCalls())
                                    .release();
   return handler->Call(frame);
 }
@@ -303,7 +315,7 @@ XLA_FFI_Error* CallGrad(XLA_FFI_CallFrame* frame) {
                                    .RemainingArgs()
                                    .template Ret<AnyBuffer>()
                                    .template Attrs<Attributes>()
-                                   .To(GradImpl<Platform>, Platform::kTraits)
+                                   .To(GradImpl<Platform>, Platform::TraitsOfCalls())
                                    .release();
   return handler->Call(frame);
 }
@@ -311,7 +323,7 @@ XLA_FFI_Error* CallGrad(XLA_FFI_CallFrame* frame) {
 template <class Platform>
 void Append(std::vector<Handler>* handlers) {
   uint32_t traits = 0;
-  for (const xla::ffi::Traits trait : Platform::kTraits) traits |= static_cast<uint32_t>(trait);
+  for (const Traits trait : Platform::TraitsOfCalls()) traits |= static_cast<uint32_t>(trait);
   handlers->push_back({"dice_op_sums", Platform::kName, reinterpret_cast<void*>(CallSums<Platform>), traits});
   handlers->push_back({"dice_op_sums_grad", Platform::kName, reinterpret_cast<void*>(CallGrad<Platform>), traits});
 }
