@@ -48,14 +48,14 @@ def dice_sums(logits, labels, *voxel_weight, **options):
     shapes = [(n, c)] * 3 + [(n, c if attributes["with_cross_entropy"] else 0), (n,)]
     results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     workspace = jax.ShapeDtypeStruct((core.ffi_workspace(platform, n, voxels, c),), jnp.uint8)
-    call = jax.ffi.ffi_call("dice_op_sums", [*results, workspace])
+    call = jax.ffi.ffi_call("dice_op_sums", [*results, workspace], vmap_method="sequential")
     return call(logits, labels, *voxel_weight, **attributes)[:5]
 
 
 def dice_sums_grad(logits, labels, *rest, **options):
     """d_logits; rest: voxel_weight if there is one, d_intersection, d_pred_sum, d_cross_entropy."""
     result = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
-    call = jax.ffi.ffi_call("dice_op_sums_grad", result)
+    call = jax.ffi.ffi_call("dice_op_sums_grad", result, vmap_method="sequential")
     return call(logits, labels, *rest, **_attributes(**options))
 
 
@@ -66,7 +66,10 @@ def formula(intersection, pred_sum, label_sum, smooth=1e-5):
 
 @jax.custom_vjp
 def dice_loss(logits, labels):
-    """Soft Dice of logits `[N, spatial..., C]` and class indices `[N, spatial...]`."""
+    """Soft Dice of logits `[N, spatial..., C]` and class indices `[N, spatial...]`.
+
+    Differentiable once, in reverse mode, as training wants it.
+    """
     return _forward(logits, labels)[0]
 
 

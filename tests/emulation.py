@@ -94,13 +94,14 @@ def rebuild(kind, csrc, folder):
 
 
 def build_handlers(include, folder):
-    """XLA's handlers for CUDA over the same few kernels, under the address sanitizer."""
+    """XLA's handlers over the same few kernels, called by an XLA that is a stand-in."""
     objects = build("address", few=True).parent
     csrc, names = ROOT / "csrc", ("engine", "problem", "kernels", "dice_op_cuda")
     flags = [*_flags("address", csrc), "-isystem", include, "-DDICE_OP_WITH_CUDA"]
     _compile(csrc / "xla" / "handlers.cc", folder / "handlers.o", flags)
     _compile(EMULATOR / "run_handlers.cc", folder / "run_handlers.o", flags)
     program = folder / "run_handlers"
+    folder.mkdir(exist_ok=True)
     others = [folder / "handlers.o", folder / "run_handlers.o"]
     _link("address", [*others, *(objects / f"{name}.o" for name in names)], program)
     return program

@@ -4,6 +4,7 @@ import concurrent.futures
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -233,7 +234,6 @@ def test_second_order(activation):
 
 
 def test_from_several_threads_at_once():
-    """More callers than the pool has threads: none waits for a helper that cannot come."""
     x, y = volume((1, 64, 64, 32))
     function = jit(dice_and_gradient)
     expected = dice_and_gradient(x, y)
@@ -407,37 +407,64 @@ def test_lowering_for_a_gpu(tmp_path, run_python):
         assert f"u8[{workspace}]" in out
 
 
-def test_the_handlers_for_a_gpu_on_the_emulator(tmp_path):
-    """Called as XLA calls them, under the address sanitizer; the stream and XLA are stand-ins."""
-    program = emulation.build_handlers(tf.sysconfig.get_include(), tmp_path)
+@pytest.fixture(scope="module")
+def run_handlers(tmp_path_factory):
+    """tests/cuda_emulator/run_handlers.cc, under the address sanitizer: the lines it prints."""
+    folder = tmp_path_factory.mktemp("handlers")
+    program = emulation.build_handlers(tf.sysconfig.get_include(), folder)
 
-    def run(place, **environment):
+    def run(*arguments, **environment):
+        command = [program, *map(str, arguments)]
         environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", **environment}
-        command = [program, str(place)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        options = {"env": environment, "capture_output": True, "text": True, "timeout": 60}
+        done = subprocess.run(command, **options)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout.splitlines()
 
+    return run
+
+
+def test_the_handlers_for_a_gpu_on_the_emulator(run_handlers):
     i = np.arange(2 * 1003 * 4).reshape(2, 1003, 4)
     x = ((i * 7919 % 1000 - 500) / 128).astype(np.float32)
     y = (np.arange(2 * 1003).reshape(2, 1003) * 31 % 7 % 4).astype(np.uint8)
-    results = [np.array(line.split(), np.float32) for line in run(-1)]
+    results = [np.array(line.split(), np.float32) for line in run_handlers("cuda", -1)]
     wanted = core.sums(x, y, cross_entropy=True)
     names = ["intersection", "pred_sum", "label_sum", "cross_entropy", "weight_sum"]
     for name, result in zip(names, results[:5], strict=True):
         result = result.reshape(wanted[name].shape)
         assert reference.relative_error(result, wanted[name]) <= 1e-6
-    d = [results[k].reshape(2, 4) for k in (0, 1, 3)]
-    gradient = core.gradient(
-        x, y, d_intersection=d[0], d_pred_sum=d[1], d_cross_entropy=d[2], threads=1
-    )
+    d = dict(zip(("d_intersection", "d_pred_sum", "d_cross_entropy"), (0, 1, 3), strict=True))
+    gradient = core.gradient(x, y, **{k: results[at].reshape(2, 4) for k, at in d.items()})
     reference.assert_gradient(results[5].reshape(x.shape), gradient, 2e-6)
 
-    nan = [np.array(line.split(), np.float32).reshape(2, -1) for line in run(1003 + 7)[:5]]
-    assert all(np.isfinite(s[0]).all() and np.isnan(s[1]).all() for s in nan)
-    (error,) = run(1003 + 7, DICE_OP_CHECK_LABELS="1")
+    bad = 1003 + 7
+    sums = [np.array(line.split(), np.float32).reshape(2, -1) for line in run_handlers("cuda", bad)]
+    assert all(np.isfinite(s[0]).all() and np.isnan(s[1]).all() for s in sums[:5])
+    (error,) = run_handlers("cuda", bad, DICE_OP_CHECK_LABELS="1")
     assert "labels (y_true) at voxel [1, 7] have the value 9" in error
-    assert len(run(-1, DICE_OP_CHECK_LABELS="1")) == 6
+    assert len(run_handlers("cuda", -1, DICE_OP_CHECK_LABELS="1")) == 6
+
+
+def test_what_a_cuda_graph_may_hold(run_handlers):
+    """Our calls; but none that waits for a label that is no class."""
+    replayed = 1  # XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE
+    for checks, traits in (("0", replayed), ("1", 0)):
+        assert run_handlers("traits", DICE_OP_CHECK_LABELS=checks) == [
+            "Host dice_op_sums 0 0",
+            "Host dice_op_sums_grad 0 0",
+            f"CUDA dice_op_sums {traits} {traits}",
+            f"CUDA dice_op_sums_grad {traits} {traits}",
+        ]
+
+
+@pytest.mark.parametrize("pool", ["inline", "threads", "late"])
+def test_the_pool_is_used_and_not_waited_for(pool, run_handlers):
+    """Each block is done once; a task that starts late finds nothing, and nobody waits for it.
+
+    A pool of three threads gets two tasks, for the caller takes part; work of 100 ns gets none.
+    """
+    assert run_handlers("host", pool) == ["2 1 1", "0 1 1"]
 
 
 # --- Keras ----------------------------------------------------------------------------------------
@@ -534,10 +561,48 @@ def test_shapes_that_do_not_fit():
 
 def test_shapes_that_only_the_data_tells():
     x, y = volume((8, 6))
-    with pytest.raises(tf.errors.UnimplementedError, match=r"tf.ensure_shape.*jit_compile=False"):
-        jit(lambda x, y: dice_and_gradient(*(tf.boolean_mask(a, y[:, 0] > 0) for a in (x, y))))(
-            x, y
-        )
+    assert 0 < np.count_nonzero(y[:, 0]) < 8
+    loss = dice_op.losses.DiceLoss(reduction="sum")
+
+    def of_some_samples(x, y):
+        chosen = y[:, 0] > 0
+        return loss(tf.boolean_mask(y, chosen), tf.boolean_mask(x, chosen))
+
+    with pytest.raises(tf.errors.UnimplementedError, match="sample_weight.*jit_compile=False"):
+        jit(of_some_samples)(x, y)
+
+    def as_advised(x, y):
+        return loss(y, x, sample_weight=tf.cast(y[:, 0] > 0, tf.float32))
+
+    assert_close([jit(as_advised)(x, y)], [of_some_samples(x, y)])
+
+
+def test_a_locale_with_a_decimal_comma(tmp_path, run_python):
+    """XLA's attributes are text."""
+    if shutil.which("localedef"):
+        command = ["localedef", "-i", "de_DE", "-f", "UTF-8", tmp_path / "de_DE.UTF-8"]
+        subprocess.run(command, capture_output=True)
+    if not (tmp_path / "de_DE.UTF-8").exists():
+        pytest.skip("no German locale can be made here")
+    out = run_python(
+        """
+        import locale
+        import tensorflow as tf
+        import dice_op
+        locale.setlocale(locale.LC_ALL, "")
+        x, y = tf.reshape(tf.range(24.0), (2, 4, 3)) % 5, tf.zeros((2, 4), tf.uint8)
+
+        def focal(x):
+            options = {"cross_entropy": True, "focal_gamma": 1.5}
+            return dice_op.dice_sums(y, x, activation="softmax", **options).cross_entropy
+
+        same = tf.reduce_all(tf.function(focal, jit_compile=True)(x) == focal(x))
+        print(locale.str(1.5), bool(same))
+        """,
+        LOCPATH=str(tmp_path),
+        LC_ALL="de_DE.UTF-8",
+    )
+    assert out.split() == ["1,5", "True"]
 
 
 OCCUPY = """

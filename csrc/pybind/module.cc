@@ -200,6 +200,10 @@ py::dict FfiTargets() {
 }
 
 size_t FfiWorkspace(const std::string& platform, int64_t batch, int64_t voxels, int64_t classes) {
+  constexpr int64_t kMost = int64_t{1} << 20;  // so that no product overflows
+  if (std::min({batch, voxels, classes}) < 0 || std::max({batch, classes, voxels / kMost}) > kMost) {
+    throw py::value_error("batch, voxels and classes must be at least 0, and no more than a volume can have");
+  }
   Problem problem;
   problem.batch = batch;
   problem.voxels = voxels;

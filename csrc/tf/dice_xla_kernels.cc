@@ -1,6 +1,8 @@
 // The ops in programs that TensorFlow compiles with XLA (jit_compile): each becomes a call of its handler, csrc/xla.
 #include <algorithm>
+#include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -93,9 +95,11 @@ class DiceXlaKernel : public XlaOpKernel {
     for (int i = 0; i < context->num_inputs(); ++i) {
       TF_ASSIGN_OR_RETURN(xla::Shape shape, context->InputXlaShape(i));
       if (shape.is_dynamic()) {
-        return absl::UnimplementedError(
-            "y_true, y_pred or voxel_weight have a shape that is not known when XLA compiles, " + shape.ToString() +
-            ": give them one with tf.ensure_shape or tf.reshape, or pass jit_compile=False");
+        return absl::UnimplementedError("y_true, y_pred or voxel_weight have a shape that only the data tells, " +
+                                        shape.ToString() +
+                                        ", but XLA compiles for shapes: keep the whole shape and leave voxels out by a "
+                                        "sample_weight (voxel_weight) "
+                                        "of 0 or by ignore_label, or pass jit_compile=False");
       }
       xla::LayoutUtil::SetToDefaultLayout(&shape);
       dims.emplace_back(shape.dimensions().begin(), shape.dimensions().end());
@@ -126,8 +130,12 @@ class DiceXlaKernel : public XlaOpKernel {
   // As an MLIR dictionary.
   std::string AttributesText() const {
     const Options& options = attributes_.options;
-    char gamma[32];
-    std::snprintf(gamma, sizeof(gamma), "%.9e", options.focal_gamma);
+    const auto focal_gamma = static_cast<float>(options.focal_gamma);
+    uint32_t bits;
+    static_assert(sizeof(bits) == sizeof(focal_gamma));
+    std::memcpy(&bits, &focal_gamma, sizeof(bits));
+    char gamma[16];
+    std::snprintf(gamma, sizeof(gamma), "0x%08x", bits);  // exact, and the same in every locale
     const auto boolean = [](bool value) { return value ? "true" : "false"; };
     return std::string("{activation = \"") + Name(options.activation) + "\", data_format = \"" +
            Name(options.data_format) + "\", squared_pred = " + boolean(options.squared_pred) +

@@ -5,8 +5,8 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
-#include <numeric>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <string_view>
 
@@ -81,6 +81,16 @@ std::optional<DType> DTypeOf(AnyBuffer buffer) {
   }
 }
 
+template <class DType>
+std::string Show(const DType& dtype, const Dims& dims) {
+  std::ostringstream text;
+  text << dtype << "[";
+  for (size_t i = 0; i < dims.size(); ++i) text << (i ? ", " : "") << dims[i];
+  text << "]";
+  return text.str();
+}
+std::string Show(AnyBuffer buffer) { return Show(buffer.element_type(), DimsOf(buffer)); }
+
 // A call's operands as a Problem.
 struct Operands {
   Problem problem;
@@ -110,7 +120,11 @@ Error Read(const Attributes& attributes, AnyBuffer logits, AnyBuffer labels, Rem
 
   const auto take = [](AnyBuffer buffer, const char* name, DType* dtype, const void** data) {
     const auto known = DTypeOf(buffer);
-    if (!known) return Invalid(std::string(name) + " have a dtype that dice_op does not take");
+    if (!known) {
+      return Invalid(std::string(name) + " have dtype " + Show(buffer) +
+                     ", which dice_op does not take: use a float of any width, bool, uint8, int8, uint16, int16, int32 "
+                     "or int64");
+    }
     *dtype = *known;
     *data = buffer.untyped_data();
     return Error::Success();
@@ -135,9 +149,7 @@ Error Read(const Attributes& attributes, AnyBuffer logits, AnyBuffer labels, Rem
 // Operands and results that the caller has to declare as they must be.
 Error Expect(const char* name, AnyBuffer buffer, DType dtype, const Dims& dims) {
   if (DTypeOf(buffer) == dtype && DimsOf(buffer) == dims) return Error::Success();
-  std::string text = std::string(name) + " must be of dtype " + Name(dtype) + " and shape [";
-  for (size_t i = 0; i < dims.size(); ++i) text += (i ? ", " : "") + std::to_string(dims[i]);
-  return Invalid(text + "]");
+  return Invalid(std::string(name) + " must be " + Show(Name(dtype), dims) + ", but is " + Show(buffer));
 }
 
 DType SumsType(const Problem& problem) {
