@@ -8,14 +8,6 @@
 namespace dice_op {
 namespace {
 
-std::string Show(const Dims& dims) {
-  std::string text = "[";
-  for (size_t i = 0; i < dims.size(); ++i) {
-    text += (i ? ", " : "") + (dims[i] < 0 ? std::string("?") : std::to_string(dims[i]));
-  }
-  return text + "]";
-}
-
 bool Match(int64_t a, int64_t b) { return a == b || a < 0 || b < 0; }
 
 bool Match(const Dims& a, const Dims& b) {
@@ -62,6 +54,18 @@ std::string Parse(const std::string& name, DataFormat* data_format) {
 }
 const char* Name(Activation activation) { return kActivations[static_cast<int>(activation)]; }
 const char* Name(DataFormat data_format) { return kDataFormats[static_cast<int>(data_format)]; }
+
+std::string Show(const Dims& dims) {
+  std::string text = "[";
+  for (size_t i = 0; i < dims.size(); ++i) {
+    text += (i ? ", " : "") + (dims[i] < 0 ? std::string("?") : std::to_string(dims[i]));
+  }
+  return text + "]";
+}
+
+DType SumsType(const Problem& problem) {
+  return problem.logits_dtype == DType::kDouble ? DType::kDouble : DType::kFloat;
+}
 
 bool IsFloat(DType dtype) { return dtype >= DType::kHalf; }
 

@@ -30,5 +30,7 @@ const char* Name(DataFormat data_format);
 
 bool IsFloat(DType dtype);
 const char* Name(DType dtype);
+DType SumsType(const Problem& problem);  // that of the arithmetic
+std::string Show(const Dims& dims);
 
 }  // namespace dice_op

@@ -78,11 +78,6 @@ Inputs InputsOf(const py::object& logits, const py::object& labels, const std::s
   return inputs;
 }
 
-// The sums' type: that of the arithmetic.
-DType SumsType(const Problem& problem) {
-  return problem.logits_dtype == DType::kDouble ? DType::kDouble : DType::kFloat;
-}
-
 // A new array on the host or on the device, for results, and its memory.
 std::pair<py::object, void*> NewArray([[maybe_unused]] bool on_device, DType dtype, const Dims& dims,
                                       [[maybe_unused]] uintptr_t stream) {
@@ -151,9 +146,10 @@ py::object GradientOf(const py::object& logits, const py::object& labels, const 
     kept.push_back(TensorOf(array, name));
     const Tensor& tensor = kept.back();
     RequireSameMemory(tensor, name, inputs.logits);
-    if (tensor.dtype != SumsType(problem) || tensor.dims != Dims{problem.batch, problem.classes}) {
-      throw py::value_error(std::string(name) + " must be of dtype " + Name(SumsType(problem)) + " and shape [" +
-                            std::to_string(problem.batch) + ", " + std::to_string(problem.classes) + "]");
+    const Dims shape = {problem.batch, problem.classes};
+    if (tensor.dtype != SumsType(problem) || tensor.dims != shape) {
+      throw py::value_error(std::string(name) + " must be of dtype " + Name(SumsType(problem)) + " and shape " +
+                            Show(shape));
     }
     return tensor.data;
   };

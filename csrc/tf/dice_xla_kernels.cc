@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "core/problem.h"
-#include "tensorflow/compiler/tf2xla/type_util.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tf/attributes.h"
 #include "xla/ffi/api/c_api.h"
@@ -95,11 +94,10 @@ class DiceXlaKernel : public XlaOpKernel {
     for (int i = 0; i < context->num_inputs(); ++i) {
       TF_ASSIGN_OR_RETURN(xla::Shape shape, context->InputXlaShape(i));
       if (shape.is_dynamic()) {
-        return absl::UnimplementedError("y_true, y_pred or voxel_weight have a shape that only the data tells, " +
-                                        shape.ToString() +
-                                        ", but XLA compiles for shapes: keep the whole shape and leave voxels out by a "
-                                        "sample_weight (voxel_weight) "
-                                        "of 0 or by ignore_label, or pass jit_compile=False");
+        return absl::UnimplementedError(
+            "y_true, y_pred or voxel_weight have a shape that only the data tells, " + shape.ToString() +
+            ", but XLA compiles for shapes: keep the whole shape and leave voxels out by a "
+            "sample_weight (voxel_weight) of 0 or by ignore_label, or pass jit_compile=False");
       }
       xla::LayoutUtil::SetToDefaultLayout(&shape);
       dims.emplace_back(shape.dimensions().begin(), shape.dimensions().end());
@@ -159,7 +157,7 @@ class DiceSumsXla final : public DiceXlaKernel {
     size_t workspace_bytes = 0;
     const std::string error = ffi::DiceSumsWorkspace(problem, platform(), &workspace_bytes);
     OP_REQUIRES(context, error.empty(), absl::InvalidArgumentError(error));
-    const xla::PrimitiveType type = problem.logits_dtype == DType::kDouble ? xla::F64 : xla::F32;
+    const xla::PrimitiveType type = SumsType(problem) == DType::kDouble ? xla::F64 : xla::F32;
     const int64_t n = problem.batch, c = problem.classes;
     std::vector<xla::Shape> results(3, xla::ShapeUtil::MakeShape(type, {n, c}));
     results.push_back(xla::ShapeUtil::MakeShape(type, {n, problem.options.cross_entropy ? c : 0}));

@@ -81,15 +81,11 @@ std::optional<DType> DTypeOf(AnyBuffer buffer) {
   }
 }
 
-template <class DType>
-std::string Show(const DType& dtype, const Dims& dims) {
+std::string Describe(AnyBuffer buffer) {
   std::ostringstream text;
-  text << dtype << "[";
-  for (size_t i = 0; i < dims.size(); ++i) text << (i ? ", " : "") << dims[i];
-  text << "]";
+  text << buffer.element_type() << Show(DimsOf(buffer));
   return text.str();
 }
-std::string Show(AnyBuffer buffer) { return Show(buffer.element_type(), DimsOf(buffer)); }
 
 // A call's operands as a Problem.
 struct Operands {
@@ -121,7 +117,7 @@ Error Read(const Attributes& attributes, AnyBuffer logits, AnyBuffer labels, Rem
   const auto take = [](AnyBuffer buffer, const char* name, DType* dtype, const void** data) {
     const auto known = DTypeOf(buffer);
     if (!known) {
-      return Invalid(std::string(name) + " have dtype " + Show(buffer) +
+      return Invalid(std::string(name) + " have dtype " + Describe(buffer) +
                      ", which dice_op does not take: use a float of any width, bool, uint8, int8, uint16, int16, int32 "
                      "or int64");
     }
@@ -149,11 +145,7 @@ Error Read(const Attributes& attributes, AnyBuffer logits, AnyBuffer labels, Rem
 // Operands and results that the caller has to declare as they must be.
 Error Expect(const char* name, AnyBuffer buffer, DType dtype, const Dims& dims) {
   if (DTypeOf(buffer) == dtype && DimsOf(buffer) == dims) return Error::Success();
-  return Invalid(std::string(name) + " must be " + Show(Name(dtype), dims) + ", but is " + Show(buffer));
-}
-
-DType SumsType(const Problem& problem) {
-  return problem.logits_dtype == DType::kDouble ? DType::kDouble : DType::kFloat;
+  return Invalid(std::string(name) + " must be " + Name(dtype) + Show(dims) + ", but is " + Describe(buffer));
 }
 
 Dims SumsDims(const Problem& problem, bool cross_entropy) {
@@ -305,12 +297,17 @@ Error GradImpl(ContextOf<Platform> context, AnyBuffer logits, AnyBuffer labels, 
 }
 
 template <class Platform>
+auto BindOperands() {
+  return Ffi::Bind()
+      .Ctx<typename Platform::Context>()
+      .template Arg<AnyBuffer>()
+      .template Arg<AnyBuffer>()
+      .RemainingArgs();
+}
+
+template <class Platform>
 XLA_FFI_Error* CallSums(XLA_FFI_CallFrame* frame) {
-  static auto* const handler = Ffi::Bind()
-                                   .Ctx<typename Platform::Context>()
-                                   .template Arg<AnyBuffer>()
-                                   .template Arg<AnyBuffer>()
-                                   .RemainingArgs()
+  static auto* const handler = BindOperands<Platform>()
                                    .RemainingRets()
                                    .template Attrs<Attributes>()
                                    .To(SumsImpl<Platform>, Platform::TraitsOfCalls())
@@ -320,11 +317,7 @@ XLA_FFI_Error* CallSums(XLA_FFI_CallFrame* frame) {
 
 template <class Platform>
 XLA_FFI_Error* CallGrad(XLA_FFI_CallFrame* frame) {
-  static auto* const handler = Ffi::Bind()
-                                   .Ctx<typename Platform::Context>()
-                                   .template Arg<AnyBuffer>()
-                                   .template Arg<AnyBuffer>()
-                                   .RemainingArgs()
+  static auto* const handler = BindOperands<Platform>()
                                    .template Ret<AnyBuffer>()
                                    .template Attrs<Attributes>()
                                    .To(GradImpl<Platform>, Platform::TraitsOfCalls())
