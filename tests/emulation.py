@@ -101,7 +101,6 @@ def build_handlers(include, folder):
     _compile(csrc / "xla" / "handlers.cc", folder / "handlers.o", flags)
     _compile(EMULATOR / "run_handlers.cc", folder / "run_handlers.o", flags)
     program = folder / "run_handlers"
-    folder.mkdir(exist_ok=True)
     others = [folder / "handlers.o", folder / "run_handlers.o"]
     _link("address", [*others, *(objects / f"{name}.o" for name in names)], program)
     return program

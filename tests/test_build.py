@@ -195,6 +195,7 @@ def test_info():
     assert report["version"] == info["version"]
     assert report["tensorflow"] == report["build_tensorflow"] == info["tensorflow"]
     assert report["op"].startswith("loaded from ")
+    assert report["xla"] == f"loaded from {PACKAGE / 'dice_op_xla.so'}"
     assert report["simd_level"] == info["simd_level"]
     text = run_info("info").stdout
     for key in report:

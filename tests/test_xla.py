@@ -6,7 +6,6 @@ import pathlib
 import re
 import shutil
 import subprocess
-import sys
 
 import emulation
 import keras
@@ -16,7 +15,7 @@ import reference
 import tensorflow as tf
 
 import dice_op
-from dice_op import _loader, core
+from dice_op import core
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 FORMATS = ("channels_last", "channels_first")
@@ -324,22 +323,24 @@ def test_saved_model_in_another_process(tmp_path, run_python):
 # --- the compiled program -------------------------------------------------------------------------
 
 
+STEP = """
+import tensorflow as tf
+import dice_op
+loss = dice_op.losses.DiceLoss()
+
+@tf.function(jit_compile=True)
+def step(x, y):
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        value = loss(y, x)
+    return value, tape.gradient(value, x)
+
+"""
+
+
 def test_the_program_holds_our_calls_and_no_volume_but_the_gradient(tmp_path, run_python):
     run_python(
-        """
-        import tensorflow as tf
-        import dice_op
-        loss = dice_op.losses.DiceLoss()
-
-        @tf.function(jit_compile=True)
-        def step(x, y):
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                value = loss(y, x)
-            return value, tape.gradient(value, x)
-
-        step(tf.ones((2, 32, 32, 32, 4)), tf.zeros((2, 32, 32, 32), tf.uint8))
-        """,
+        STEP + "step(tf.ones((2, 32, 32, 32, 4)), tf.zeros((2, 32, 32, 32), tf.uint8))",
         XLA_FLAGS=f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text",
     )
 
@@ -367,36 +368,25 @@ namespace tensorflow {
 REGISTER_XLA_BACKEND(DEVICE_GPU_XLA_JIT, kGpuAllTypes, [](KernelDef*) { return true; });
 }
 """
+LOAD_BACKEND = """
+import ctypes, sys
+import tensorflow as tf
+if not tf.sysconfig.get_build_info()["is_cuda_build"]:
+    ctypes.CDLL(sys.argv[1])
+"""
+LOWER = """
+lower = step.experimental_get_compiler_ir(tf.ones((2, 8, 8, 3)), tf.ones((2, 8, 8), tf.uint8))
+try:
+    print(lower(stage="hlo", platform_name="GPU"))
+except ValueError as error:
+    print(error)
+"""
 
 
 def test_lowering_for_a_gpu(tmp_path, run_python):
     """XLA's front end for GPUs makes the program; where TensorFlow has none, one is registered."""
     compile_library(tmp_path / "backend.cc", GPU_BACKEND)
-    out = run_python(
-        """
-        import ctypes, sys
-        import tensorflow as tf
-        if not tf.sysconfig.get_build_info()["is_cuda_build"]:
-            ctypes.CDLL(sys.argv[1])
-        import dice_op
-        loss = dice_op.losses.DiceLoss()
-
-        @tf.function(jit_compile=True)
-        def step(x, y):
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                value = loss(y, x)
-            return value, tape.gradient(value, x)
-
-        x, y = tf.ones((2, 8, 8, 3)), tf.ones((2, 8, 8), tf.uint8)
-        lower = step.experimental_get_compiler_ir(x, y)
-        try:
-            print(lower(stage="hlo", platform_name="GPU"))
-        except ValueError as error:
-            print(error)
-        """,
-        tmp_path / "backend.so",
-    )
+    out = run_python(LOAD_BACKEND + STEP + LOWER, tmp_path / "backend.so")
     if core.build_info()["cuda"] is None:
         assert "no kernels for XLA's platform CUDA" in out and "jit_compile=False" in out
     else:
@@ -647,8 +637,3 @@ def test_a_missing_library(run_python):
     warning, value, _ = run_python(USE).splitlines()
     assert "pass jit_compile=False" in warning and "/nowhere/dice_op_xla.so is missing" in warning
     assert float(value) == pytest.approx(2 / 3, rel=1e-4)
-
-
-def test_info():
-    out = subprocess.run([sys.executable, "-m", "dice_op", "info"], capture_output=True, text=True)
-    assert re.search(rf"^xla +loaded from {re.escape(str(_loader.XLA_LIBRARY))}$", out.stdout, re.M)
