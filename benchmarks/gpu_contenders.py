@@ -288,9 +288,7 @@ def time_torch(torch, runs):
         return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
 
     once = sum(samples(5)) / 5e3
-    return gpu_device.summary(
-        samples(max(5, min(gpu_device.REPEATS, int(gpu_device.LONGEST / max(once, 1e-9)))))
-    )
+    return gpu_device.summary(samples(gpu_device.repeats_of(once)))
 
 
 def time_torch_graph(torch, runs):
@@ -407,7 +405,7 @@ def measure_in_jax(jax, device, loss_function, work, voxels):
         return (time.perf_counter() - start) / BATCH * 1e3
 
     once = sample() / 1e3
-    repeats = max(5, min(gpu_device.REPEATS, int(gpu_device.LONGEST / max(once * BATCH, 1e-9))))
+    repeats = gpu_device.repeats_of(once * BATCH)
     record["launches"] = gpu_device.summary([sample() for _ in range(repeats)])
     record["launches"] |= {"calls_per_sample": BATCH, "clock": "the processor's"}
     return record

@@ -27,6 +27,11 @@ DTYPES = {
 }
 
 
+def repeats_of(seconds):
+    """How often to repeat what takes so long."""
+    return max(5, min(REPEATS, int(LONGEST / max(seconds, 1e-9))))
+
+
 def itemsize(dtype):
     """Bytes of one element."""
     return np.dtype(DTYPES[dtype][2]).itemsize
@@ -219,7 +224,7 @@ class Device:
         start = time.perf_counter()
         warm = max(5, min(len(runs), REPEATS))
         once = sum(self._samples(runs, warm)) / warm / 1e3
-        repeats = max(5, min(REPEATS, int(LONGEST / max(once, 1e-9))))
+        repeats = repeats_of(once)
         result = summary(self._samples(runs, repeats))
         self.synchronize()
         result["seconds_spent"] = round(time.perf_counter() - start, 3)
@@ -244,7 +249,7 @@ class Device:
                 self.call("replay", graph)
 
             once = sum(self._samples([replay], 3)) / 3e3
-            repeats = max(5, min(REPEATS, int(LONGEST / max(once, 1e-9))))
+            repeats = repeats_of(once)
             samples = [s / calls for s in self._samples([replay], repeats)]
         finally:
             self.synchronize()
