@@ -19,7 +19,9 @@ def sums(
     squared_pred,
     with_cross_entropy,
     focal_gamma,
+    label_smoothing,
     ignore_label,
+    regions,
 ):
     """intersection, pred_sum, label_sum, cross_entropy [N, C] and weight_sum [N].
 
@@ -37,6 +39,9 @@ def sums(
         return _flat(tf.cast(tf.reshape(labels, tf.shape(logits)), dtype), data_format)
 
     def one_hot():
+        if regions:
+            bits = tf.constant([[m >> c & 1 for c in range(32)] for m in regions], dtype)
+            return tf.gather(bits, tf.clip_by_value(index, 0, len(regions) - 1))[..., :classes]
         # one class: the indices are the foreground mask
         first = tf.cast(classes == 1, tf.int64)
         return tf.one_hot(index - first, classes, dtype=dtype)
@@ -46,7 +51,7 @@ def sums(
         index = tf.reshape(tf.cast(labels, tf.int64), [batch, voxels])
         if ignore_label:
             weight = tf.where(index == ignore_label[0], tf.zeros_like(weight), weight)
-        if labels.dtype.is_floating and not ignore_label:
+        if labels.dtype.is_floating and not ignore_label and not regions:
             t = tf.cond(classes == 1, dense, one_hot)
         else:
             t = one_hot()
@@ -63,7 +68,9 @@ def sums(
         tf.reduce_sum(m * power(t), 1),
     ]
     if with_cross_entropy:
-        losses = _cross_entropy(activation, x, p, t, focal_gamma)
+        choices = 2 if activation == "sigmoid" else tf.cast(classes, dtype)
+        smoothed = (1 - label_smoothing) * t + label_smoothing / choices
+        losses = _cross_entropy(activation, x, p, smoothed, focal_gamma)
         result.append(tf.reduce_sum(m * losses, 1))
     else:
         result.append(tf.zeros([batch, 0], dtype))

@@ -5,7 +5,7 @@ import warnings
 
 import tensorflow as tf
 
-from dice_op import _loader, composite
+from dice_op import _loader, composite, core
 
 _ops = _loader.library()
 if _loader.xla_problem():
@@ -22,8 +22,11 @@ _ATTRIBUTES = (
     "squared_pred",
     "with_cross_entropy",
     "focal_gamma",
+    "label_smoothing",
     "ignore_label",
+    "regions",
 )
+_WITHOUT_GRADIENT = ("argmax", "threshold")
 _LOGITS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 _INTEGERS = (tf.bool, tf.uint8, tf.int8, tf.uint16, tf.int16, tf.int32, tf.int64)
 
@@ -31,7 +34,8 @@ _INTEGERS = (tf.bool, tf.uint8, tf.int8, tf.uint16, tf.int16, tf.int32, tf.int64
 class DiceSums(typing.NamedTuple):
     """Sums over the voxels of each sample and class; float32, float64 for float64 logits.
 
-    N samples, C classes; m: weight, p: probability, t: label, each per voxel.
+    Scores ("argmax", "threshold") are counts, float64. N samples, C classes; m: weight, p:
+    probability, t: label, each per voxel.
     """
 
     intersection: tf.Tensor
@@ -55,8 +59,11 @@ def dice_sums(
     squared_pred=False,
     voxel_weight=None,
     ignore_label=None,
+    regions=None,
     cross_entropy=False,
     focal_gamma=0.0,
+    label_smoothing=0.0,
+    threshold=0.0,
     data_format="channels_last",
 ):
     """The sums that every loss of the Dice family is made of, in one pass over the logits.
@@ -73,14 +80,22 @@ def dice_sums(
       y_pred: Logits `[N, spatial..., C]`, or `[N, C, spatial...]` for `"channels_first"`; float16,
         bfloat16, float32 or float64. Arithmetic is float32, float64 for float64.
       activation: What turns `y_pred` into probabilities: `"softmax"`, `"sigmoid"`, or `"none"`
-        where it holds probabilities already.
+        where it holds probabilities already. For scores, without a gradient: `"argmax"`, 1 for the
+        class of the largest logit (the first of several) and 0 for the others; `"threshold"`, 1 for
+        every class whose logit is above `threshold`.
       squared_pred: Squares in both cardinalities (Milletari et al., "V-Net", 2016).
       voxel_weight: Weight of each voxel, `[N, spatial...]`, any type. Voxels of weight 0 count for
         nothing, whatever their logits hold.
       ignore_label: Voxels with this class index count for nothing.
+      regions: For classes that are overlapping regions: for each class the label values in it, such
+        as `[(1, 2, 3), (2, 3), (3,)]` for the whole tumour, its core, its enhancing part. `y_true`
+        holds label values then; for `"sigmoid"` and `"threshold"`. At most 32, of labels up to 31.
       cross_entropy: Also sum the cross-entropy: categorical, or binary for `"sigmoid"`. For
         `"none"` it is categorical, of probabilities not below 1e-7.
       focal_gamma: Exponent of the focal cross-entropy (Lin et al., 2017).
+      label_smoothing: s in [0, 1]: in the cross-entropy (1 - s) t + s / C stands for t, for
+        `"sigmoid"` (1 - s) t + s / 2 (Szegedy et al., 2016).
+      threshold: A logit; 0 is a probability of one half.
       data_format: `"channels_last"` or `"channels_first"`.
 
     Returns:
@@ -102,17 +117,21 @@ def dice_sums(
     _check_dtype("y_true", y_true, _INTEGERS + _LOGITS)
     for tensor in weight:
         _check_dtype("voxel_weight", tensor, _INTEGERS + _LOGITS)
+    counts = activation in _WITHOUT_GRADIENT  # exact in float64
     sums = _ops.dice_sums(
         y_pred,
         y_true,
         weight,
-        Tsums=tf.float64 if y_pred.dtype == tf.float64 else tf.float32,
+        Tsums=tf.float64 if counts or y_pred.dtype == tf.float64 else tf.float32,
         activation=activation,
         data_format=data_format,
         squared_pred=squared_pred,
         with_cross_entropy=cross_entropy,
         focal_gamma=focal_gamma,
+        label_smoothing=label_smoothing,
+        threshold=threshold,
         ignore_label=[] if ignore_label is None else [ignore_label],
+        regions=[] if regions is None else core.region_masks(regions),
     )
     return DiceSums(*sums)._replace(cross_entropy=sums.cross_entropy if cross_entropy else None)
 
@@ -161,6 +180,8 @@ def _dice_sums_grad(op, *d_sums):
     inputs = list(op.inputs)
     logits, labels, weight, _ = _split(op, inputs)
     attributes = _attributes(op)
+    if attributes["activation"] in _WITHOUT_GRADIENT:
+        return [None] * len(inputs)
     # The rare ones: dense labels and weights that somebody differentiates.
     gradients = _composite_gradients(
         lambda: composite.sums(logits, labels, weight, **attributes),

@@ -25,7 +25,10 @@ def _attributes(
     squared_pred=False,
     cross_entropy=False,
     focal_gamma=0.0,
+    label_smoothing=0.0,
+    threshold=0.0,
     ignore_label=None,
+    regions=(),
 ):
     return {
         "activation": activation,
@@ -33,7 +36,10 @@ def _attributes(
         "squared_pred": squared_pred,
         "with_cross_entropy": cross_entropy,
         "focal_gamma": np.float32(focal_gamma),
+        "label_smoothing": np.float32(label_smoothing),
+        "threshold": np.float32(threshold),
         "ignore_label": np.array([] if ignore_label is None else [ignore_label], np.int64),
+        "regions": np.array(core.region_masks(regions), np.int64),
     }
 
 
@@ -44,7 +50,8 @@ def dice_sums(logits, labels, *voxel_weight, **options):
     n, c = logits.shape[0], logits.shape[-1 if last else 1]
     voxels = math.prod(logits.shape[1:-1] if last else logits.shape[2:])
     platform = "cpu" if jax.default_backend() == "cpu" else "CUDA"
-    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    counts = attributes["activation"] in ("argmax", "threshold")  # float64 wants jax_enable_x64
+    dtype = jnp.promote_types(logits.dtype, jnp.float64 if counts else jnp.float32)
     shapes = [(n, c)] * 3 + [(n, c if attributes["with_cross_entropy"] else 0), (n,)]
     results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     workspace = jax.ShapeDtypeStruct((core.ffi_workspace(platform, n, voxels, c),), jnp.uint8)

@@ -28,7 +28,7 @@ FAMILIES = {  # as in CMakeLists.txt
 }
 # As the enumerations in csrc/core/dice_op.h count them.
 DTYPES = "bool uint8 int8 uint16 int16 int32 int64 float16 bfloat16 float32 float64".split()
-ACTIVATIONS = "softmax sigmoid none".split()
+ACTIVATIONS = "softmax sigmoid none argmax threshold".split()
 
 
 def _flags(kind, csrc):
@@ -107,8 +107,8 @@ def build_handlers(include, folder):
 
 
 def case(x, y, *, weight=None, coefficients, activation="softmax", data_format="channels_last",
-         squared_pred=False, cross_entropy=True, focal_gamma=0.0, ignore_label=None,
-         in_place=False, misalign=0):  # fmt: skip
+         squared_pred=False, cross_entropy=True, focal_gamma=0.0, label_smoothing=0.0,
+         threshold=0.0, ignore_label=None, regions=(), in_place=False, misalign=0):  # fmt: skip
     """One call. x: [N, V, C] or [N, C, V]; y: [N, V], or as x; coefficients: three of [N, C]."""
     n, *rest = x.shape
     planar = data_format == "channels_first"
@@ -117,13 +117,15 @@ def case(x, y, *, weight=None, coefficients, activation="softmax", data_format="
         [n, v, c, ACTIVATIONS.index(activation), planar, squared_pred, cross_entropy]
         + [ignore_label is not None, ignore_label or 0, DTYPES.index(x.dtype.name)]
         + [DTYPES.index(y.dtype.name), y.ndim == 3]
-        + [-1 if weight is None else DTYPES.index(weight.dtype.name), in_place, misalign],
+        + [-1 if weight is None else DTYPES.index(weight.dtype.name), in_place, misalign]
+        + [len(regions), *regions, *[0] * (8 - len(regions))],
         np.int64,
     )
-    number = np.float64 if x.dtype == np.float64 else np.float32
+    counts = activation in ("argmax", "threshold")
+    number = np.float64 if counts or x.dtype == np.float64 else np.float32
     arrays = [x, y, *([] if weight is None else [weight])]
     arrays += [np.asarray(k, number) for k in coefficients[: 3 if cross_entropy else 2]]
-    data = header.tobytes() + np.float64(focal_gamma).tobytes()
+    data = header.tobytes() + np.float64([focal_gamma, label_smoothing, threshold]).tobytes()
     data += b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)
     return {
         "data": data,

@@ -22,9 +22,15 @@ def _softplus(x):
     return np.where(x.real < 0, 0, x) + np.log1p(np.exp(-size))
 
 
-def voxel_terms(x, t, activation, squared=False, gamma=0.0):
+def voxel_terms(x, t, activation, squared=False, gamma=0.0, smoothing=0.0, threshold=0.0):
     """What each voxel adds to (intersection, pred_sum, label_sum, cross_entropy): [..., C] each."""
     power = 2 if squared else 1
+    classes = x.shape[-1]
+    smooth_t = (1 - smoothing) * t + smoothing / (2 if activation == "sigmoid" else classes)
+    if activation in ("argmax", "threshold"):
+        largest = np.arange(classes) == x.argmax(-1)[..., None]
+        p = (largest if activation == "argmax" else x > threshold).astype(float)
+        return p * t, p**power, t**power + 0 * p, 0 * p
     if activation == "softmax":
         shifted = x - x.real.max(-1, keepdims=True)
         log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
@@ -35,10 +41,10 @@ def voxel_terms(x, t, activation, squared=False, gamma=0.0):
     else:
         p = x + 0
         cut = np.where(p.real < 1e-7, 1e-7, p)  # the cross-entropy's smallest probability
-        return p * t, p**power, t**power + 0 * p, -t * (1 - cut) ** gamma * np.log(cut)
-    present = np.where(t != 0, -t * (1 - p) ** gamma * log_p, 0)
+        return p * t, p**power, t**power + 0 * p, -smooth_t * (1 - cut) ** gamma * np.log(cut)
+    present = np.where(smooth_t != 0, -smooth_t * (1 - p) ** gamma * log_p, 0)
     if activation == "sigmoid":
-        present = present + (1 - t) * p**gamma * _softplus(x)
+        present = present + (1 - smooth_t) * p**gamma * _softplus(x)
     return p * t, p**power, t**power + 0 * p, present
 
 

@@ -96,7 +96,7 @@ def check(x, y, t, *, data_format="channels_last", weight=None, tolerance=1e-6, 
 
 
 def renamed(options):
-    names = {"squared_pred": "squared", "focal_gamma": "gamma"}
+    names = {"squared_pred": "squared", "focal_gamma": "gamma", "label_smoothing": "smoothing"}
     return {names.get(k, k): v for k, v in options.items() if k != "ignore_label"}
 
 
@@ -133,6 +133,112 @@ def test_options(squared_pred, focal_gamma, activation, label_kind):
     for classes in (3, 7):
         x, y, t = make((2, 100, classes), label_kind, activation)
         check(x, y, t, activation=activation, squared_pred=squared_pred, focal_gamma=focal_gamma)
+
+
+@pytest.mark.parametrize("label_kind", ["uint8", "soft"])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.125, 1.0])
+@pytest.mark.parametrize("classes", [1, 2, 3, 4, 14])
+def test_label_smoothing(classes, label_smoothing, activation, label_kind):
+    x, y, t = make((2, 150, classes), label_kind, activation)
+    for focal_gamma in (0.0, 2.0):
+        options = {"label_smoothing": label_smoothing, "focal_gamma": focal_gamma}
+        check(x, y, t, activation=activation, **options)
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_scores(regime, dtype, data_format):
+    """Counts are exact, and a tie goes to the first class."""
+    for label_kind in ("uint8", "soft"):
+        x, y, t = make(REGIMES[regime], label_kind)
+        x = np.round(x).astype(dtype)
+        x_, y_ = in_format(data_format, x, y)
+        for activation, threshold in (("argmax", 0), ("threshold", 0), ("threshold", 1.5)):
+            options = {"activation": activation, "threshold": threshold}
+            actual = core.sums(x_, y_, data_format=data_format, **options)
+            wanted = reference.sums(x, t, **options)
+            for name, value in zip(NAMES[:3], wanted, strict=False):
+                tolerance = 1e-6 if label_kind == "soft" else 0
+                assert reference.relative_error(actual[name], value) <= tolerance, (name, options)
+
+
+def test_scores_of_millions_of_classes():
+    x = np.zeros((1, 1, 2**20 + 10), np.float32)
+    x[0, 0, -2] = 1
+    pred_sum = core.sums(x, np.zeros((1, 1), np.int32), activation="argmax")["pred_sum"]
+    assert pred_sum.nonzero()[1].tolist() == [x.shape[2] - 2]
+
+
+def test_scores_of_nan():
+    """In all classes of the voxel, as in a softmax; or in its own, as in a sigmoid."""
+    nan = np.nan
+    for place in range(5):
+        x = np.array([[[5, 2, 3, 1, 4], [1, 2, 3, 2, 1]]], np.float32)
+        x[0, 0, place] = nan
+        y = np.zeros((1, 2), np.uint8)
+        pred_sum = core.sums(x, y, activation="argmax")["pred_sum"]
+        np.testing.assert_array_equal(pred_sum, np.full((1, 5), nan))
+        pred_sum = core.sums(x, y, activation="threshold", threshold=1.5)["pred_sum"]
+        wanted = np.array([[1, 2, 2, 1, 1]]) + np.where(np.arange(5) == place, nan, 0)
+        np.testing.assert_array_equal(pred_sum, wanted)
+    infinite = np.full((1, 2, 3), -np.inf, np.float32)
+    assert core.sums(infinite, y, activation="argmax")["pred_sum"].tolist() == [[2, 0, 0]]
+    with pytest.raises(ValueError, match="have no cross-entropy"):
+        core.sums(x, y, activation="argmax", cross_entropy=True)
+    ones = np.ones((1, 2), np.float32)
+    with pytest.raises(ValueError, match="has no gradient"):
+        core.gradient(x, y, activation="argmax", d_intersection=ones, d_pred_sum=ones)
+
+
+REGIONS = [(1, 2, 3), (2, 3), (3,), (0, 4)]
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("activation", ["sigmoid", "none", "threshold"])
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int64", "float32"])
+def test_regions_are_what_masks_of_them_are(dtype, activation, data_format):
+    rng = np.random.default_rng(0)
+    for classes in (1, 3, 4):
+        x = rng.random(size=(2, 700, classes)).astype(np.float32)
+        regions = REGIONS[:classes]
+        most = max(max(r) for r in regions)
+        y = rng.integers(0, most + 1, size=(2, 700)).astype(dtype)
+        t = np.stack([np.isin(y, r) for r in regions], -1).astype(np.uint8)
+        x_, t_ = in_format(data_format, x, t)
+        options = {"activation": activation, "data_format": data_format, "threshold": 0.5}
+        loss = {"cross_entropy": activation != "threshold", "label_smoothing": 0.1}
+        actual = core.sums(x_, y, regions=regions, **options, **loss)
+        for name, value in core.sums(x_, t_, **options, **loss).items():
+            np.testing.assert_array_equal(actual[name], value)
+        if activation != "threshold":
+            del options["threshold"]
+            a, b, e = rng.normal(size=(3, 2, classes)).astype(np.float32)
+            d = {"d_intersection": a, "d_pred_sum": b, "d_cross_entropy": e}
+            actual = core.gradient(x_, y, regions=regions, **d, **options)
+            np.testing.assert_array_equal(actual, core.gradient(x_, t_, **d, **options))
+        weight = rng.integers(0, 3, size=y.shape).astype(np.float32)
+        ignored = y.copy()
+        ignored[weight == 0] = 99
+        actual = core.sums(x_, ignored, regions=regions, ignore_label=99, **options)
+        wanted = core.sums(x_, t_, voxel_weight=(weight > 0).astype(np.uint8), **options)
+        weighted = core.sums(x_, y, regions=regions, voxel_weight=weight, **options)
+        for name, value in core.sums(x_, t_, voxel_weight=weight, **options).items():
+            np.testing.assert_array_equal(actual[name], wanted[name])
+            np.testing.assert_array_equal(weighted[name], value)
+        y[1, 5] = most + 1
+        with pytest.raises(ValueError, match=rf"\[1, 5\] have the value {most + 1}"):
+            core.sums(x_, y, regions=regions, activation="sigmoid", data_format=data_format)
+
+
+def test_infinite_logits_that_are_right_cost_nothing():
+    x = np.array([[[np.inf, -np.inf]]], np.float32)
+    options = {"activation": "sigmoid", "cross_entropy": True}
+    by_region = core.sums(x, np.uint8([[1]]), regions=[(1,), (0,)], **options)
+    by_mask = core.sums(x, np.uint8([[[1, 0]]]), **options)
+    for sums in (by_region, by_mask):
+        np.testing.assert_array_equal(sums["cross_entropy"], [[0, 0]])
 
 
 @pytest.mark.parametrize("data_format", FORMATS)

@@ -13,6 +13,8 @@ import pytest
 import reference
 from test_core import NAMES, in_format, make, renamed
 
+from dice_op import core
+
 FORMATS = ("channels_last", "channels_first")
 EPSILON = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-24, "float64": 2**-53}
 
@@ -36,11 +38,19 @@ class Cases:
         name="",
         seed=0,
         ignore_none=None,
+        regions=None,
         **options,
     ):
         """ignore: a label that some voxels get; ignore_none: one that none has."""
         n, v, c = shape
         x, y, t = make(shape, label_kind, activation, seed)
+        if activation == "argmax":
+            x = np.round(x)  # with ties
+        if regions:
+            y = np.random.default_rng(seed).integers(0, max(map(max, regions)) + 1, y.shape)
+            y = y.astype(label_kind)
+            t = np.stack([np.isin(y, r) for r in regions], -1).astype(float)
+            options["regions"] = core.region_masks(regions)
         x = x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
         m = weight
         rng = np.random.default_rng(seed + 1)
@@ -64,15 +74,17 @@ class Cases:
             )
         )  # fmt: skip
         loss = options.get("cross_entropy", True)
-        given = {k: v for k, v in options.items() if k in ("squared_pred", "focal_gamma")}
+        of_reference = ("squared_pred", "focal_gamma", "label_smoothing", "threshold")
+        given = {k: v for k, v in options.items() if k in of_reference}
         given = {"activation": activation, **renamed(given)}
         wanted = dict(zip(NAMES, reference.sums(x, t, m, **given), strict=True))
         wanted["weight_sum"] = np.full(n, float(v)) if m is None else m.sum(1)
         if not loss:
             coefficients[2] = 0
             del wanted["cross_entropy"]
-        gradient = reference.gradient(x, t, coefficients, m, **given)
-        wanted["gradient"] = in_format(data_format, gradient)[0]
+        if activation not in ("argmax", "threshold"):
+            gradient = reference.gradient(x, t, coefficients, m, **given)
+            wanted["gradient"] = in_format(data_format, gradient)[0]
         label = f"{name} {shape} {label_kind} {dtype} {activation} {data_format} {options}"
         self.expected.append((label, wanted, EPSILON[dtype]))
 
@@ -185,6 +197,9 @@ def test_regimes(dtype, data_format, program, tmp_path):
         assert result["specialised"] == (expected, expected), label
 
 
+REGIONS = {1: [(1,)], 3: [(1, 2, 3), (2, 3), (3,)], 6: [(c, c + 1) for c in range(6)]}
+
+
 @functools.cache
 def option_cases(data_format):
     cases = Cases()
@@ -192,7 +207,7 @@ def option_cases(data_format):
     kinds += [f"dense {k}" for k in ("bool", "uint8", "int64", "float16", "float32", "float64")]
     for c in (1, 3, 6, 20, 70):
         shape = (2, 77 if c < 20 else 21, c)
-        for activation in emulation.ACTIVATIONS:
+        for activation in ("softmax", "sigmoid", "none"):
             common = {"activation": activation, "data_format": data_format}
             for i, kind in enumerate(kinds):
                 dtype = ("float32", "bfloat16", "float32", "float64")[(i + c) % 4]
@@ -208,7 +223,51 @@ def option_cases(data_format):
                 else:
                     cases.add(shape, kind, ignore=ignore, **common)
             cases.add(shape, weight="float32", ignore=250, **common)
+        common = {"data_format": data_format}
+        if c in REGIONS:
+            regions = {"activation": "sigmoid", "regions": REGIONS[c], **common}
+            cases.add(shape, ignore=200, **regions)
+            cases.add(shape, "int16", "bfloat16", weight="float32", **regions)
+        for i, kind in enumerate(("uint8", "soft")):
+            for activation in ("softmax", "sigmoid", "none"):
+                options = {"activation": activation, "focal_gamma": 2.0 * i}
+                cases.add(shape, kind, label_smoothing=0.125, **options, **common)
+            for activation in ("argmax", "threshold"):
+                options = {"activation": activation, "threshold": 0.5, "cross_entropy": False}
+                for dtype in ("float32", "float16", "float64"):
+                    cases.add(shape, kind, dtype, **options, **common)
     return cases
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("activation", ["sigmoid", "threshold"])
+def test_regions(activation, data_format, program, tmp_path):
+    """What class indices in overlapping regions give is what a mask for each region gives."""
+    rng = np.random.default_rng(0)
+    options = {"activation": activation, "data_format": data_format}
+    options["cross_entropy"] = activation == "sigmoid"
+    calls = []
+    for dtype in ("float32", "bfloat16", "float64"):
+        for regions in ([(1,)], [(1, 2, 3), (2, 3), (3,)], [(0, 4), (1,), (2,), (3,), (1, 2, 4)]):
+            most, classes = max(map(max, regions)), len(regions)
+            x = rng.normal(size=(2, 333, classes))
+            x = x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+            y = rng.integers(0, most + 1, size=(2, 333)).astype(np.uint8)
+            t = np.stack([np.isin(y, r) for r in regions], -1).astype(np.uint8)
+            x, y, t = in_format(data_format, x, y, t)
+            d = rng.normal(size=(3, 2, classes))
+            calls.append(
+                emulation.case(x, y, coefficients=d, regions=core.region_masks(regions), **options)
+            )
+            calls.append(emulation.case(x, t, coefficients=d, **options))
+    results = emulation.run(program("plain"), calls, tmp_path)
+    for by_index, by_mask in zip(results[::2], results[1::2], strict=True):
+        assert by_index["bad_label"] == by_mask["bad_label"] == ""
+        if activation == "threshold":
+            del by_mask["gradient"]  # it has none
+        for name, value in by_mask.items():
+            if isinstance(value, np.ndarray):
+                np.testing.assert_array_equal(by_index[name], value)
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
@@ -326,6 +385,9 @@ def few_cases(small=False):
     cases.add((2, v // 4 + 1, 3), weight="float32", focal_gamma=2.0)
     cases.add((2, v // 4 + 1, 4), "soft", data_format="channels_first")
     cases.add((1, v // 16 + 1, 50), weight="uint8", data_format="channels_first", in_place=True)
+    cases.add((2, v // 4 + 1, 3), label_smoothing=0.25, weight="uint8")
+    cases.add((2, v // 8 + 1, 4), activation="argmax", cross_entropy=False)
+    cases.add((1, v // 8 + 1, 3), activation="sigmoid", regions=REGIONS[3], ignore=200)
     return cases
 
 

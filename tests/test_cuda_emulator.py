@@ -214,6 +214,24 @@ KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that
         "*index",
         "plain",
     ),
+    "general: regions of a voxel without label": (
+        "source.h",
+        "index >= 0 && c < call_.classes",
+        "c < call_.classes",
+        "address",
+    ),
+    "scores: every class of a tie": (
+        "../core/voxel.h",
+        "first == Scalar(-k.Class(i))",
+        "z[i] == top",
+        "plain",
+    ),
+    "smoothing: none for the absent classes": (
+        "../core/voxel.h",
+        "k.Class(i), i) + R(terms.spread);",
+        "k.Class(i), i);",
+        "plain",
+    ),
     "sums: the wrong lanes in the mask": (
         "device.h",
         "__shfl_xor_sync(0xffffffffu",

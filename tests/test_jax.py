@@ -35,6 +35,8 @@ VALUES = """
         {"activation": "sigmoid", "cross_entropy": True, "focal_gamma": 2.0},
         {"squared_pred": True, "cross_entropy": True, "ignore_label": 2},
         {"data_format": "channels_first", "cross_entropy": True},
+        {"cross_entropy": True, "label_smoothing": 0.25},
+        {"activation": "sigmoid", "regions": [(0,), (1, 2), (2,), (3,), (4, 1)]},
     ]
     NAMES = ["intersection", "pred_sum", "label_sum", "cross_entropy", "weight_sum"]
 
@@ -118,6 +120,7 @@ ERRORS = """
     attempt(lambda: dice_sums(x.astype(np.int32), y))
     attempt(lambda: dice_sums(x, y.astype(np.uint32)))
     attempt(lambda: dice_sums_grad(x, y, d, d))
+    attempt(lambda: dice_sums_grad(x, y, d, d, d[:, :0], activation="argmax"))
     attempt(lambda: dice_sums_grad(x, y, d, d, d))
     attempt(lambda: dice_sums_grad(x, y, d.astype(np.float64), d, d[:, :0]))
     def raw(results, ignore_label=()):
@@ -125,7 +128,9 @@ ERRORS = """
         return call(
             x, y, activation="softmax", data_format="channels_last", squared_pred=False,
             with_cross_entropy=False, focal_gamma=np.float32(0),
+            label_smoothing=np.float32(0), threshold=np.float32(0),
             ignore_label=np.array(ignore_label, np.int64),
+            regions=np.array([], np.int64),
         )
 
     results = [jax.ShapeDtypeStruct((2, 4), np.float32)] * 6
@@ -144,6 +149,7 @@ def test_errors_say_what_is_wrong(run_python):
         "logits (y_pred) have dtype int32",
         "labels have dtype U32[2, 3], which dice_op does not take: use a float of any",
         "4 operands, but there must be 5, and one more for a voxel weight",
+        "activation 'argmax' has no gradient",
         "d_cross_entropy must be float32[2, 0], but is F32[2, 4]",
         "d_intersection must be float32[2, 4], but is F64[2, 4]",
         "there must be 6 results",

@@ -109,23 +109,30 @@ def test_gradients_of_dense_labels_and_weights(activation, data_format):
 @pytest.mark.parametrize("classes", [1, 2, 4])
 def test_composite_is_the_same_function(classes, labels, activation):
     """composite.py backs the rare derivatives: it must be the function that the kernels compute."""
+    same = {"with_cross_entropy": True, "focal_gamma": 0.0, "label_smoothing": 0.0}
+    same = {**same, "squared_pred": False, "ignore_label": [], "regions": []}
+
+    def assert_same(x, y, data_format, **changes):
+        attributes = {**same, "activation": activation, "data_format": data_format, **changes}
+        arguments = {**attributes, "cross_entropy": attributes["with_cross_entropy"]}
+        del arguments["with_cross_entropy"]
+        arguments["ignore_label"] = next(iter(attributes["ignore_label"]), None)
+        fused = dice_op.dice_sums(y, x, **arguments)
+        if attributes["regions"]:
+            attributes["regions"] = dice_op.core.region_masks(attributes["regions"])
+        for a, b in zip(fused, composite.sums(x, y, [], **attributes), strict=True):
+            if a is not None:
+                assert reference.relative_error(a, b) <= 1e-12
+
     for data_format in FORMATS:
         x, y = make(labels, activation, data_format, "float64", classes=classes)
-        options = dict(activation=activation, data_format=data_format, squared_pred=False)
-        for gamma in (0.0, 0.5, 2.0):
-            fused = dice_op.dice_sums(y, x, cross_entropy=True, focal_gamma=gamma, **options)
-            plain = composite.sums(
-                x, y, [], with_cross_entropy=True, focal_gamma=gamma, ignore_label=[], **options
-            )
-            for a, b in zip(fused, plain, strict=True):
-                assert reference.relative_error(a, b) <= 1e-12
+        for gamma, smoothing in ((0.0, 0.0), (0.5, 0.25), (2.0, 0.0)):
+            assert_same(x, y, data_format, focal_gamma=gamma, label_smoothing=smoothing)
+        if labels.startswith("index") and activation != "softmax":
+            regions = [(0, 1), (1,), (1, 2), (3, 1)][:classes]
+            assert_same(x, y, data_format, regions=regions)
     if labels.startswith("index") and classes > 1:
-        fused = dice_op.dice_sums(y, x, ignore_label=1, **options)
-        plain = composite.sums(
-            x, y, [], with_cross_entropy=False, focal_gamma=0.0, ignore_label=[1], **options
-        )
-        assert reference.relative_error(fused.pred_sum, plain[1]) <= 1e-12
-        assert reference.relative_error(fused.weight_sum, plain[4]) <= 1e-12
+        assert_same(x, y, data_format, ignore_label=[1], with_cross_entropy=False)
 
 
 def test_forward_mode_persistent_tapes_and_jacobian():

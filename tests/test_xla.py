@@ -85,6 +85,8 @@ OPTIONS = {
     "ignored class": {"ignore_label": 1},
     "sigmoid": {"activation": "sigmoid", "cross_entropy": True},
     "probabilities": {"activation": "none", "cross_entropy": True},
+    "smoothing": {"cross_entropy": True, "label_smoothing": 0.25},
+    "regions": {"activation": "sigmoid", "cross_entropy": True, "regions": [(1, 2), (2,), (0,)]},
 }
 
 
@@ -98,6 +100,16 @@ def test_the_same_bits_as_outside(options, dtype):
         x = tf.nn.softmax(x)
     inside = jit(lambda y, x: sums_and_gradient(y, x, **options))(y, x)
     assert_same_bits(inside, sums_and_gradient(y, x, **options))
+
+
+@pytest.mark.parametrize("activation", ["argmax", "threshold"])
+def test_the_same_scores_as_outside(activation):
+    x, y = volume((2, 50, 41, 23), 3, "float16")
+
+    def sums(y, x):
+        return dice_op.dice_sums(y, x, activation=activation, threshold=0.5)[:3]
+
+    assert_same_bits(jit(sums)(y, x), sums(y, x))
 
 
 LABELS = ["uint8", "int8", "uint16", "int16", "int32", "int64", "float32", "bfloat16"]

@@ -25,18 +25,26 @@ enum class DType : int {
   kDouble,
 };
 
-enum class Activation : int { kSoftmax, kSigmoid, kNone };
+// The last two give 0 or 1, for scores: they have neither cross-entropy nor gradient.
+enum class Activation : int { kSoftmax, kSigmoid, kNone, kArgmax, kThreshold };
 enum class DataFormat : int { kChannelsLast, kChannelsFirst };
 
 // What the sums are to be: the attributes of the op.
 struct Options {
   Activation activation = Activation::kSoftmax;
   DataFormat data_format = DataFormat::kChannelsLast;
-  bool squared_pred = false;   // cardinalities of squares: sum p^2 and sum t^2
-  bool cross_entropy = false;  // accumulate the cross-entropy as well
-  double focal_gamma = 0.0;    // its focal exponent; 0 is plain cross-entropy
+  bool squared_pred = false;     // cardinalities of squares: sum p^2 and sum t^2
+  bool cross_entropy = false;    // accumulate the cross-entropy as well
+  double focal_gamma = 0.0;      // its focal exponent; 0 is plain cross-entropy
+  double label_smoothing = 0.0;  // s: its labels are (1 - s) t + s / C, for sigmoid (1 - s) t + s / 2
+  double threshold = 0.0;        // of the activation of that name: logits above it count as 1
   bool has_ignore_label = false;
   int64_t ignore_label = 0;  // voxels with this integer label count for nothing
+  // Where classes are overlapping regions, each a set of label values: bit c of regions[label] says that the
+  // label belongs to class c. Labels below region_labels are known; 0: classes are label values.
+  static constexpr int kMaxRegions = 32;
+  int region_labels = 0;
+  uint32_t regions[kMaxRegions] = {};
 };
 
 // One call. Made by `MakeProblem` (problem.h), which alone decides what is a legal one.
@@ -55,12 +63,22 @@ struct Problem {
 
   // With one class there is no background channel: integer labels are the foreground mask, so the
   // only channel is class 1 of {0, 1}.
-  int64_t first_class() const { return classes == 1 ? 1 : 0; }
-  int64_t label_limit() const { return classes == 1 ? 2 : classes; }
+  int64_t first_class() const { return classes == 1 && !options.region_labels ? 1 : 0; }
+  int64_t label_limit() const { return options.region_labels ? options.region_labels : classes == 1 ? 2 : classes; }
+  // Whether every class has a categorical cross-entropy, not the label's alone.
+  bool smoothed() const {
+    return options.cross_entropy && options.label_smoothing != 0 && options.activation != Activation::kSigmoid;
+  }
+  // Whether the kernels take a label for each class, as it stands there or made of the index, and not one index.
+  bool labels_per_class() const { return dense_labels || options.region_labels || smoothed(); }
+  bool hard() const { return options.activation > Activation::kNone; }
+  // Of the sums: that of the arithmetic, but for counts a double, which holds any.
+  DType sums_dtype() const { return hard() || logits_dtype == DType::kDouble ? DType::kDouble : DType::kFloat; }
+  // Among so many labels the smoothing of one is spread.
+  double label_choices() const { return options.activation == Activation::kSigmoid ? 2 : static_cast<double>(classes); }
 };
 
-// The sums have the type of the arithmetic: float, or double for double logits. A null
-// cross_entropy is not written.
+// Of the problem's sums_dtype(). A null cross_entropy is not written.
 struct Sums {
   void* intersection;   // [N, C]  sum m p t
   void* pred_sum;       // [N, C]  sum m p,  or sum m p^2
@@ -92,6 +110,14 @@ class ParallelFor {
   using Body = void (*)(void* context, int64_t begin, int64_t end);
   virtual ~ParallelFor() = default;
   virtual void Run(int64_t count, int64_t cost, Body body, void* context) const = 0;
+
+  // The same with a function object.
+  template <class Fn>
+  void ForRanges(int64_t count, int64_t cost, const Fn& fn) const {
+    if (count == 0) return;
+    const auto body = [](void* context, int64_t begin, int64_t end) { (*static_cast<const Fn*>(context))(begin, end); };
+    Run(count, cost, body, const_cast<Fn*>(&fn));
+  }
 };
 
 // Bytes of scratch memory that DiceSums needs, aligned to 8.
@@ -102,6 +128,19 @@ BadLabel DiceSums(const Problem& problem, const Sums& sums, void* workspace, con
 
 // Expects labels that DiceSums accepted; others belong to no class.
 void DiceSumsGrad(const Problem& problem, const SumsGrad& grad, const ParallelFor& parallel);
+
+// Counts of voxels for hard scores, where the prediction is a label map as well.
+struct Counts {
+  int64_t* intersection;  // [N, C]  voxels of the class in both maps
+  int64_t* pred_sum;      // [N, C]  in the prediction
+  int64_t* label_sum;     // [N, C]  in the labels
+};
+
+// prediction: [N, V] class indices, in the place of the problem's logits. A value that is no class makes the counts
+// meaningless: the first one of the labels is returned, the prediction's in *bad_prediction. Voxels that the labels
+// ignore may be predicted as anything.
+BadLabel CountLabels(const Problem& problem, const void* prediction, DType prediction_dtype, const Counts& counts,
+                     const ParallelFor& parallel, BadLabel* bad_prediction);
 
 // Comma-separated names of the SIMD levels in this binary, and the one that runs here: the best
 // the processor has, or what the environment variable DICE_OP_SIMD asks for.
@@ -154,8 +193,9 @@ const char* Archs();
 //
 // Shapes and dtypes are those of the TensorFlow ops (cross_entropy and its derivative [N, 0] where it is not asked
 // for), and so are the attributes: activation, data_format (strings), squared_pred, with_cross_entropy (bool),
-// focal_gamma (float32), ignore_label (int64 array of none or one). workspace: uint8 [bytes], see below; an output,
-// so that its memory is the compiled program's own, also where that is replayed as a CUDA graph.
+// focal_gamma, label_smoothing, threshold (float32), ignore_label (int64 array of none or one), regions (int64 array).
+// workspace: uint8 [bytes], see below; an output, so that its memory is the compiled program's own, also where that is
+// replayed as a CUDA graph.
 namespace ffi {
 
 struct Handler {

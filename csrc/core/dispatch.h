@@ -9,17 +9,20 @@
 namespace dice_op {
 namespace {
 
+// Those that have a gradient; a call that wants one of another is refused before (CheckGradient).
 template <class Fn>
 auto WithActivation(Activation activation, Fn&& fn) {
-  switch (activation) {
-    case Activation::kSigmoid:
-      return fn(Sigmoid{});
-    case Activation::kNone:
-      return fn(Identity{});
-    case Activation::kSoftmax:
-      break;
-  }
+  if (activation == Activation::kSigmoid) return fn(Sigmoid{});
+  if (activation == Activation::kNone) return fn(Identity{});
   return fn(Softmax{});
+}
+
+// All, for sums.
+template <class Fn>
+auto WithAnyActivation(Activation activation, Fn&& fn) {
+  if (activation == Activation::kArgmax) return fn(Argmax{});
+  if (activation == Activation::kThreshold) return fn(Threshold{});
+  return WithActivation(activation, fn);
 }
 
 template <class Fn>

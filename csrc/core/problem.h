@@ -17,20 +17,28 @@ using Dims = std::vector<int64_t>;  // -1: not known yet
 // asks again when they are known.
 std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optional<Dims>& weight, Problem* problem);
 
+// Whether there is a gradient: what is wrong, or an empty string.
+std::string CheckGradient(const Problem& problem);
+
 // Names the voxel by its coordinates, the value found there, and the values allowed. `label` points to
 // that value on the host; null: it stands among the problem's labels, and those are on the host.
 std::string DescribeBadLabel(const Problem& problem, const Dims& logits, const BadLabel& bad,
                              const void* label = nullptr);
+// The same of a value in a predicted label map.
+std::string DescribeBadPrediction(const Problem& problem, const Dims& logits, const void* prediction, DType dtype,
+                                  const BadLabel& bad);
 
 // The option of that name, such as "softmax" or "channels_first"; or what is wrong, as above.
 std::string Parse(const std::string& name, Activation* activation);
 std::string Parse(const std::string& name, DataFormat* data_format);
+// Of classes given as sets of label values, the mask of each value 0, 1, ...: bit c set where it belongs to class c.
+std::string RegionMasks(const std::vector<std::vector<int64_t>>& regions, std::vector<int64_t>* masks);
+std::string SetRegions(const std::vector<int64_t>& masks, Options* options);
 const char* Name(Activation activation);
 const char* Name(DataFormat data_format);
 
 bool IsFloat(DType dtype);
 const char* Name(DType dtype);
-DType SumsType(const Problem& problem);  // that of the arithmetic
 std::string Show(const Dims& dims);
 
 }  // namespace dice_op

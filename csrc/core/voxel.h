@@ -13,6 +13,8 @@
 // may not have.
 #pragma once
 
+#include <cmath>
+
 #include "core/dice_op.h"
 
 #ifdef __CUDACC__
@@ -77,15 +79,21 @@ struct DenseLabel {
   static constexpr bool kSingle = false;
   const R* t;
   DICE_OP_HD R Times(R x, int, int i) const { return x * t[i]; }
-  DICE_OP_HD R Mix(R present, R absent, int, int i) const { return present * t[i] + absent * (R(1) - t[i]); }
+  DICE_OP_HD R Mix(R present, R absent, int, int i) const {  // an infinite logit makes one of the two infinite
+    return Select(t[i] != R(0), present * t[i], R(0)) + Select(t[i] != R(1), absent * (R(1) - t[i]), R(0));
+  }
 };
 
 // What the run-time options do to a voxel. `Scalar` is the plain number type beneath R.
 template <class Scalar>
 struct Terms {
-  bool squared;  // p^2 and t^2 in the cardinalities
-  bool masked;   // some voxels may have weight 0, and then count for nothing, whatever they hold
-  Scalar gamma;  // focal exponent
+  bool squared;         // p^2 and t^2 in the cardinalities
+  bool masked;          // some voxels may have weight 0, and then count for nothing, whatever they hold
+  bool cross_entropy;   // wanted, where kCrossEntropy stands for "with or without"
+  Scalar gamma;         // focal exponent
+  Scalar keep, spread;  // label smoothing: the cross-entropy takes keep * t + spread for t; not where t is one-hot and
+                        // the activation is not binary, see Problem::smoothed
+  Scalar threshold;     // of the activation of that name
 };
 
 // The focal cross-entropy of a class whose label is one, f(p) = (1-p)^gamma (-log p), and p f'(p).
@@ -111,6 +119,7 @@ struct Norm {
 };
 
 struct Softmax {
+  static constexpr bool kHard = false;    // zeros and ones, without cross-entropy and gradient
   static constexpr bool kBinary = false;  // one cross-entropy term per voxel: the label's
   // z: logits; p: probabilities.
   template <class Classes, class R>
@@ -172,6 +181,7 @@ struct Logistic {
 };
 
 struct Sigmoid {
+  static constexpr bool kHard = false;
   static constexpr bool kBinary = true;  // a cross-entropy term for every class, present or not
   template <class Classes, class R>
   DICE_OP_HD static Norm<R> Forward(const Classes& k, const R* z, R* p) {
@@ -187,6 +197,7 @@ struct Sigmoid {
 
 // The caller's y_pred are probabilities already.
 struct Identity {
+  static constexpr bool kHard = false;
   static constexpr bool kBinary = false;
   // The cross-entropy takes smaller probabilities for this one, as keras.losses do (backend epsilon).
   static constexpr double kEpsilon = 1e-7;
@@ -218,6 +229,44 @@ struct Identity {
   }
 };
 
+// For scores: one for the classes that a voxel belongs to, zero for the others. A NaN shows, as it does in a softmax or
+// a sigmoid.
+
+// The class of the largest logit, the first of several.
+struct Argmax {
+  static constexpr bool kHard = true, kBinary = false;
+  template <class Classes, class R, class Scalar>
+  DICE_OP_HD static void Decide(const Classes& k, const R* z, R* p, Scalar) {
+    R top = z[0], nan = R(0);
+    DICE_OP_UNROLL
+    for (int i = 1; i < k.size(); ++i) top = Max(top, z[i]);
+    top = k.Max(top);
+    const R no_class = R(Scalar(-INFINITY));
+    R first = no_class;  // minus the class, so that the first is the largest
+    DICE_OP_UNROLL
+    for (int i = 0; i < k.size(); ++i) {
+      first = Max(first, Select(z[i] != top, no_class, R(Scalar(-k.Class(i)))));
+      nan = nan + Select(z[i] != z[i], z[i], R(0));
+    }
+    first = k.Max(first);
+    nan = k.Sum(nan);
+    DICE_OP_UNROLL
+    for (int i = 0; i < k.size(); ++i) p[i] = Select(first == Scalar(-k.Class(i)), R(1), R(0)) + nan;
+  }
+};
+
+// Every class whose logit is above the threshold.
+struct Threshold {
+  static constexpr bool kHard = true, kBinary = false;
+  template <class Classes, class R, class Scalar>
+  DICE_OP_HD static void Decide(const Classes& k, const R* z, R* p, Scalar threshold) {
+    DICE_OP_UNROLL
+    for (int i = 0; i < k.size(); ++i) {
+      p[i] = Select(z[i] > R(threshold), R(1), Select(z[i] != z[i], z[i], R(0)));
+    }
+  }
+};
+
 // The focal binary cross-entropy of a logit for both values of the label, and its derivatives with
 // respect to the logit.
 template <class R>
@@ -237,16 +286,23 @@ struct BinaryTerms {
   }
 };
 
+// Of a binary term for both values of the label, the share that the label, smoothed, gives each.
+template <class Label, class R, class Scalar>
+DICE_OP_HD R MixSmoothed(const Label& label, R present, R absent, int c, int i, const Terms<Scalar>& terms) {
+  const R mixed = label.Mix(present, absent, c, i);
+  return terms.spread == Scalar(0) ? mixed : R(terms.keep) * mixed + R(terms.spread) * (present + absent);
+}
+
 // Calls fn(i, loss, slope) for every class i: the cross-entropy that the voxel adds to class i, and
 // what Activation::Backward wants as h for a unit coefficient (nothing where the terms are binary).
 template <class Activation, class Classes, class Label, class R, class Scalar, class Fn>
 DICE_OP_HD void CrossEntropy(const Classes& k, const R* z, const R* p, const Norm<R>& norm, const Label& label,
-                             Scalar gamma, Fn&& fn) {
+                             const Terms<Scalar>& terms, Fn&& fn) {
   if constexpr (Activation::kBinary) {
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
-      const auto terms = BinaryTerms<R>::Of(z[i], Logistic<R>::Of(z[i]), gamma);
-      fn(i, label.Mix(terms.present, terms.absent, k.Class(i), i), R(0));
+      const auto binary = BinaryTerms<R>::Of(z[i], Logistic<R>::Of(z[i]), terms.gamma);
+      fn(i, MixSmoothed(label, binary.present, binary.absent, k.Class(i), i, terms), R(0));
     }
   } else if constexpr (Label::kOneHot) {
     // One class has a term: pick its numbers first, then take logarithm and power once.
@@ -256,7 +312,7 @@ DICE_OP_HD void CrossEntropy(const Classes& k, const R* z, const R* p, const Nor
       z_t = z_t + label.Times(z[i], k.Class(i), i);
       p_t = p_t + label.Times(p[i], k.Class(i), i);
     }
-    const auto focal = Activation::CategoricalTerm(z_t, p_t, norm, Activation::LogTotal(norm), gamma);
+    const auto focal = Activation::CategoricalTerm(z_t, p_t, norm, Activation::LogTotal(norm), terms.gamma);
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       fn(i, label.Times(focal.loss, k.Class(i), i), label.Times(focal.slope, k.Class(i), i));
@@ -265,8 +321,8 @@ DICE_OP_HD void CrossEntropy(const Classes& k, const R* z, const R* p, const Nor
     const R log_total = Activation::LogTotal(norm);
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
-      const auto focal = Activation::CategoricalTerm(z[i], p[i], norm, log_total, gamma);
-      const R present = label.Times(R(1), k.Class(i), i);
+      const auto focal = Activation::CategoricalTerm(z[i], p[i], norm, log_total, terms.gamma);
+      const R present = R(terms.keep) * label.Times(R(1), k.Class(i), i) + R(terms.spread);
       const auto some = present != R(0);  // keeps 0 * log(0) out
       fn(i, Select(some, present * focal.loss, R(0)), Select(some, present * focal.slope, R(0)));
     }
@@ -287,7 +343,12 @@ template <class Activation, bool kCrossEntropy, class Classes, class Label, clas
 DICE_OP_HD void AddVoxel(const Classes& k, R* z, R* p, const Label& label, R m, const Terms<Scalar>& terms,
                          Accumulators& sums) {
   ClearMasked(k, z, m, terms);
-  const auto norm = Activation::Forward(k, z, p);
+  Norm<R> norm = {};
+  if constexpr (Activation::kHard) {
+    Activation::Decide(k, z, p, terms.threshold);
+  } else {
+    norm = Activation::Forward(k, z, p);
+  }
   DICE_OP_UNROLL
   for (int i = 0; i < k.size(); ++i) {
     const R mp = m * p[i];
@@ -312,14 +373,16 @@ DICE_OP_HD void AddVoxel(const Classes& k, R* z, R* p, const Label& label, R m, 
     }
   }
   if constexpr (kCrossEntropy && (Activation::kBinary || !Label::kSingle)) {
-    CrossEntropy<Activation>(k, z, p, norm, label, terms.gamma,
-                             [&](int i, R loss, R) { sums.cross_entropy[i] = sums.cross_entropy[i] + m * loss; });
+    if (terms.cross_entropy) {
+      CrossEntropy<Activation>(k, z, p, norm, label, terms,
+                               [&](int i, R loss, R) { sums.cross_entropy[i] = sums.cross_entropy[i] + m * loss; });
+    }
   }
 }
 
 // Turns the logits z into dL/dlogits, in d. p, h: scratch. a, b, e: dL/d(intersection, pred_sum,
-// cross_entropy) of the classes held. Where the label is a SingleLabel, a and e (but the binary e) are
-// those of all classes, and e may be null.
+// cross_entropy) of the classes held; e may be null where no cross-entropy is wanted. Where the label is a
+// SingleLabel, a and e (but the binary e) are those of all classes.
 template <class Activation, bool kCrossEntropy, class Classes, class Label, class R, class Scalar>
 DICE_OP_HD void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const Label& label, R m, const Terms<Scalar>& terms,
                           const Scalar* a, const Scalar* b, const Scalar* e) {
@@ -339,8 +402,10 @@ DICE_OP_HD void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const Label&
       const auto s = Logistic<R>::Of(z[i]);
       R total = direct(i, s.p) * s.p * s.q;
       if constexpr (kCrossEntropy) {
-        const auto binary = BinaryTerms<R>::Of(z[i], s, terms.gamma);
-        total = total + R(e[i]) * label.Mix(binary.d_present, binary.d_absent, k.Class(i), i);
+        if (terms.cross_entropy) {
+          const auto binary = BinaryTerms<R>::Of(z[i], s, terms.gamma);
+          total = total + R(e[i]) * MixSmoothed(label, binary.d_present, binary.d_absent, k.Class(i), i, terms);
+        }
       }
       d[i] = m * total;
     }
@@ -348,12 +413,17 @@ DICE_OP_HD void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const Label&
     const auto norm = Activation::Forward(k, z, p);
     R h_t = R(0);  // p dL/dp by way of the cross-entropy, of a single label
     if constexpr (Label::kSingle && kCrossEntropy) {
-      if (e && label.item >= 0) {
+      if (terms.cross_entropy && label.item >= 0) {
         const R p_t = Activation::Probability(label.z, norm), log_total = Activation::LogTotal(norm);
         h_t = R(e[label.index]) * Activation::CategoricalTerm(label.z, p_t, norm, log_total, terms.gamma).slope;
       }
     } else if constexpr (kCrossEntropy) {
-      CrossEntropy<Activation>(k, z, p, norm, label, terms.gamma, [&](int i, R, R slope) { h[i] = R(e[i]) * slope; });
+      if (terms.cross_entropy) {
+        CrossEntropy<Activation>(k, z, p, norm, label, terms, [&](int i, R, R slope) { h[i] = R(e[i]) * slope; });
+      } else {
+        DICE_OP_UNROLL
+        for (int i = 0; i < k.size(); ++i) h[i] = R(0);
+      }
     }
     const auto by_cross_entropy = [&](int i) { return Label::kSingle ? label.Times(h_t, k.Class(i), i) : h[i]; };
     DICE_OP_UNROLL

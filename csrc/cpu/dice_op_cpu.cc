@@ -40,18 +40,6 @@ struct Blocks {
 
 int64_t PartialSize(const Problem& problem) { return 4 * problem.classes + 1; }
 
-template <class Fn>
-void Run(const ParallelFor& parallel, int64_t count, int64_t cost, Fn&& fn) {
-  if (count > 0) {
-    parallel.Run(
-        count, cost,
-        [](void* context, int64_t begin, int64_t end) {
-          (*static_cast<std::remove_reference_t<Fn>*>(context))(begin, end);
-        },
-        &fn);
-  }
-}
-
 bool Supported(const Kernels& kernels) {
 #if defined(DICE_OP_X86_LEVELS)
   if (&kernels == &kX86V2) return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
@@ -123,7 +111,7 @@ BadLabel DiceSums(const Problem& problem, const Sums& sums, void* workspace, con
   double* const partials = static_cast<double*>(workspace);
   int64_t* const bad = reinterpret_cast<int64_t*>(partials + blocks.count * size);
   const Kernels& kernels = Active();
-  Run(parallel, blocks.count, blocks.Cost(problem), [&](int64_t first, int64_t last) {
+  parallel.ForRanges(blocks.count, blocks.Cost(problem), [&](int64_t first, int64_t last) {
     std::fill(partials + first * size, partials + last * size, 0.0);
     blocks.ForEach(problem, first, last, [&](int64_t block, int64_t sample, int64_t begin, int64_t end) {
       bad[block] = kernels.sums(problem, sample, begin, end, partials + block * size);
@@ -132,7 +120,7 @@ BadLabel DiceSums(const Problem& problem, const Sums& sums, void* workspace, con
   for (int64_t block = 0; block < blocks.count; ++block) {
     if (bad[block] >= 0) return {block / blocks.per_sample, bad[block]};
   }
-  if (problem.logits_dtype == DType::kDouble) {
+  if (problem.sums_dtype() == DType::kDouble) {
     Combine<double>(problem, blocks, partials, sums);
   } else {
     Combine<float>(problem, blocks, partials, sums);
@@ -143,7 +131,7 @@ BadLabel DiceSums(const Problem& problem, const Sums& sums, void* workspace, con
 void DiceSumsGrad(const Problem& problem, const SumsGrad& grad, const ParallelFor& parallel) {
   const Blocks blocks(problem);
   const Kernels& kernels = Active();
-  Run(parallel, blocks.count, blocks.Cost(problem), [&](int64_t first, int64_t last) {
+  parallel.ForRanges(blocks.count, blocks.Cost(problem), [&](int64_t first, int64_t last) {
     blocks.ForEach(problem, first, last, [&](int64_t, int64_t sample, int64_t begin, int64_t end) {
       kernels.grad(problem, grad, sample, begin, end);
     });

@@ -79,9 +79,15 @@ auto LabelOf(const Tile<R, W>& tile, int group) {
 }
 
 template <class R>
-Terms<R> TermsOf(const Problem& problem) {
-  return {problem.options.squared_pred, problem.voxel_weight != nullptr || problem.options.has_ignore_label,
-          static_cast<R>(problem.options.focal_gamma)};
+Terms<R> TermsOf(const Problem& problem, bool cross_entropy) {
+  const Options& options = problem.options;
+  return {options.squared_pred,
+          problem.voxel_weight != nullptr || options.has_ignore_label,
+          cross_entropy,
+          static_cast<R>(options.focal_gamma),
+          static_cast<R>(1 - options.label_smoothing),
+          static_cast<R>(options.label_smoothing / problem.label_choices()),
+          static_cast<R>(options.threshold)};
 }
 
 template <class R, class Activation, bool kCrossEntropy, bool kDense, int kCount>
@@ -90,10 +96,11 @@ struct Block {
   using P = Pack<R, W>;
   using I = Pack<typename IntFor<R>::type, W>;
   using Classes = AllClasses<kCount>;
+  static constexpr bool kAsks = std::is_same_v<R, double>;  // at run time, whether a cross-entropy is wanted
 
   static int64_t Sums(const Problem& problem, int64_t sample, int64_t begin, int64_t end, double* partial) {
     const Classes k{static_cast<int>(problem.classes)};
-    const auto terms = TermsOf<R>(problem);
+    const auto terms = TermsOf<R>(problem, kAsks ? problem.options.cross_entropy : kCrossEntropy);
     Tile<R, W> tile(problem);
     Accumulators<P, kCount> sums(k.size());
     Row<P, kCount> p(k.size()), z_row(kCount);
@@ -123,7 +130,7 @@ struct Block {
 
   static void Grad(const Problem& problem, const SumsGrad& grad, int64_t sample, int64_t begin, int64_t end) {
     const Classes k{static_cast<int>(problem.classes)};
-    const auto terms = TermsOf<R>(problem);
+    const auto terms = TermsOf<R>(problem, kAsks ? grad.d_cross_entropy != nullptr : kCrossEntropy);
     const auto of_sample = [&](const void* coefficients) {
       return coefficients ? static_cast<const R*>(coefficients) + sample * problem.classes : nullptr;
     };
@@ -150,29 +157,37 @@ struct Block {
 };
 
 // Calls fn(Block<...>{}) with the specialisation for this problem.
-template <class Fn>
-auto WithBlock(const Problem& problem, Fn&& fn) {
-  // with no class at all there is nothing to normalise
-  return WithActivation(problem.classes ? problem.options.activation : Activation::kNone, [&](auto activation) {
+template <class Activation, class Fn>
+auto WithBlock(const Problem& problem, Activation, Fn&& fn) {
+  return WithBool(problem.labels_per_class(), [&](auto dense) {
+    if (problem.logits_dtype == DType::kDouble) {  // for tests mostly: one block with and without cross-entropy
+      return fn(Block<double, Activation, !Activation::kHard, dense.value, 0>{});
+    }
     return WithBool(problem.options.cross_entropy, [&](auto cross_entropy) {
-      return WithBool(problem.dense_labels, [&](auto dense) {
-        if (problem.logits_dtype == DType::kDouble) {
-          return fn(Block<double, decltype(activation), cross_entropy.value, dense.value, 0>{});
-        }
-        return WithCount<kMaxRegisterClasses>(problem.classes, [&](auto count) {
-          return fn(Block<float, decltype(activation), cross_entropy.value, dense.value, count.value>{});
-        });
+      constexpr bool kCrossEntropy = cross_entropy.value && !Activation::kHard;
+      return WithCount<kMaxRegisterClasses>(problem.classes, [&](auto count) {
+        return fn(Block<float, Activation, kCrossEntropy, dense.value, count.value>{});
       });
     });
   });
 }
 
+// With no class at all there is nothing to normalise.
+Activation ActivationOf(const Problem& problem) {
+  return problem.classes ? problem.options.activation : Activation::kNone;
+}
+
 int64_t SumsOfBlock(const Problem& problem, int64_t sample, int64_t begin, int64_t end, double* partial) {
-  return WithBlock(problem, [&](auto block) { return decltype(block)::Sums(problem, sample, begin, end, partial); });
+  return WithAnyActivation(ActivationOf(problem), [&](auto activation) {
+    return WithBlock(problem, activation,
+                     [&](auto block) { return decltype(block)::Sums(problem, sample, begin, end, partial); });
+  });
 }
 
 void GradOfBlock(const Problem& problem, const SumsGrad& grad, int64_t sample, int64_t begin, int64_t end) {
-  WithBlock(problem, [&](auto block) { decltype(block)::Grad(problem, grad, sample, begin, end); });
+  WithActivation(ActivationOf(problem), [&](auto activation) {
+    WithBlock(problem, activation, [&](auto block) { decltype(block)::Grad(problem, grad, sample, begin, end); });
+  });
 }
 
 }  // namespace

@@ -126,7 +126,7 @@ class Tile {
         // logits and dense labels together fill about half of a 32 KB cache
         capacity_(std::max<int>(W, std::min<int>(512, 2048 / std::max(1, classes_)) / W * W)) {
     const size_t volume = static_cast<size_t>(capacity_) * classes_;
-    const size_t numbers = (problem.dense_labels ? 3 : 2) * volume + capacity_;
+    const size_t numbers = (problem.labels_per_class() ? 3 : 2) * volume + capacity_;
     memory_.reset(new char[numbers * sizeof(R) + capacity_ * sizeof(Int) + kAlign]);
     void* at = memory_.get();
     size_t space = numbers * sizeof(R) + capacity_ * sizeof(Int) + kAlign;
@@ -134,7 +134,7 @@ class Tile {
     logits_ = static_cast<R*>(at);
     rows_ = logits_ + volume;
     labels_ = rows_ + volume;
-    weight_ = labels_ + (problem.dense_labels ? volume : 0);
+    weight_ = labels_ + (problem.labels_per_class() ? volume : 0);
     index_ = reinterpret_cast<Int*>(weight_ + capacity_);
   }
 
@@ -153,7 +153,10 @@ class Tile {
     count_ = count;
     LoadPlane(problem_.logits, problem_.logits_dtype, logits_);
     LoadWeight();
-    return problem_.dense_labels ? LoadDenseLabels() : LoadIndices();
+    if (problem_.dense_labels) return LoadDenseLabels();
+    const int64_t bad = LoadIndices();
+    if (problem_.labels_per_class()) SpreadIndices();
+    return bad;
   }
 
   // Writes what stands in logits() to an array of the logits' type and layout.
@@ -287,6 +290,20 @@ class Tile {
     });
   }
 
+  // From the index of a voxel's label to a label for each class.
+  void SpreadIndices() {
+    for (int group = 0; group < groups(); ++group) {
+      R* const to = labels_ + static_cast<size_t>(group) * classes_ * W;
+      for (int v = 0; v < W; ++v) {
+        const Int label = index(group)[v];
+        const uint32_t regions = label < 0 || !problem_.options.region_labels ? 0 : problem_.options.regions[label];
+        for (int c = 0; c < classes_; ++c) {
+          to[c * W + v] = static_cast<R>(problem_.options.region_labels ? regions >> c & 1 : label == c);
+        }
+      }
+    }
+  }
+
   const Problem& problem_;
   const int classes_, capacity_;
   int64_t sample_ = 0, begin_ = 0;
@@ -294,7 +311,7 @@ class Tile {
   std::unique_ptr<char[]> memory_;
   R* logits_;   // [group][C][W]; gradients on the way out
   R* rows_;     // [voxel][C], between memory and groups
-  R* labels_;   // [group][C][W], dense labels only
+  R* labels_;   // [group][C][W], where there is a label per class
   R* weight_;   // [voxel]
   Int* index_;  // [voxel] class, or -1
 };

@@ -19,7 +19,7 @@ struct Call {
   int64_t voxels;         // V
   int64_t tiles;          // of a sample
   int64_t ignore_label;
-  double gamma;
+  double gamma, keep, spread, threshold;  // as in Terms
   int blocks_per_sample;
   int classes;  // C
   int first_class;
@@ -30,6 +30,9 @@ struct Call {
   int source_bytes, shared_per_warp;  // shared memory of a warp: the source's, then the sums'
   DType logits_dtype, labels_dtype, weight_dtype;
   bool planar;  // channels first
+  bool dense_labels;
+  int region_labels;
+  uint32_t regions[Options::kMaxRegions];  // as in Options
   bool squared, cross_entropy, has_ignore_label;
 };
 

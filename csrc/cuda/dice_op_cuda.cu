@@ -114,6 +114,9 @@ std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   if (plan->blocks > 0x7fffffff) return "the batch has more samples than a GPU can take in one call";
   call.ignore_label = problem.options.ignore_label;
   call.gamma = problem.options.focal_gamma;
+  call.keep = 1 - problem.options.label_smoothing;
+  call.spread = problem.options.label_smoothing / problem.label_choices();
+  call.threshold = problem.options.threshold;
   call.classes = static_cast<int>(problem.classes);
   call.first_class = static_cast<int>(problem.first_class());
   call.label_limit = static_cast<int>(std::min(problem.label_limit(), LabelsEnd(problem.labels_dtype)));
@@ -126,6 +129,9 @@ std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   call.labels_dtype = problem.labels_dtype;
   call.weight_dtype = problem.weight_dtype;
   call.planar = problem.options.data_format == DataFormat::kChannelsFirst;
+  call.dense_labels = problem.dense_labels;
+  call.region_labels = problem.options.region_labels;
+  std::copy(std::begin(problem.options.regions), std::end(problem.options.regions), call.regions);
   call.squared = problem.options.squared_pred;
   call.cross_entropy = problem.options.cross_entropy;
   call.has_ignore_label = problem.options.has_ignore_label;
@@ -261,7 +267,7 @@ std::string DiceSums(const Problem& problem, const Sums& sums, void* workspace, 
   void* const outputs[5] = {sums.intersection, sums.label_sum, sums.cross_entropy, sums.pred_sum, sums.weight_sum};
   std::copy(outputs, outputs + 5, partials.outputs);
   const int64_t blocks = (problem.batch * (4 * problem.classes + 1) + kWarps - 1) / kWarps;
-  const auto combine = problem.logits_dtype == DType::kDouble ? CombineKernel<double> : CombineKernel<float>;
+  const auto combine = problem.sums_dtype() == DType::kDouble ? CombineKernel<double> : CombineKernel<float>;
   DICE_OP_RETURN_IF_ERROR(Launch(combine, blocks, kThreads, 0, queue, partials), "the launch of the combining kernel");
   return "";
 }
@@ -273,6 +279,7 @@ std::string DiceSumsGrad(const Problem& problem, const SumsGrad& grad, void* str
   plan.call.d_sums[0] = grad.d_intersection;
   plan.call.d_sums[1] = grad.d_pred_sum;
   plan.call.d_sums[2] = grad.d_cross_entropy;
+  plan.call.cross_entropy = grad.d_cross_entropy != nullptr;
   plan.call.d_logits = grad.d_logits;
   DICE_OP_RETURN_IF_ERROR(
       Launch(plan.kernel, plan.blocks, plan.threads, plan.shared_bytes, static_cast<cudaStream_t>(stream), plan.call),

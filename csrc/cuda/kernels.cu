@@ -68,12 +68,14 @@ Variant Find(const Problem& problem, const void* d_logits) {
 
 #else
 
-// Double is for tests, and for those who need it: one kernel does with and without cross-entropy.
-template <class R, class Activation, bool kCrossEntropy, bool kDense>
+// Every kernel here does with and without cross-entropy. Where a label stands for each class, so may an index: double,
+// for tests mostly, and scores do without kernels for indices alone.
+template <class R, class Activation, bool kPerClass>
 Variant OfAnyCount(const Problem& problem, bool grad) {
   constexpr bool kDouble = std::is_same_v<R, double>;
+  constexpr bool kDense = kPerClass || kDouble || Activation::kHard;
   const auto of = [&](auto source) {
-    return VariantOf < typename decltype(source)::type, Activation, kCrossEntropy || kDouble > (problem, grad);
+    return VariantOf<typename decltype(source)::type, Activation, !Activation::kHard>(problem, grad);
   };
   if constexpr (!kDouble) {
     if (problem.classes <= 4) return of(Type<General<R, kDense, 4, 1>>{});
@@ -84,16 +86,16 @@ Variant OfAnyCount(const Problem& problem, bool grad) {
 }
 
 Variant Find(const Problem& problem, const void* d_logits) {
-  return WithActivation(problem.options.activation, [&](auto activation) {
-    return WithBool(problem.options.cross_entropy, [&](auto cross_entropy) {
-      return WithBool(problem.dense_labels, [&](auto dense) {
-        using A = decltype(activation);
-        return problem.logits_dtype == DType::kDouble
-                   ? OfAnyCount<double, A, cross_entropy.value, dense.value>(problem, d_logits != nullptr)
-                   : OfAnyCount<float, A, cross_entropy.value, dense.value>(problem, d_logits != nullptr);
-      });
+  const bool grad = d_logits != nullptr;
+  const auto find = [&](auto activation) {
+    using A = decltype(activation);
+    return WithBool(problem.labels_per_class(), [&](auto per_class) {
+      return problem.logits_dtype == DType::kDouble ? OfAnyCount<double, A, per_class.value>(problem, grad)
+                                                    : OfAnyCount<float, A, per_class.value>(problem, grad);
     });
-  });
+  };
+  const Activation activation = problem.options.activation;
+  return grad ? WithActivation(activation, find) : WithAnyActivation(activation, find);
 }
 
 #endif

@@ -229,9 +229,10 @@ Variant VariantOf(const Problem& problem, bool grad) {
   }
   variant.source_bytes = Source::Bytes(classes, variant.row_padding);
   variant.shared_per_warp = variant.source_bytes;
-  if (grad) {
-    variant.kernel = GradKernel<Source, Activation, kCrossEntropy>;
-  } else {
+  if constexpr (!Activation::kHard) {
+    if (grad) variant.kernel = GradKernel<Source, Activation, kCrossEntropy>;
+  }
+  if (!grad) {
     variant.kernel = SumsKernel<Source, Activation, kCrossEntropy>;
     variant.shared_per_warp += Accumulators<Source, Activation, kCrossEntropy>::Bytes(problem.options.cross_entropy);
   }
@@ -245,8 +246,10 @@ bool IsPlain(const Problem& problem, const void* d_logits) {
   const int64_t run = (problem.options.data_format == DataFormat::kChannelsFirst ? 1 : problem.classes) * sizeof(T);
   const bool rows_aligned = problem.voxels * run % 16 == 0;
   const bool one_run = problem.batch == 1 && run == static_cast<int64_t>(problem.classes * sizeof(T));
-  return !problem.dense_labels && problem.labels_dtype <= DType::kInt64 && !problem.voxel_weight &&
-         !problem.options.has_ignore_label && !problem.options.squared_pred && problem.options.focal_gamma == 0 &&
+  return !problem.labels_per_class() && problem.labels_dtype <= DType::kInt64 && !problem.voxel_weight &&
+         !problem.options.has_ignore_label && !problem.options.squared_pred && !problem.hard() &&
+         (!problem.options.cross_entropy ||
+          (problem.options.focal_gamma == 0 && problem.options.label_smoothing == 0)) &&
          aligned(problem.logits) && aligned(problem.labels) && aligned(d_logits) && (rows_aligned || one_run);
 }
 

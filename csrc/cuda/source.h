@@ -58,8 +58,8 @@ struct DealtIfThere : Dealt<kItems, kLanes> {
 };
 
 template <class R>
-DICE_OP_DEVICE constexpr Terms<R> PlainTerms() {
-  return {false, false, R(0)};
+DICE_OP_DEVICE constexpr Terms<R> PlainTerms(bool cross_entropy) {
+  return {false, false, cross_entropy, R(0), R(1), R(0), R(0)};
 }
 
 // --- labels and weights -------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ class Direct {
         float z[kCount];
 #pragma unroll
         for (int c = 0; c < kCount; ++c) z[c] = Read<float>(Element(words[u], v, c));
-        voxel(Classes{}, z, LabelOf(labels[u][v]), 1.0f, PlainTerms<float>());
+        voxel(Classes{}, z, LabelOf(labels[u][v]), 1.0f, PlainTerms<float>(true));
         if constexpr (kStore) {
 #pragma unroll
           for (int c = 0; c < kCount; ++c) Element(words[u], v, c) = Write<T>(z[c]);
@@ -182,7 +182,7 @@ class Direct {
     uint32_t label[1][1];
     ReadLabels<1, 1>(call_, voxel_offset_ + v, 0, label, &largest_);
     for (int c = 0; c < kCount; ++c) z[c] = Read<float>(static_cast<const T*>(call_.logits)[at(c)]);
-    voxel(Classes{}, z, LabelOf(label[0][0]), 1.0f, PlainTerms<float>());
+    voxel(Classes{}, z, LabelOf(label[0][0]), 1.0f, PlainTerms<float>(true));
     if constexpr (kStore) {
       for (int c = 0; c < kCount; ++c) static_cast<T*>(call_.d_logits)[at(c)] = Write<T>(z[c]);
     }
@@ -328,7 +328,7 @@ class Staged {
           T* row = Row(stage, VoxelOf(r));
           float z[kItems];
           ReadRow(row, z);
-          voxel(Classes{}, z, LabelOf(row, labels[r]), 1.0f, PlainTerms<float>());
+          voxel(Classes{}, z, LabelOf(row, labels[r]), 1.0f, terms());
           if constexpr (kStore) WriteRow(row, z);
         }
       }
@@ -342,7 +342,7 @@ class Staged {
 #pragma unroll
         for (int i = 0; i < kItems; ++i) z[i] = Holds(i, lane) ? Read<float>(row[i * kLanes + lane]) : -INFINITY;
         const Label label = LabelOf(row, __shfl_sync(0xffffffffu, labels[0], VoxelOf(r)));
-        voxel(Classes{{}, there}, z, label, 1.0f, PlainTerms<float>());
+        voxel(Classes{{}, there}, z, label, 1.0f, terms());
         if constexpr (kStore) {
 #pragma unroll
           for (int i = 0; i < kItems; ++i) {
@@ -352,6 +352,7 @@ class Staged {
       }
     }
   }
+  DICE_OP_DEVICE Terms<float> terms() const { return PlainTerms<float>(!kSingle || call_.cross_entropy); }
   DICE_OP_DEVICE bool Holds(int i, int lane) const { return i < kSure || i * kLanes + lane < call_.classes; }
   DICE_OP_DEVICE Label LabelOf(const T* row, uint32_t label) const {
     if constexpr (kSingle) {
@@ -396,7 +397,7 @@ class Staged {
 
 // --- general ------------------------------------------------------------------------------------------
 
-// At most kItems * kLanes classes.
+// At most kItems * kLanes classes. kDense: a label for each class, as it stands there, or made of an index.
 template <class R, bool kDense, int kItems_, int kLanes_>
 class General {
  public:
@@ -432,7 +433,7 @@ class General {
       const int count = static_cast<int>(call_.voxels - begin < kTile ? call_.voxels - begin : kTile);
       __syncwarp();  // no lane is at the tile before any more
       FetchLogits(begin, count);
-      if constexpr (kDense) FetchLabels(begin, count);
+      if (kDense && call_.dense_labels) FetchLabels(begin, count);
       __syncwarp();
       for (int r = 0; r < kRounds; ++r) {
         const int v = r * kGroups + Lane() / kLanes;
@@ -445,7 +446,9 @@ class General {
 #pragma unroll
         for (int i = 0; i < kItems; ++i) z[i] = Holds(i) ? row[Classes::Class(i)] : R(-INFINITY);
         const Label label = LabelOf(v, index, m, labels);
-        voxel(Classes{}, z, label, m, Terms<R>{call_.squared, masked || count < kTile, static_cast<R>(call_.gamma)});
+        voxel(Classes{}, z, label, m,
+              Terms<R>{call_.squared, masked || count < kTile, call_.cross_entropy, static_cast<R>(call_.gamma),
+                       static_cast<R>(call_.keep), static_cast<R>(call_.spread), static_cast<R>(call_.threshold)});
         if constexpr (kStore) {
 #pragma unroll
           for (int i = 0; i < kItems; ++i) {
@@ -528,7 +531,7 @@ class General {
   DICE_OP_DEVICE R ReadVoxel(int64_t at, int* index) {
     R m = R(1);
     if (call_.weight) m = ReadNumber<R>(call_.weight, call_.weight_dtype, at);
-    if constexpr (!kDense) {
+    if (!kDense || !call_.dense_labels) {
       WithType(call_.labels_dtype, [&](auto type) {
         using T = typename decltype(type)::type;
         using Wide = std::conditional_t<std::is_integral_v<T>, int64_t, double>;
@@ -551,7 +554,12 @@ class General {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         R t = R(0);
-        if (Holds(i) && m != R(0)) {
+        if (!call_.dense_labels) {
+          const int c = Classes::Class(i);
+          const bool inside =
+              call_.region_labels ? index >= 0 && c < call_.classes && call_.regions[index] >> c & 1 : index == c;
+          t = inside ? R(1) : R(0);
+        } else if (Holds(i) && m != R(0)) {
           t = label_tile_[v * Pitch(call_.classes) + Classes::Class(i)];
           bad_ |= !IsSoftLabel(t, soft);
         }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <string>
 #include <thread>
@@ -43,6 +44,22 @@ void Require(const std::string& error) {
   if (!error.empty()) throw py::value_error(error);
 }
 
+// Of the label values of each class, as lists of lists, the mask of each value.
+std::vector<int64_t> MasksOf(const py::object& regions) {
+  std::vector<std::vector<int64_t>> labels;
+  std::vector<int64_t> masks;
+  try {
+    for (const py::handle region : regions.is_none() ? py::tuple() : regions) {
+      labels.emplace_back();
+      for (const py::handle label : region) labels.back().push_back(label.cast<int64_t>());
+    }
+  } catch (const std::exception&) {
+    throw py::type_error("regions must be a list of the label values of each class, such as [(1, 2, 3), (2, 3), (3,)]");
+  }
+  Require(RegionMasks(labels, &masks));
+  return masks;
+}
+
 struct Inputs {
   Problem problem;
   Tensor logits, labels, voxel_weight;
@@ -50,15 +67,19 @@ struct Inputs {
 
 Inputs InputsOf(const py::object& logits, const py::object& labels, const std::string& activation, bool squared_pred,
                 const std::optional<py::object>& voxel_weight, const std::optional<int64_t>& ignore_label,
-                bool cross_entropy, double focal_gamma, const std::string& data_format) {
+                bool cross_entropy, double focal_gamma, double label_smoothing, double threshold,
+                const py::object& regions, const std::string& data_format) {
   Inputs inputs{{}, TensorOf(logits, "logits"), TensorOf(labels, "labels"), {}};
   Problem& problem = inputs.problem;
   Options& options = problem.options;
   Require(Parse(activation, &options.activation));
   Require(Parse(data_format, &options.data_format));
+  Require(SetRegions(MasksOf(regions), &options));
   options.squared_pred = squared_pred;
   options.cross_entropy = cross_entropy;
   options.focal_gamma = focal_gamma;
+  options.label_smoothing = label_smoothing;
+  options.threshold = threshold;
   options.has_ignore_label = ignore_label.has_value();
   options.ignore_label = ignore_label.value_or(0);
   problem.logits = inputs.logits.data;
@@ -93,16 +114,12 @@ std::pair<py::object, void*> NewArray([[maybe_unused]] bool on_device, DType dty
   return {array, data};
 }
 
-py::dict SumsOf(const py::object& logits, const py::object& labels, const std::string& activation, bool squared_pred,
-                const std::optional<py::object>& voxel_weight, const std::optional<int64_t>& ignore_label,
-                bool cross_entropy, double focal_gamma, const std::string& data_format, int threads, uintptr_t stream) {
-  const Inputs inputs = InputsOf(logits, labels, activation, squared_pred, voxel_weight, ignore_label, cross_entropy,
-                                 focal_gamma, data_format);
+py::dict RunSums(const Inputs& inputs, int threads, uintptr_t stream) {
   const Problem& problem = inputs.problem;
   const bool on_device = inputs.logits.on_device;
   py::dict result;
   const auto output = [&](const char* name, const Dims& dims) {
-    const auto [array, data] = NewArray(on_device, SumsType(problem), dims, stream);
+    const auto [array, data] = NewArray(on_device, problem.sums_dtype(), dims, stream);
     result[name] = array;
     return data;
   };
@@ -111,7 +128,7 @@ py::dict SumsOf(const py::object& logits, const py::object& labels, const std::s
   sums.intersection = output("intersection", shape);
   sums.pred_sum = output("pred_sum", shape);
   sums.label_sum = output("label_sum", shape);
-  sums.cross_entropy = cross_entropy ? output("cross_entropy", shape) : nullptr;
+  sums.cross_entropy = problem.options.cross_entropy ? output("cross_entropy", shape) : nullptr;
   sums.weight_sum = output("weight_sum", {problem.batch});
   if (on_device) {
 #ifdef DICE_OP_WITH_CUDA
@@ -132,14 +149,123 @@ py::dict SumsOf(const py::object& logits, const py::object& labels, const std::s
   return result;
 }
 
+py::dict SumsOf(const py::object& logits, const py::object& labels, const std::string& activation, bool squared_pred,
+                const std::optional<py::object>& voxel_weight, const std::optional<int64_t>& ignore_label,
+                bool cross_entropy, double focal_gamma, double label_smoothing, double threshold,
+                const py::object& regions, const std::string& data_format, int threads, uintptr_t stream) {
+  return RunSums(InputsOf(logits, labels, activation, squared_pred, voxel_weight, ignore_label, cross_entropy,
+                          focal_gamma, label_smoothing, threshold, regions, data_format),
+                 threads, stream);
+}
+
+// Counts of two label maps.
+py::dict CountsOf(const Tensor& prediction, const Tensor& labels, int64_t classes, Options options, int threads) {
+  Problem problem;
+  problem.options = options;
+  problem.options.activation = Activation::kThreshold;  // one that regions have
+  problem.options.data_format = DataFormat::kChannelsLast;
+  problem.labels = labels.data;
+  problem.labels_dtype = labels.dtype;
+  Dims logits = labels.dims;  // as if there were some
+  logits.push_back(classes);
+  Require(MakeProblem(logits, labels.dims, {}, &problem));
+  problem.dense_labels = false;  // a mask of floats must be one of zeros and ones here
+  py::dict result;
+  const auto output = [&](const char* name) {
+    py::array_t<int64_t> array({problem.batch, problem.classes});
+    result[name] = array;
+    return array.mutable_data();
+  };
+  cpu::Counts counts;
+  counts.intersection = output("intersection");
+  counts.pred_sum = output("pred_sum");
+  counts.label_sum = output("label_sum");
+  BadLabel bad_label, bad_prediction;
+  {
+    py::gil_scoped_release release;
+    bad_label = cpu::CountLabels(problem, prediction.data, prediction.dtype, counts, Threads(threads), &bad_prediction);
+  }
+  if (bad_label.sample >= 0) throw py::value_error(DescribeBadLabel(problem, logits, bad_label));
+  if (bad_prediction.sample >= 0) {
+    throw py::value_error(DescribeBadPrediction(problem, logits, prediction.data, prediction.dtype, bad_prediction));
+  }
+  return result;
+}
+
+py::dict ScoresOf(const py::object& prediction, const py::object& labels, const std::optional<int64_t>& classes,
+                  const std::optional<int64_t>& ignore_label, const py::object& regions, double threshold,
+                  const std::string& data_format, int threads) {
+  const Tensor predicted = TensorOf(prediction, "prediction"), truth = TensorOf(labels, "labels");
+  if (predicted.on_device || truth.on_device) {
+    throw py::value_error("prediction and labels must be in host memory: scores are counted there");
+  }
+  Options options;
+  Require(Parse(data_format, &options.data_format));
+  Require(SetRegions(MasksOf(regions), &options));
+  options.has_ignore_label = ignore_label.has_value();
+  options.ignore_label = ignore_label.value_or(0);
+  const bool are_logits = predicted.dims != truth.dims;
+  if (are_logits && !IsFloat(predicted.dtype)) {
+    throw py::value_error("prediction has shape " + Show(predicted.dims) + ", but labels " + Show(truth.dims) +
+                          ": two label maps must have the same");
+  }
+  int64_t count = classes.value_or(-1);
+  if (options.region_labels) {
+    count = py::len(regions);
+  } else if (are_logits && predicted.dims.size() > 1) {
+    count = predicted.dims[options.data_format == DataFormat::kChannelsLast ? predicted.dims.size() - 1 : 1];
+  } else if (!classes) {
+    throw py::value_error("classes, the number of classes, is needed where prediction is a label map");
+  }
+  if (count < 1 || classes.value_or(count) != count) {
+    throw py::value_error("classes is " + std::to_string(classes.value_or(count)) +
+                          (count < 1 ? ", but must be at least 1" : ", but there are " + std::to_string(count)));
+  }
+  py::dict result;
+  if (are_logits) {
+    Inputs inputs = InputsOf(prediction, labels, count == 1 || options.region_labels ? "threshold" : "argmax", false,
+                             {}, ignore_label, false, 0, 0, threshold, regions, data_format);
+    if (inputs.problem.dense_labels && count > 1) {
+      throw py::value_error("labels have shape " + Show(truth.dims) +
+                            ", but must be class indices, without a class axis");
+    }
+    inputs.problem.dense_labels = false;  // as above
+    const py::dict sums = RunSums(inputs, threads, 0);
+    for (const char* name : {"intersection", "pred_sum", "label_sum"}) {
+      const auto values = sums[name].cast<py::array_t<double>>();
+      if (!std::all_of(values.data(), values.data() + values.size(), [](double x) { return std::isfinite(x); })) {
+        throw py::value_error("prediction holds NaN, which is no class's logit");
+      }
+      result[name] = values.attr("astype")("int64");
+    }
+  } else {
+    result = CountsOf(predicted, truth, count, options, threads);
+  }
+  const auto of = [&](const char* name) { return result[name].cast<py::array_t<int64_t>>(); };
+  const auto intersection = of("intersection"), pred_sum = of("pred_sum"), label_sum = of("label_sum");
+  const auto score = [&](const char* name, auto&& formula) {
+    py::array_t<double> array({intersection.shape(0), intersection.shape(1)});
+    for (py::ssize_t i = 0; i < array.size(); ++i) {
+      array.mutable_data()[i] = formula(static_cast<double>(intersection.data()[i]),
+                                        static_cast<double>(pred_sum.data()[i] + label_sum.data()[i]));
+    }
+    result[name] = array;
+  };
+  score("dice", [](double both, double sum) { return 2 * both / sum; });  // NaN for 0 / 0
+  score("jaccard", [](double both, double sum) { return both / (sum - both); });
+  return result;
+}
+
 py::object GradientOf(const py::object& logits, const py::object& labels, const py::object& d_intersection,
                       const py::object& d_pred_sum, const std::optional<py::object>& d_cross_entropy,
                       const std::string& activation, bool squared_pred, const std::optional<py::object>& voxel_weight,
-                      const std::optional<int64_t>& ignore_label, double focal_gamma, const std::string& data_format,
-                      int threads, uintptr_t stream, std::optional<py::object> out) {
+                      const std::optional<int64_t>& ignore_label, double focal_gamma, double label_smoothing,
+                      const py::object& regions, const std::string& data_format, int threads, uintptr_t stream,
+                      std::optional<py::object> out) {
   const Inputs inputs = InputsOf(logits, labels, activation, squared_pred, voxel_weight, ignore_label,
-                                 d_cross_entropy.has_value(), focal_gamma, data_format);
+                                 d_cross_entropy.has_value(), focal_gamma, label_smoothing, 0, regions, data_format);
   const Problem& problem = inputs.problem;
+  Require(CheckGradient(problem));
   const bool on_device = inputs.logits.on_device;
   std::vector<Tensor> kept;
   const auto coefficients = [&](const py::object& array, const char* name) -> const void* {
@@ -147,8 +273,8 @@ py::object GradientOf(const py::object& logits, const py::object& labels, const 
     const Tensor& tensor = kept.back();
     RequireSameMemory(tensor, name, inputs.logits);
     const Dims shape = {problem.batch, problem.classes};
-    if (tensor.dtype != SumsType(problem) || tensor.dims != shape) {
-      throw py::value_error(std::string(name) + " must be of dtype " + Name(SumsType(problem)) + " and shape " +
+    if (tensor.dtype != problem.sums_dtype() || tensor.dims != shape) {
+      throw py::value_error(std::string(name) + " must be of dtype " + Name(problem.sums_dtype()) + " and shape " +
                             Show(shape));
     }
     return tensor.data;
@@ -255,28 +381,50 @@ PYBIND11_MODULE(core, m) {
   m.def(
       "sums", &SumsOf, arg("logits"), arg("labels"), py::kw_only(), arg("activation") = "softmax",
       arg("squared_pred") = false, arg("voxel_weight") = py::none(), arg("ignore_label") = py::none(),
-      arg("cross_entropy") = false, arg("focal_gamma") = 0.0, arg("data_format") = "channels_last", arg("threads") = 0,
-      arg("stream") = 0,
+      arg("cross_entropy") = false, arg("focal_gamma") = 0.0, arg("label_smoothing") = 0.0, arg("threshold") = 0.0,
+      arg("regions") = py::none(), arg("data_format") = "channels_last", arg("threads") = 0, arg("stream") = 0,
       "The sums of each sample and class, in one pass.\n\n"
       "Args:\n"
       "  logits: [N, spatial..., C] (channels_last) or [N, C, spatial...]; float16, bfloat16, float32, float64.\n"
       "  labels: class indices [N, spatial...] or one-hot or soft labels of the logits' shape; C-contiguous.\n"
-      "  activation: 'softmax', 'sigmoid' or 'none' (logits are probabilities already).\n"
+      "  activation: 'softmax', 'sigmoid' or 'none' (logits are probabilities already); for scores 'argmax', 1 for\n"
+      "    the class of the largest logit, or 'threshold', 1 for each logit above `threshold`.\n"
       "  squared_pred: squares in pred_sum and label_sum.\n"
       "  voxel_weight: [N, spatial...], any dtype; voxels of weight 0 count for nothing.\n"
       "  ignore_label: voxels with this class index count for nothing.\n"
-      "  cross_entropy, focal_gamma: also sum t (1-p)^gamma (-log p).\n"
+      "  cross_entropy, focal_gamma, label_smoothing: also sum t (1-p)^gamma (-log p), the labels smoothed.\n"
+      "  regions: for classes that overlap: the label values of each, such as [(1, 2, 3), (2, 3), (3,)].\n"
       "  threads: 0 for one per processor. The result does not depend on it, bit for bit.\n"
       "  stream: on a device, the CUDA stream to work on, as a number (torch.cuda.current_stream().cuda_stream). The\n"
       "    arrays must be ready on it.\n\n"
       "Returns: a dict of intersection, pred_sum, label_sum [, cross_entropy] of shape [N, C] and weight_sum [N],\n"
-      "  float32 (float64 for float64 logits); on a device as DeviceArray, and NaN for a sample with a label that\n"
-      "  is no class.\n\n"
+      "  float32 (float64 for float64 logits and for scores); on a device as DeviceArray, and NaN for a sample\n"
+      "  with a label that is no class.\n\n"
       "Raises: ValueError, TypeError, saying which argument is wrong and what it must be.");
+  m.def(
+      "scores", &ScoresOf, arg("prediction"), arg("labels"), py::kw_only(), arg("classes") = py::none(),
+      arg("ignore_label") = py::none(), arg("regions") = py::none(), arg("threshold") = 0.0,
+      arg("data_format") = "channels_last", arg("threads") = 0,
+      "Hard scores of each sample and class, for evaluation scripts.\n\n"
+      "Args:\n"
+      "  prediction: a label map [N, spatial...], as `labels`; or logits [N, spatial..., C] of floats: the class of\n"
+      "    the largest then, or, for one class and for regions, where they are above `threshold`.\n"
+      "  labels: class indices [N, spatial...], of any dtype; with one class the foreground mask. One volume is\n"
+      "    volume[numpy.newaxis].\n"
+      "  classes: their number, where prediction is a label map and no regions are given.\n"
+      "  ignore_label, regions, data_format, threads: as for `sums`.\n\n"
+      "Returns: a dict of dice, 2 I / (P + T), and jaccard, I / (P + T - I), float64 [N, C], NaN for a class that is\n"
+      "  in neither map (numpy.nanmean leaves it out); and of the counts of voxels intersection (I), pred_sum (P),\n"
+      "  label_sum (T), int64 [N, C].\n\n"
+      "Raises: ValueError, TypeError, saying which argument is wrong and what it must be.");
+  m.def("region_masks", &MasksOf, arg("regions"),
+        "Of classes given as label values, as `sums` takes them, the mask of each value 0, 1, ...: bit c set where\n"
+        "it belongs to class c. The attribute `regions` of the TensorFlow op and of XLA's handlers.");
   m.def("gradient", &GradientOf, arg("logits"), arg("labels"), py::kw_only(), arg("d_intersection"), arg("d_pred_sum"),
         arg("d_cross_entropy") = py::none(), arg("activation") = "softmax", arg("squared_pred") = false,
         arg("voxel_weight") = py::none(), arg("ignore_label") = py::none(), arg("focal_gamma") = 0.0,
-        arg("data_format") = "channels_last", arg("threads") = 0, arg("stream") = 0, arg("out") = py::none(),
+        arg("label_smoothing") = 0.0, arg("regions") = py::none(), arg("data_format") = "channels_last",
+        arg("threads") = 0, arg("stream") = 0, arg("out") = py::none(),
         "The gradient of a loss with respect to the logits, in one pass, from its derivatives with respect to the "
         "sums.\n\n"
         "Args:\n"

@@ -45,8 +45,8 @@ absl::Status ReadAttributes(Context* context, Problem* problem) {
   tensorflow::DataType logits, labels, sums;
   std::vector<tensorflow::DataType> weights;
   std::string activation, data_format;
-  std::vector<int64_t> ignore_label;
-  float focal_gamma;
+  std::vector<int64_t> ignore_label, regions;
+  float focal_gamma, label_smoothing, threshold;
   Options& options = problem->options;
   TF_RETURN_IF_ERROR(context->GetAttr("T", &logits));
   TF_RETURN_IF_ERROR(context->GetAttr("Tlabels", &labels));
@@ -57,11 +57,17 @@ absl::Status ReadAttributes(Context* context, Problem* problem) {
   TF_RETURN_IF_ERROR(context->GetAttr("squared_pred", &options.squared_pred));
   TF_RETURN_IF_ERROR(context->GetAttr("with_cross_entropy", &options.cross_entropy));
   TF_RETURN_IF_ERROR(context->GetAttr("focal_gamma", &focal_gamma));
+  TF_RETURN_IF_ERROR(context->GetAttr("label_smoothing", &label_smoothing));
+  TF_RETURN_IF_ERROR(context->GetAttr("threshold", &threshold));
   TF_RETURN_IF_ERROR(context->GetAttr("ignore_label", &ignore_label));
-  for (const std::string& error : {Parse(activation, &options.activation), Parse(data_format, &options.data_format)}) {
+  TF_RETURN_IF_ERROR(context->GetAttr("regions", &regions));
+  for (const std::string& error : {Parse(activation, &options.activation), Parse(data_format, &options.data_format),
+                                   SetRegions(regions, &options)}) {
     if (!error.empty()) return absl::InvalidArgumentError(error);
   }
   options.focal_gamma = focal_gamma;
+  options.label_smoothing = label_smoothing;
+  options.threshold = threshold;
   options.has_ignore_label = !ignore_label.empty();
   options.ignore_label = ignore_label.empty() ? 0 : ignore_label[0];
   problem->logits_dtype = FromTensorFlow(logits);
@@ -70,8 +76,9 @@ absl::Status ReadAttributes(Context* context, Problem* problem) {
   if (weights.size() > 1 || ignore_label.size() > 1) {
     return absl::InvalidArgumentError("voxel_weight and ignore_label must be given once or not at all");
   }
-  if (sums != (logits == tensorflow::DT_DOUBLE ? tensorflow::DT_DOUBLE : tensorflow::DT_FLOAT)) {
-    return absl::InvalidArgumentError("Tsums must be double for double logits, and float for all others");
+  if (FromTensorFlow(sums) != problem->sums_dtype()) {
+    return absl::InvalidArgumentError(
+        "Tsums must be double for double logits and for the activations 'argmax' and 'threshold', else float");
   }
   return absl::OkStatus();
 }

@@ -68,16 +68,19 @@ absl::Status GradShape(InferenceContext* c) {
       .Attr(                                                                                                \
           "Tweight: list({bool, uint8, int8, uint16, int16, int32, int64, half, bfloat16, float, double}) " \
           ">= 0")                                                                                           \
-      .Attr("Tsums: {float, double}") /* double for double logits */                                        \
-      .Attr("activation: {'softmax', 'sigmoid', 'none'}")                                                   \
+      .Attr("Tsums: {float, double}") /* double for double logits and for counts */                         \
       .Attr("data_format: {'channels_last', 'channels_first'} = 'channels_last'")                           \
       .Attr("squared_pred: bool = false")                                                                   \
       .Attr("with_cross_entropy: bool = false")                                                             \
       .Attr("focal_gamma: float = 0.0")                                                                     \
-      .Attr("ignore_label: list(int) = []") /* none or one */
+      .Attr("label_smoothing: float = 0.0")                                                                 \
+      .Attr("ignore_label: list(int) = []") /* none or one */                                               \
+      .Attr("regions: list(int) = []")      /* of label values 0, 1, ...: bit c, belongs to class c */
 
 REGISTER_OP("DiceSums")
-    .DICE_OP_INPUTS.Output("intersection: Tsums")
+    .DICE_OP_INPUTS.Attr("activation: {'softmax', 'sigmoid', 'none', 'argmax', 'threshold'}")
+    .Attr("threshold: float = 0.0")
+    .Output("intersection: Tsums")
     .Output("pred_sum: Tsums")
     .Output("label_sum: Tsums")
     .Output("cross_entropy: Tsums")  // [N, 0] unless asked for
@@ -85,7 +88,9 @@ REGISTER_OP("DiceSums")
     .SetShapeFn(dice_op::SumsShape);
 
 REGISTER_OP("DiceSumsGrad")
-    .DICE_OP_INPUTS.Input("d_intersection: Tsums")
+    .DICE_OP_INPUTS.Attr("activation: {'softmax', 'sigmoid', 'none'}")
+    .Attr("threshold: float = 0.0") /* of no use here */
+    .Input("d_intersection: Tsums")
     .Input("d_pred_sum: Tsums")
     .Input("d_cross_entropy: Tsums")
     .Output("d_logits: T")

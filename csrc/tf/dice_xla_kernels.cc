@@ -128,18 +128,25 @@ class DiceXlaKernel : public XlaOpKernel {
   // As an MLIR dictionary.
   std::string AttributesText() const {
     const Options& options = attributes_.options;
-    const auto focal_gamma = static_cast<float>(options.focal_gamma);
-    uint32_t bits;
-    static_assert(sizeof(bits) == sizeof(focal_gamma));
-    std::memcpy(&bits, &focal_gamma, sizeof(bits));
-    char gamma[16];
-    std::snprintf(gamma, sizeof(gamma), "0x%08x", bits);  // exact, and the same in every locale
+    const auto number = [](double value) {  // exact, and the same in every locale
+      const auto single = static_cast<float>(value);
+      uint32_t bits;
+      static_assert(sizeof(bits) == sizeof(single));
+      std::memcpy(&bits, &single, sizeof(bits));
+      char text[24];
+      std::snprintf(text, sizeof(text), "0x%08x : f32", bits);
+      return std::string(text);
+    };
     const auto boolean = [](bool value) { return value ? "true" : "false"; };
+    std::string regions;
+    for (int i = 0; i < options.region_labels; ++i) regions += (i ? ", " : ": ") + std::to_string(options.regions[i]);
     return std::string("{activation = \"") + Name(options.activation) + "\", data_format = \"" +
            Name(options.data_format) + "\", squared_pred = " + boolean(options.squared_pred) +
-           ", with_cross_entropy = " + boolean(options.cross_entropy) + ", focal_gamma = " + gamma +
-           " : f32, ignore_label = array<i64" +
-           (options.has_ignore_label ? ": " + std::to_string(options.ignore_label) : "") + ">}";
+           ", with_cross_entropy = " + boolean(options.cross_entropy) +
+           ", focal_gamma = " + number(options.focal_gamma) + ", label_smoothing = " + number(options.label_smoothing) +
+           ", threshold = " + number(options.threshold) + ", ignore_label = array<i64" +
+           (options.has_ignore_label ? ": " + std::to_string(options.ignore_label) : "") + ">, regions = array<i64" +
+           regions + ">}";
   }
 
   const std::string platform_;
@@ -157,7 +164,7 @@ class DiceSumsXla final : public DiceXlaKernel {
     size_t workspace_bytes = 0;
     const std::string error = ffi::DiceSumsWorkspace(problem, platform(), &workspace_bytes);
     OP_REQUIRES(context, error.empty(), absl::InvalidArgumentError(error));
-    const xla::PrimitiveType type = SumsType(problem) == DType::kDouble ? xla::F64 : xla::F32;
+    const xla::PrimitiveType type = problem.sums_dtype() == DType::kDouble ? xla::F64 : xla::F32;
     const int64_t n = problem.batch, c = problem.classes;
     std::vector<xla::Shape> results(3, xla::ShapeUtil::MakeShape(type, {n, c}));
     results.push_back(xla::ShapeUtil::MakeShape(type, {n, problem.options.cross_entropy ? c : 0}));

@@ -20,8 +20,8 @@ namespace ffi {
 struct Attributes {
   std::string_view activation, data_format;
   bool squared_pred, with_cross_entropy;
-  float focal_gamma;
-  xla::ffi::Span<const int64_t> ignore_label;
+  float focal_gamma, label_smoothing, threshold;
+  xla::ffi::Span<const int64_t> ignore_label, regions;
 };
 
 }  // namespace ffi
@@ -33,7 +33,10 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(dice_op::ffi::Attributes,                 
                                       StructMember<bool>("squared_pred"),             //
                                       StructMember<bool>("with_cross_entropy"),       //
                                       StructMember<float>("focal_gamma"),             //
-                                      StructMember<::xla::ffi::Span<const int64_t>>("ignore_label"));
+                                      StructMember<float>("label_smoothing"),         //
+                                      StructMember<float>("threshold"),               //
+                                      StructMember<::xla::ffi::Span<const int64_t>>("ignore_label"),
+                                      StructMember<::xla::ffi::Span<const int64_t>>("regions"));
 
 namespace dice_op {
 namespace ffi {
@@ -100,12 +103,15 @@ Error Read(const Attributes& attributes, AnyBuffer logits, AnyBuffer labels, Rem
   Problem& problem = operands->problem;
   Options& options = problem.options;
   for (const std::string& error : {Parse(std::string(attributes.activation), &options.activation),
-                                   Parse(std::string(attributes.data_format), &options.data_format)}) {
+                                   Parse(std::string(attributes.data_format), &options.data_format),
+                                   SetRegions({attributes.regions.begin(), attributes.regions.end()}, &options)}) {
     if (!error.empty()) return Invalid(error);
   }
   options.squared_pred = attributes.squared_pred;
   options.cross_entropy = attributes.with_cross_entropy;
   options.focal_gamma = attributes.focal_gamma;
+  options.label_smoothing = attributes.label_smoothing;
+  options.threshold = attributes.threshold;
   options.has_ignore_label = attributes.ignore_label.size() > 0;
   if (options.has_ignore_label) options.ignore_label = attributes.ignore_label[0];
   if (attributes.ignore_label.size() > 1) return Invalid("ignore_label has several values, but must have none or one");
@@ -271,7 +277,7 @@ Error SumsImpl(ContextOf<Platform> context, AnyBuffer logits, AnyBuffer labels, 
   for (size_t i = 0; i < 6; ++i) {
     const AnyBuffer result = **results.get<AnyBuffer>(i);
     const Dims dims = i < 4 ? SumsDims(problem, i == 3) : i == 4 ? Dims{problem.batch} : Dims{int64_t(bytes)};
-    const DType dtype = i == 5 ? DType::kUint8 : SumsType(problem);
+    const DType dtype = i == 5 ? DType::kUint8 : problem.sums_dtype();
     if (Error error = Expect(kNames[i], result, dtype, dims); error.failure()) return error;
     data[i] = result.untyped_data();
   }
@@ -285,9 +291,10 @@ Error GradImpl(ContextOf<Platform> context, AnyBuffer logits, AnyBuffer labels, 
   Operands operands;
   if (Error error = Read(attributes, logits, labels, args, 3, &operands); error.failure()) return error;
   const Problem& problem = operands.problem;
+  if (const std::string error = CheckGradient(problem); !error.empty()) return Invalid(error);
   static constexpr const char* kNames[] = {"d_intersection", "d_pred_sum", "d_cross_entropy"};
   for (size_t i = 0; i < 3; ++i) {
-    const Error error = Expect(kNames[i], operands.rest[i], SumsType(problem), SumsDims(problem, i == 2));
+    const Error error = Expect(kNames[i], operands.rest[i], problem.sums_dtype(), SumsDims(problem, i == 2));
     if (error.failure()) return error;
   }
   if (Error error = Expect("d_logits", *d_logits, problem.logits_dtype, operands.logits); error.failure()) return error;

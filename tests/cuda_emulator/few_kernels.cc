@@ -4,10 +4,11 @@
 namespace dice_op {
 namespace {
 
-template <class Source>
+template <class Source, class Activation = Softmax>
 cuda::Variant Of(const Problem& problem, const void* d_logits) {
   const auto of = [&](auto cross_entropy) {
-    return VariantOf<Source, Softmax, cross_entropy.value>(problem, d_logits != nullptr);
+    constexpr bool kCrossEntropy = cross_entropy.value && !Activation::kHard;
+    return VariantOf<Source, Activation, kCrossEntropy>(problem, d_logits != nullptr);
   };
   return problem.options.cross_entropy ? of(std::true_type{}) : of(std::false_type{});
 }
@@ -36,7 +37,10 @@ Variant FindBFloat16(const Problem& problem, const void* d_logits) {
 }
 
 Variant FindGeneral(const Problem& problem, const void* d_logits) {
-  if (problem.dense_labels) return Of<General<float, true, 4, 1>>(problem, d_logits);
+  using PerClass = General<float, true, 4, 1>;
+  if (problem.hard()) return Of<PerClass, Argmax>(problem, d_logits);
+  if (problem.options.region_labels) return Of<PerClass, Sigmoid>(problem, d_logits);
+  if (problem.labels_per_class()) return Of<PerClass>(problem, d_logits);
   return problem.classes <= 4 ? Of<General<float, false, 4, 1>>(problem, d_logits)
                               : Of<General<float, false, 8, 32>>(problem, d_logits);
 }

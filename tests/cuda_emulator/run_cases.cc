@@ -25,7 +25,8 @@ struct Header {
   int64_t logits_dtype, labels_dtype, dense_labels, weight_dtype;  // weight_dtype < 0: no weight
   int64_t in_place;                                                // the gradient takes the logits' memory
   int64_t misalign;                                                // bytes by which the arrays miss 16-byte alignment
-  double focal_gamma;
+  int64_t region_labels, regions[8];
+  double focal_gamma, label_smoothing, threshold;
 };
 
 void Require(bool condition, const char* what) {
@@ -65,6 +66,10 @@ void Run(const Header& header, FILE* in, FILE* out) {
   options.squared_pred = header.squared_pred;
   options.cross_entropy = header.cross_entropy;
   options.focal_gamma = header.focal_gamma;
+  options.label_smoothing = header.label_smoothing;
+  options.threshold = header.threshold;
+  const std::string no_regions = SetRegions({header.regions, header.regions + header.region_labels}, &options);
+  Require(no_regions.empty(), no_regions.c_str());
   options.has_ignore_label = header.has_ignore_label;
   options.ignore_label = header.ignore_label;
   problem.logits_dtype = static_cast<DType>(header.logits_dtype);
@@ -79,7 +84,7 @@ void Run(const Header& header, FILE* in, FILE* out) {
   const std::string refused = MakeProblem(dims, header.dense_labels ? dims : Dims{n, v}, weight_dims, &problem);
   Require(refused.empty(), refused.c_str());
 
-  const size_t sum = SizeOf(problem.logits_dtype) == 8 ? 8 : 4, logits_bytes = n * v * c * SizeOf(problem.logits_dtype);
+  const size_t sum = SizeOf(problem.sums_dtype()), logits_bytes = n * v * c * SizeOf(problem.logits_dtype);
   Array logits(logits_bytes, header.misalign);
   Array labels(n * v * (header.dense_labels ? c : 1) * SizeOf(problem.labels_dtype), header.misalign);
   Array weight(weighted ? n * v * SizeOf(problem.weight_dtype) : 0, 0);
@@ -108,14 +113,16 @@ void Run(const Header& header, FILE* in, FILE* out) {
   Array separate(header.in_place ? 0 : logits_bytes, header.misalign);
   Array& d_logits = header.in_place ? logits : separate;
   const SumsGrad grad{a.data(), b.data(), header.cross_entropy ? e.data() : nullptr, d_logits.data()};
-  if (error.empty()) check(cuda::DiceSumsGrad(problem, grad, nullptr));
+  const bool differentiable = !problem.hard();
+  if (error.empty() && differentiable) check(cuda::DiceSumsGrad(problem, grad, nullptr));
 
   // whether a specialised kernel takes the call
   const auto find = problem.logits_dtype == DType::kFloat      ? cuda::FindFloat
                     : problem.logits_dtype == DType::kHalf     ? cuda::FindHalf
                     : problem.logits_dtype == DType::kBFloat16 ? cuda::FindBFloat16
                                                                : nullptr;
-  const int64_t specialised[2] = {find && find(problem, nullptr).kernel, find && find(problem, d_logits.data()).kernel};
+  const int64_t specialised[2] = {find && find(problem, nullptr).kernel,
+                                  find && differentiable && find(problem, d_logits.data()).kernel};
   std::fwrite(specialised, sizeof(specialised), 1, out);
   for (const std::string& text : {error, complaint}) {
     const int64_t length = text.size();

@@ -116,20 +116,36 @@ struct Floats : Buffer {
 
 // As XLA keeps them: sorted by name.
 struct Attributes {
-  bool cross_entropy = true, squared = false;
-  float gamma = 0;
+  bool no = false, yes = true;
+  float zero = 0;
   XLA_FFI_ByteSpan activation = SpanOf("softmax"), data_format = SpanOf("channels_last");
-  XLA_FFI_Scalar f32 = {XLA_FFI_DataType_F32, &gamma}, first = {XLA_FFI_DataType_PRED, &squared},
-                 second = {XLA_FFI_DataType_PRED, &cross_entropy};
-  XLA_FFI_Array ignored = {XLA_FFI_DataType_S64, 0, nullptr};
-  XLA_FFI_ByteSpan names[6] = {SpanOf("activation"),   SpanOf("data_format"),  SpanOf("focal_gamma"),
-                               SpanOf("ignore_label"), SpanOf("squared_pred"), SpanOf("with_cross_entropy")};
-  XLA_FFI_ByteSpan* name_pointers[6];
-  void* values[6] = {&activation, &data_format, &f32, &ignored, &first, &second};
-  XLA_FFI_AttrType types[6] = {XLA_FFI_AttrType_STRING, XLA_FFI_AttrType_STRING, XLA_FFI_AttrType_SCALAR,
-                               XLA_FFI_AttrType_ARRAY,  XLA_FFI_AttrType_SCALAR, XLA_FFI_AttrType_SCALAR};
+  XLA_FFI_Scalar number = {XLA_FFI_DataType_F32, &zero}, off = {XLA_FFI_DataType_PRED, &no},
+                 on = {XLA_FFI_DataType_PRED, &yes};
+  XLA_FFI_Array none = {XLA_FFI_DataType_S64, 0, nullptr};
+  std::vector<XLA_FFI_ByteSpan> names;
+  std::vector<XLA_FFI_ByteSpan*> name_pointers;
+  std::vector<XLA_FFI_AttrType> types;
+  std::vector<void*> values;
   Attributes() {
-    for (int i = 0; i < 6; ++i) name_pointers[i] = &names[i];
+    Add("activation", XLA_FFI_AttrType_STRING, &activation);
+    Add("data_format", XLA_FFI_AttrType_STRING, &data_format);
+    Add("focal_gamma", XLA_FFI_AttrType_SCALAR, &number);
+    Add("ignore_label", XLA_FFI_AttrType_ARRAY, &none);
+    Add("label_smoothing", XLA_FFI_AttrType_SCALAR, &number);
+    Add("regions", XLA_FFI_AttrType_ARRAY, &none);
+    Add("squared_pred", XLA_FFI_AttrType_SCALAR, &off);
+    Add("threshold", XLA_FFI_AttrType_SCALAR, &number);
+    Add("with_cross_entropy", XLA_FFI_AttrType_SCALAR, &on);
+    for (XLA_FFI_ByteSpan& name : names) name_pointers.push_back(&name);
+  }
+  void Add(const char* name, XLA_FFI_AttrType type, void* value) {
+    names.push_back(SpanOf(name));
+    types.push_back(type);
+    values.push_back(value);
+  }
+  XLA_FFI_Attrs View() {
+    return {XLA_FFI_Attrs_STRUCT_SIZE, nullptr,      static_cast<int64_t>(names.size()), types.data(),
+            name_pointers.data(),      values.data()};
   }
 };
 
@@ -155,7 +171,7 @@ void Call(const char* platform, const char* target, std::vector<Buffer*> operand
   XLA_FFI_CallFrame frame = MakeFrame();
   frame.args = {XLA_FFI_Args_STRUCT_SIZE, nullptr, static_cast<int64_t>(args.size()), arg_types.data(), args.data()};
   frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, static_cast<int64_t>(rets.size()), ret_types.data(), rets.data()};
-  frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr, 6, attributes.types, attributes.name_pointers, attributes.values};
+  frame.attrs = attributes.View();
   const auto& handlers = ffi::Handlers();
   const auto handler = std::find_if(handlers.begin(), handlers.end(), [&](const ffi::Handler& h) {
     return std::string(h.platform) == platform && std::string(h.target) == target;
