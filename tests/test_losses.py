@@ -7,7 +7,8 @@ import reference
 import tensorflow as tf
 
 import dice_op
-from dice_op.losses import DiceLoss
+from dice_op import losses
+from dice_op.losses import DiceLoss, GeneralizedDiceLoss, TverskyLoss
 
 SHAPE = (3, 6, 5, 4, 3)  # [N, D, H, W, C]
 
@@ -117,6 +118,138 @@ def test_forms(form, data_format, labels):
         return loss(y, x)
 
     np.testing.assert_allclose(compiled(x), value, rtol=1e-6)
+
+
+def score(i, p, t, alpha=0.5, beta=0.5):
+    return (i + 1e-5) / (i + alpha * (p - i) + beta * (t - i) + 1e-5)
+
+
+def generalized(i, p, t, power, smooth=0.0):
+    t_real = np.real(t)
+    w = np.where(t_real > 0, 1.0 / np.maximum(t_real, 1e-30) ** power, 0)
+    w = np.where(t_real > 0, w, w.max(1, keepdims=True))
+    return 1 - (2 * (w * i).sum(1) + smooth) / ((w * (p + t)).sum(1) + smooth)
+
+
+def of_present(losses, t, counted):
+    """Mean over the classes that are there; counted: absent ones count, with loss 0."""
+    present = np.real(t) > 0
+    classes = losses.shape[1] if counted else np.maximum(present.sum(1), 1)
+    return (np.where(present, losses, 0).sum(1) / classes).mean()
+
+
+# Loss, and the same in NumPy. The conformance tests hold these to other libraries as well.
+FAMILY = {
+    "Tversky": (
+        TverskyLoss(alpha=0.3, beta=0.7),
+        lambda *s: (1 - score(*s, 0.3, 0.7)).mean(),
+    ),
+    "focal Tversky": (
+        TverskyLoss(alpha=0.3, beta=0.7, gamma=0.75),
+        lambda *s: ((1 - score(*s, 0.3, 0.7)) ** 0.75).mean(),
+    ),
+    "log Dice": (
+        DiceLoss(transform="log", absent="skip"),
+        lambda i, p, t: of_present(-np.log(1 - per_class(i, p, t)), t, False),
+    ),
+    "log-cosh Dice": (
+        DiceLoss(transform="log_cosh"),
+        lambda *s: np.log(np.cosh(per_class(*s))).mean(),
+    ),
+    "absent skipped": (
+        DiceLoss(absent="skip"),
+        lambda i, p, t: of_present(per_class(i, p, t), t, False),
+    ),
+    "absent scores one": (
+        DiceLoss(absent="one"),
+        lambda i, p, t: of_present(per_class(i, p, t), t, True),
+    ),
+    "a loss per class": (DiceLoss(average="none"), lambda *s: per_class(*s).mean()),
+    "generalized": (GeneralizedDiceLoss(), lambda *s: generalized(*s, 2).mean()),
+    "generalized, simple": (
+        GeneralizedDiceLoss(weight_type="simple", smooth_nr=0.5, smooth_dr=0.5),
+        lambda *s: generalized(*s, 1, 0.5).mean(),
+    ),
+    "generalized, uniform": (
+        GeneralizedDiceLoss(weight_type="uniform"),
+        lambda *s: generalized(*s, 0).mean(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_family(name):
+    loss, of_sums = FAMILY[name]
+    x, y = make()
+    t = reference.one_hot(y, SHAPE[-1])
+    expected, gradient = reference.loss_and_gradient(
+        flat(x), flat(t), of_sums, activation="softmax"
+    )
+    x = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        value = loss(y, x)
+    assert abs(float(value) - expected) <= 1e-6
+    reference.assert_gradient(tape.gradient(value, x), gradient.reshape(x.shape))
+
+
+ALL = {
+    "Dice": lambda: DiceLoss(class_weight=[1, 2, 3], absent="one"),
+    "Tversky": lambda: TverskyLoss(alpha=0.3, beta=0.7, gamma=0.8),
+    "generalized": lambda: GeneralizedDiceLoss(weight_type="simple", infinite_weight="zero"),
+    "Dice + CE": lambda: losses.DiceCELoss(ce_class_weight=[1, 2, 3], label_smoothing=0.1),
+    "Dice + focal": lambda: losses.DiceFocalLoss(batch=True, include_background=False),
+    "regions": lambda: losses.DiceCELoss(activation="sigmoid", regions=[(0,), (1, 2), (2,)]),
+    "deep supervision": lambda: losses.DownsampledLabels(DiceLoss(transform="log")),
+}
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("name", ALL)
+def test_every_loss_trains(name, policy, jit_compile):
+    model, images, labels = model_and_data(policy)
+    model.compile(keras.optimizers.Adam(0.03), ALL[name](), jit_compile=jit_compile)
+    history = model.fit(images, labels, batch_size=4, epochs=25, verbose=0).history["loss"]
+    assert np.isfinite(history).all()
+    assert history[-1] < 0.75 * history[0]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_loss_is_saved(name, tmp_path):
+    model, images, labels = model_and_data()
+    model.compile("adam", ALL[name]())
+    expected = model.evaluate(images, labels, verbose=0)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert type(again.loss) is type(model.loss)
+    assert again.loss.get_config() == model.loss.get_config()
+    np.testing.assert_allclose(again.evaluate(images, labels, verbose=0), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "none"])
+@pytest.mark.parametrize("samples", [2, 3])
+def test_weights_per_sample_of_losses_per_class(samples, reduction):
+    x, y = (v[:samples] for v in make())  # three classes: also as many samples as classes
+    weight = np.float32([1, 0.5, 4][:samples])
+    each = DiceLoss(average="none", reduction="none")(y, x).numpy()
+    assert each.shape == (samples, 3)
+    expected = each * weight[:, None]
+    expected = {"none": expected, "sum": expected.sum(), "sum_over_batch_size": expected.mean()}
+    loss = DiceLoss(average="none", reduction=reduction)
+    np.testing.assert_allclose(loss(y, x, weight), expected[reduction], rtol=1e-6)
+    np.testing.assert_allclose(loss(y, x, weight[:, None]), expected[reduction], rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_sample_weights_of_unknown_rank(batch):
+    """Keras traces so after weights of both kinds."""
+    x, y = make()
+    for loss in (DiceLoss(batch=batch), losses.DiceCELoss(batch=batch)):
+        traced = tf.function(lambda w, f=loss: f(y, x, w), input_signature=[tf.TensorSpec(None)])
+        for shape in ((3,), (3, 1), y.shape, (*y.shape, 1)):
+            weight = tf.constant(np.random.default_rng(1).random(shape), tf.float32)
+            np.testing.assert_allclose(traced(weight), loss(y, x, weight), rtol=1e-6)
 
 
 def test_ignore_label():
@@ -272,38 +405,6 @@ def test_mixed_precision_with_loss_scaling(policy, seen):
     assert seen == {("uint8", policy[6:])}
 
 
-def test_two_replicas_train_as_one_device(run_python):
-    """Same batch, same weights after it: each replica's share of the loss is scaled by Keras. Under
-    a strategy Keras also builds the loss once with float labels, whatever the data."""
-    weights = run_python(
-        """
-        import numpy as np, tensorflow as tf
-        cpu = tf.config.list_physical_devices("CPU")[0]
-        halves = [tf.config.LogicalDeviceConfiguration()] * 2
-        tf.config.set_logical_device_configuration(cpu, halves)
-        import keras
-        import dice_op
-        rng = np.random.default_rng(0)
-        x = rng.normal(size=(4, 6, 6, 6, 1)).astype("float32")
-        y = rng.integers(0, 3, size=(4, 6, 6, 6)).astype("uint8")
-        for strategy in (
-            tf.distribute.get_strategy(),
-            tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]),
-        ):
-            with strategy.scope():
-                keras.utils.set_random_seed(1)
-                model = keras.Sequential([keras.Input((6, 6, 6, 1)), keras.layers.Conv3D(3, 3)])
-                model.add(keras.layers.ZeroPadding3D(1))
-                model.compile(keras.optimizers.SGD(10.0), loss=dice_op.losses.DiceLoss())
-            model.fit(x, y, batch_size=4, epochs=3, shuffle=False, verbose=0)
-            print(*np.concatenate([w.ravel() for w in model.get_weights()]))
-        """
-    )
-    one, two = (np.array(line.split(), np.float64) for line in weights.strip().splitlines())
-    assert np.abs(one[-3:]).min() > 1e-3  # the biases, which start at zero
-    np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-6)
-
-
 def test_several_outputs_and_losses():
     model, images, labels = model_and_data()
     two = keras.Model(model.inputs, {"a": model.outputs[0], "b": -model.outputs[0]})
@@ -315,34 +416,41 @@ def test_several_outputs_and_losses():
     np.testing.assert_allclose(np.ravel(total)[0], expected, rtol=1e-5)
 
 
-def test_config():
-    loss = DiceLoss(
-        activation="sigmoid",
-        include_background=False,
-        class_weight=np.array([1, 2], np.float32),
-        squared_pred=True,
-        jaccard=True,
-        smooth_nr=0,
-        smooth_dr=1e-3,
-        average="micro",
-        batch=True,
-        ignore_label=np.uint8(255),
-        data_format="channels_first",
-        reduction="sum",
-        name="mine",
+def arguments_of(cls):
+    """All that a loss can be given, by its and its bases' signatures."""
+    own = [c.__init__.__kwdefaults__ or {} for c in cls.__mro__ if c.__module__ == losses.__name__]
+    return set().union(*own)
+
+
+CONFIGURED = {
+    losses.DiceLoss: dict(
+        activation="sigmoid", include_background=False, class_weight=np.array([1, 2], np.float32),
+        squared_pred=True, jaccard=True, smooth_nr=0, smooth_dr=1e-3, average="micro", batch=True,
+        ignore_label=np.uint8(255), data_format="channels_first", reduction="sum", name="mine",
         dtype="float64",
-    )
+    ),
+    losses.TverskyLoss: dict(alpha=1, beta=2, gamma=0.5, absent="skip"),
+    losses.GeneralizedDiceLoss: dict(weight_type="simple", infinite_weight="zero", smooth_nr=2),
+    losses.DiceCELoss: dict(
+        lambda_dice=2, lambda_ce=3, ce_class_weight=[1, 2], label_smoothing=0.5, transform="log",
+        activation="sigmoid", regions=((1, 2), {2}),
+    ),
+    losses.DiceFocalLoss: dict(focal_gamma=3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", CONFIGURED)
+def test_config(cls):
+    given = CONFIGURED[cls]
+    loss = cls(**given)
     again = keras.losses.deserialize(keras.losses.serialize(loss))
-    assert type(again) is DiceLoss
-    assert (
-        again.get_config()
-        == loss.get_config()
-        == DiceLoss.from_config(loss.get_config()).get_config()
-    )
-    signature = set(DiceLoss.__init__.__kwdefaults__)
-    assert set(loss.get_config()) == signature
-    assert again.class_weight == [1, 2] and again.ignore_label == 255 and again.name == "mine"
-    assert again.dtype == "float64"
+    assert type(again) is cls
+    assert again.get_config() == loss.get_config()
+    assert again.get_config() == cls.from_config(loss.get_config()).get_config()
+    assert set(loss.get_config()) == arguments_of(cls)
+    for name, value in given.items():
+        value = {"regions": [[1, 2], [2]], "class_weight": [1, 2]}.get(name, value)
+        assert again.get_config()[name] == value, name
 
 
 def test_saved_keras_model_in_another_process(tmp_path, run_python):
@@ -419,11 +527,93 @@ def test_saved_model_in_another_process(tmp_path, run_python):
         (dict(class_weight={0: 1, 1: 2}), "class_weight is {0: 1, 1: 2}.*a list of one weight"),
         (dict(class_weight="12"), "class_weight is '12'.*a list of one weight"),
         (dict(class_weight=2.0), "class_weight is 2.0.*a list of one weight"),
+        (dict(class_weight=["a"]), "class_weight is 'a', but must be a number"),
+        (dict(smooth_nr=None), "smooth_nr is None, but must be a number"),
+        (dict(batch="no"), "batch is 'no', but must be True or False"),
+        (dict(ignore_label=255.0), "ignore_label is 255.0, but must be an integer"),
+        (dict(transform=["log"]), r"transform is \['log'\], but must be one of 'linear'"),
+        (dict(absent="skip", average="micro"), "absent='skip' asks about each class"),
+        (dict(absent="skip", average="none"), 'but average="none"'),
+        (dict(regions=[(1,), (2,)]), 'activation="softmax" gives a voxel one class'),
+        (dict(regions=[]), "regions is empty"),
+        (dict(regions=3), "regions is 3, but must be lists"),
+        (dict(regions=[(1, 40)]), "regions must be the label values of each class"),
+        (
+            dict(regions=[(1,), (2,)], activation="sigmoid", include_background=False),
+            "would leave out the first of the regions",
+        ),
     ],
 )
 def test_wrong_arguments(arguments, says):
     with pytest.raises(ValueError, match=says):
         DiceLoss(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("loss", "arguments", "says"),
+    [
+        (TverskyLoss, dict(alpha=0, beta=0), "no error would count"),
+        (TverskyLoss, dict(alpha=[0.3, 0.7]), r"alpha is \[0.3, 0.7\], but must be a number"),
+        (TverskyLoss, dict(gamma=0), "gamma is 0"),
+        (TverskyLoss, dict(gamma=2, transform="log"), "exclude each other"),
+        (TverskyLoss, dict(squared_pred=True), "would make FP = P - I negative"),
+        (GeneralizedDiceLoss, dict(weight_type="cube"), "weight_type is 'cube'"),
+        (GeneralizedDiceLoss, dict(infinite_weight="one"), "infinite_weight is 'one'"),
+        (losses.DiceCELoss, dict(lambda_dice=0, lambda_ce=0), "both 0"),
+        (losses.DiceCELoss, dict(average="none"), "but the cross-entropy has one"),
+        (losses.DiceCELoss, dict(label_smoothing=1.5), "label_smoothing is 1.5"),
+        (losses.DiceCELoss, dict(activation="none", regions=[(1,)]), "binary cross-entropy"),
+        (losses.DiceFocalLoss, dict(focal_gamma=-1), "focal_gamma is -1"),
+    ],
+)
+def test_wrong_arguments_of_the_family(loss, arguments, says):
+    with pytest.raises(ValueError, match=says):
+        loss(**arguments)
+
+
+def test_the_cross_entropy_of_probabilities_is_categorical():
+    """That of a sigmoid's would miss the background: where this can be seen, it is an error."""
+    loss = losses.DiceCELoss(activation="none")
+    x, y = make(1)
+    with pytest.raises(ValueError, match='cross-entropy of activation="none" is categorical'):
+        loss(y, tf.sigmoid(x))
+    model, images, labels = model_and_data()
+    ended = keras.Sequential([model, keras.layers.Activation("sigmoid")])
+    ended.compile("adam", loss)
+    with pytest.raises(ValueError, match="the output of a sigmoid, but the cross-entropy"):
+        ended.fit(images, labels, verbose=0)
+    ended.compile("adam", losses.DiceCELoss(activation="sigmoid"))
+    with pytest.raises(ValueError, match="remove the model's last activation") as error:
+        ended.fit(images, labels, verbose=0)
+    assert 'pass activation="none"' not in str(error.value)
+
+
+def test_a_normalisation_that_squares_would_spoil():
+    x, y = make()
+    t = reference.one_hot(y, SHAPE[-1])
+    loss = losses.DiceCELoss(squared_pred=True, ce_class_weight=[1, 2, 3])
+    np.testing.assert_allclose(loss(t.astype(np.uint8), x), loss(y, x), rtol=1e-6)
+    with pytest.raises(ValueError, match="which squared_pred=True squares"):
+        loss(t.astype(np.float32), x)
+
+
+def test_generalized_dice_of_a_large_volume():
+    """Its sums are near 1 / T, so that smoothing as elsewhere would hide the errors."""
+    y = np.zeros((1, 100, 100, 100), np.uint8)
+    y[:, :50] = 1
+    x = np.zeros((*y.shape, 2), np.float32)
+    x[..., 1] = np.where(y == 1, -9, 9)  # all wrong
+    assert float(GeneralizedDiceLoss()(y, x)) > 0.999
+
+
+def test_log_dice_of_a_class_that_is_absent_keeps_its_gradient():
+    x = tf.zeros((1, 60, 60, 60, 2))
+    y = np.zeros((1, 60, 60, 60), np.uint8)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        value = DiceLoss(transform="log", average="none")(y, x)
+    gradient = tape.gradient(value, x).numpy()
+    assert np.isfinite(value) and (gradient[..., 1] > 1e-7).all()
 
 
 @pytest.mark.parametrize(
