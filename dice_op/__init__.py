@@ -3,9 +3,9 @@
 >>> import dice_op
 >>> model.compile(optimizer="adam", loss=dice_op.losses.DiceLoss())
 
-`dice_op.losses` holds the Keras losses, `dice_op.dice_sums` the sums they are made of, and
-`dice_op.core` the same on NumPy arrays. Importing the package imports neither TensorFlow nor Keras;
-the first use of what needs them does.
+`dice_op.losses` and `dice_op.metrics` hold what Keras takes, `dice_op.dice_sums` the sums they are
+made of, and `dice_op.core` the same on NumPy arrays. Importing the package imports neither
+TensorFlow nor Keras; the first use of what needs them does.
 """
 
 import importlib
@@ -25,6 +25,7 @@ _HOME = {
     "DiceSums": "dice_op.ops",
     "formulas": "dice_op",
     "losses": "dice_op",
+    "metrics": "dice_op",
 }
 __all__ = ["core", *_HOME]
 
