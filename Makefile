@@ -19,7 +19,7 @@ demo: build  ## train a small 3D U-Net on a brain volume with the fused loss
 test: lint build  ## check the style, run the tests
 	$(python) -m pytest tests
 
-test-full: build .venv/jax  ## run the tests that take long or need more packages
+test-full: build .venv/peers  ## run the tests that take long or need more packages
 	$(python) -m pytest tests -m full
 
 build: build/ready  ## compile the extension into dice_op/
@@ -41,8 +41,8 @@ clean:  ## remove what was built, but not .venv
 .venv/ready: FORCE
 	@sh build_tools/bootstrap.sh
 
-.venv/jax: .venv/ready
-	$(python) -m pip install --quiet --no-input --disable-pip-version-check --group jax
+.venv/peers: .venv/ready
+	$(python) -m pip install --quiet --no-input --disable-pip-version-check --group jax --group peers
 	@touch $@
 
 # What was asked for, written anew only if it is another wish than the last time's.
