@@ -30,9 +30,10 @@ def number(argument, value):
 
 
 def at_least_0(argument, value):
-    if not 0 <= number(argument, value) < float("inf"):
+    result = number(argument, value)
+    if not 0 <= result < float("inf"):
         raise ValueError(f"{argument} is {value}, but must be finite and at least 0")
-    return float(value)
+    return result
 
 
 def label(argument, value):
@@ -73,6 +74,11 @@ def class_weight_tensor(argument, weights, sums, include_background=True):
     return tf.constant(weights, sums.intersection.dtype)
 
 
+def check_background(classes, include_background):
+    if classes == 1 and not include_background:
+        raise ValueError("include_background=False leaves no class: y_pred has one, the foreground")
+
+
 def check_not_activated(y_pred, activation, cross_entropy=False, instead='activation="none"'):
     """Finds the model that ends in a softmax, where the loss would apply another."""
     found = getattr(y_pred, "_keras_logits", None) is not None  # Keras' mark on its activations
@@ -83,14 +89,14 @@ def check_not_activated(y_pred, activation, cross_entropy=False, instead='activa
             op = op.inputs[0].op
         kind = op.type
         found = found or kind in ("Softmax", "Sigmoid")
+    binary = cross_entropy and kind == "Sigmoid"
     if found and activation != "none":
-        binary = cross_entropy and kind == "Sigmoid"
         raise ValueError(
             "y_pred are probabilities, the output of a softmax or sigmoid, and "
             f"another would be applied ({activation=}): remove the model's last activation, so "
             f"that y_pred are logits (the more exact way){'' if binary else ', or pass ' + instead}"
         )
-    if cross_entropy and kind == "Sigmoid":
+    if binary:
         raise ValueError(
             'y_pred are the output of a sigmoid, but the cross-entropy of activation="none" is '
             'categorical: remove the model\'s last activation and pass activation="sigmoid"'

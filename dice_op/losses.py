@@ -167,13 +167,8 @@ class SumsLoss(keras.losses.Loss):
                 "y_pred has one class, whose softmax is 1 everywhere, so that nothing can be "
                 'learnt: use activation="sigmoid" (or two classes, background and foreground)'
             )
-        if self.include_background:
-            return sums
-        if classes == 1:
-            raise ValueError(
-                "include_background=False leaves no class: y_pred has one, the foreground"
-            )
-        return formulas.select_classes(sums, 1)
+        _arguments.check_background(classes, self.include_background)
+        return sums if self.include_background else formulas.select_classes(sums, 1)
 
     def get_config(self):
         names = [n for c in type(self).__mro__ for n in c.__dict__.get("_arguments", ())]
@@ -246,12 +241,10 @@ class OverlapLoss(SumsLoss):
         if self.average == "micro":
             sums, weight = formulas.over_classes(sums, weight), None
         losses = self.loss_of_score(self.score(sums))
-        if self.average == "none":
-            if present is not None:
-                losses = tf.where(present, losses, tf.zeros_like(losses))
-            return losses if weight is None else losses * weight
         if self.absent == "one":
             losses, present = tf.where(present, losses, tf.zeros_like(losses)), None
+        if self.average == "none":
+            return losses if weight is None else losses * weight
         return formulas.mean_over_classes(losses, weight, present)
 
 

@@ -113,11 +113,8 @@ class OverlapScore(keras.metrics.Metric):
                 "y_pred has one class, which is the largest everywhere: use "
                 'prediction="threshold" for a binary mask'
             )
+        _arguments.check_background(classes, self.include_background)
         classes -= not self.include_background
-        if classes == 0:
-            raise ValueError(
-                "include_background=False leaves no class: y_pred has one, the foreground"
-            )
         shape = (1 if self.average == "micro" else classes,)
 
         def zeros(name):

@@ -85,6 +85,13 @@ DICE_OP_INLINE T ToStorage(R value) {
   }
 }
 
+// Whether a label is the index of one of `limit` classes: a whole number from 0 on. Without branches, for loops.
+template <class T>
+DICE_OP_INLINE bool IsClass(T label, T limit) {
+  const bool inside = (label >= T(0)) & (label < limit);
+  return inside & (static_cast<T>(static_cast<int32_t>(inside ? label : T(0))) == label);
+}
+
 // Whether a dense label may be t. Interpolation may overshoot a little; NaN is refused.
 template <class R>
 DICE_OP_INLINE bool IsSoftLabel(R t, bool soft) {

@@ -94,7 +94,8 @@ std::string RegionMasks(const std::vector<std::vector<int64_t>>& regions, std::v
   for (size_t c = 0; legal && c < regions.size(); ++c) {
     legal = !regions[c].empty();
     for (int64_t label : regions[c]) {
-      if (legal = legal && label >= 0 && label < Options::kMaxRegions; !legal) break;
+      legal = legal && label >= 0 && label < Options::kMaxRegions;
+      if (!legal) break;
       masks->resize(std::max<size_t>(masks->size(), label + 1));
       (*masks)[label] |= int64_t{1} << c;
     }

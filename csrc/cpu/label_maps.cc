@@ -27,8 +27,7 @@ void ReadLabels(const Problem& problem, const void* map, DType dtype, int64_t fi
     const Wide ignored = static_cast<Wide>(problem.options.ignore_label);
     for (int64_t i = 0; i < count; ++i) {
       const Wide label = FromStorage<T, Wide>(from[i]);
-      const bool inside = label >= 0 && label < limit && static_cast<Wide>(static_cast<int32_t>(label)) == label;
-      labels[i] = ignores && label == ignored ? kIgnored : inside ? static_cast<int32_t>(label) : kBad;
+      labels[i] = ignores && label == ignored ? kIgnored : IsClass(label, limit) ? static_cast<int32_t>(label) : kBad;
     }
   });
 }

@@ -262,14 +262,10 @@ class Tile {
       const bool has_ignore = problem_.options.has_ignore_label && fits(problem_.options.ignore_label);
       const Wide ignore = has_ignore ? static_cast<Wide>(problem_.options.ignore_label) : Wide(-1);
       const T* labels = static_cast<const T*>(problem_.labels) + sample_ * problem_.voxels + begin_;
-      const auto is_class = [&](Wide label) {
-        const bool inside = (label >= 0) & (label < limit);
-        return inside & (static_cast<Int>(inside ? label : Wide(0)) == label);  // a whole number
-      };
       bool bad = false;
       for (int v = 0; v < count_; ++v) {
         const Wide label = FromStorage<T, Wide>(labels[v]);
-        const bool valid = is_class(label);
+        const bool valid = IsClass(label, limit);
         index_[v] = valid ? static_cast<Int>(label - first) : Int(-1);
         bad |= !valid;
       }
@@ -279,26 +275,26 @@ class Tile {
           const Wide label = FromStorage<T, Wide>(labels[v]);
           const bool ignored = label == ignore;
           weight_[v] = ignored ? R(0) : weight_[v];
-          bad |= !ignored & !is_class(label);
+          bad |= !ignored & !IsClass(label, limit);
         }
       }
       if (!bad) return -1;
       for (int v = 0;; ++v) {
         const Wide label = FromStorage<T, Wide>(labels[v]);
-        if (!(has_ignore && label == ignore) && !is_class(label)) return begin_ + v;
+        if (!(has_ignore && label == ignore) && !IsClass(label, limit)) return begin_ + v;
       }
     });
   }
 
   // From the index of a voxel's label to a label for each class.
   void SpreadIndices() {
+    const uint32_t* const regions = problem_.options.region_labels ? problem_.options.regions : nullptr;
     for (int group = 0; group < groups(); ++group) {
       R* const to = labels_ + static_cast<size_t>(group) * classes_ * W;
       for (int v = 0; v < W; ++v) {
         const Int label = index(group)[v];
-        const uint32_t regions = label < 0 || !problem_.options.region_labels ? 0 : problem_.options.regions[label];
         for (int c = 0; c < classes_; ++c) {
-          to[c * W + v] = static_cast<R>(problem_.options.region_labels ? regions >> c & 1 : label == c);
+          to[c * W + v] = static_cast<R>(regions ? label >= 0 && (regions[label] >> c & 1) : label == c);
         }
       }
     }

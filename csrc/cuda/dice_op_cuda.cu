@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads) CheckLabelsKernel(const __grid_const
     } else {
       const double label = ReadNumber<double>(check.labels, check.labels_dtype, at);  // integers of no class may round
       good = (check.has_ignore_label && label == static_cast<double>(check.ignore_label)) ||
-             (label >= 0 && label < check.limit && label == trunc(label));
+             IsClass(label, static_cast<double>(check.limit));
     }
     if (!good) atomicMin(check.first, static_cast<unsigned long long>(at));
   }

@@ -538,7 +538,7 @@ class General {
         const Wide label = Read<Wide>(static_cast<const T*>(call_.labels)[at]);
         if (call_.has_ignore_label && label == static_cast<Wide>(call_.ignore_label)) {
           m = R(0);
-        } else if (label >= 0 && label < call_.label_limit && static_cast<Wide>(static_cast<int>(label)) == label) {
+        } else if (IsClass(label, static_cast<Wide>(call_.label_limit))) {
           if (m != R(0)) *index = static_cast<int>(label) - call_.first_class;
         } else {
           bad_ = true;

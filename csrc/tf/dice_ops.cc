@@ -73,13 +73,13 @@ absl::Status GradShape(InferenceContext* c) {
       .Attr("squared_pred: bool = false")                                                                   \
       .Attr("with_cross_entropy: bool = false")                                                             \
       .Attr("focal_gamma: float = 0.0")                                                                     \
+      .Attr("threshold: float = 0.0") /* of no use to the gradient */                                       \
       .Attr("label_smoothing: float = 0.0")                                                                 \
       .Attr("ignore_label: list(int) = []") /* none or one */                                               \
       .Attr("regions: list(int) = []")      /* of label values 0, 1, ...: bit c, belongs to class c */
 
 REGISTER_OP("DiceSums")
     .DICE_OP_INPUTS.Attr("activation: {'softmax', 'sigmoid', 'none', 'argmax', 'threshold'}")
-    .Attr("threshold: float = 0.0")
     .Output("intersection: Tsums")
     .Output("pred_sum: Tsums")
     .Output("label_sum: Tsums")
@@ -89,7 +89,6 @@ REGISTER_OP("DiceSums")
 
 REGISTER_OP("DiceSumsGrad")
     .DICE_OP_INPUTS.Attr("activation: {'softmax', 'sigmoid', 'none'}")
-    .Attr("threshold: float = 0.0") /* of no use here */
     .Input("d_intersection: Tsums")
     .Input("d_pred_sum: Tsums")
     .Input("d_cross_entropy: Tsums")
