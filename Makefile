@@ -8,7 +8,7 @@ csrc := $(shell find csrc -type f)
 c++ := $(csrc) $(shell find tests benchmarks -name '*.cc' -o -name '*.h' -o -name '*.cu')
 export DICE_OP_CUDA DICE_OP_CUDA_ARCHS
 
-.PHONY: help demo test test-full build lint format clean FORCE
+.PHONY: help demo test test-full bench build lint format clean FORCE
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile
@@ -21,6 +21,9 @@ test: lint build  ## check the style, run the tests
 
 test-full: build .venv/peers  ## run the tests that take long or need more packages
 	$(python) -m pytest tests -m full
+
+bench: build .venv/peers  ## measure beside the peers, an hour; BENCH="--only '160³ × 4'" for some
+	$(python) -m benchmarks $(BENCH)
 
 build: build/ready  ## compile the extension into dice_op/
 

@@ -89,6 +89,7 @@ DICE_OP_INLINE T ToStorage(R value) {
 template <class T>
 DICE_OP_INLINE bool IsClass(T label, T limit) {
   const bool inside = (label >= T(0)) & (label < limit);
+  if constexpr (std::is_integral_v<T>) return inside;
   return inside & (static_cast<T>(static_cast<int32_t>(inside ? label : T(0))) == label);
 }
 

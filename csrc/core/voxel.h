@@ -5,8 +5,8 @@
 // on a CPU, every kLanes-th in a CUDA thread that shares a voxel with its neighbours, where Sum and
 // Max combine across those. There a thread may hold a class too many: its logit is -infinity, which
 // adds nothing to the others. A file that includes this has defined, for its R: Exp,
-// ExpOfDifference(a, b) = exp(a - b) and what that gives for a = b, Reciprocal, Log, Log1p, Max, Abs, Select and the
-// comparisons.
+// ExpOfDifference(a, b) = exp(a - b) for a <= b and what that gives for a = b, Reciprocal, Log, Log1p, Max, Abs, Select
+// and the comparisons.
 //
 // Everything lies in an unnamed namespace: the CPU kernels compile this file once per instruction
 // set, and internal linkage keeps a linker from merging those copies into one that the processor
@@ -55,6 +55,10 @@ struct IndexLabel {
     return Select(index == c, x, R(0));
   }
   template <class R>
+  DICE_OP_HD R AddTo(R sum, R x, int c, int) const {
+    return Select(index == c, sum + x, sum);
+  }
+  template <class R>
   DICE_OP_HD R Mix(R present, R absent, int c, int) const {
     return Select(index == c, present, absent);
   }
@@ -69,6 +73,7 @@ struct SingleLabel {
   int item;   // which of the classes held it is, or -1
   R z;        // its logit, where it is held
   DICE_OP_HD R Times(R x, int, int i) const { return Select(item == i, x, R(0)); }
+  DICE_OP_HD R AddTo(R sum, R x, int, int i) const { return Select(item == i, sum + x, sum); }
   DICE_OP_HD R Mix(R present, R absent, int, int i) const { return Select(item == i, present, absent); }
 };
 
@@ -79,6 +84,7 @@ struct DenseLabel {
   static constexpr bool kSingle = false;
   const R* t;
   DICE_OP_HD R Times(R x, int, int i) const { return x * t[i]; }
+  DICE_OP_HD R AddTo(R sum, R x, int, int i) const { return sum + x * t[i]; }
   DICE_OP_HD R Mix(R present, R absent, int, int i) const {  // an infinite logit makes one of the two infinite
     return Select(t[i] != R(0), present * t[i], R(0)) + Select(t[i] != R(1), absent * (R(1) - t[i]), R(0));
   }
@@ -121,9 +127,9 @@ struct Norm {
 struct Softmax {
   static constexpr bool kHard = false;    // zeros and ones, without cross-entropy and gradient
   static constexpr bool kBinary = false;  // one cross-entropy term per voxel: the label's
-  // z: logits; p: probabilities.
+  // z: logits; e: what Scale makes probabilities of. So a voxel's weight and its scale are multiplied once.
   template <class Classes, class R>
-  DICE_OP_HD static Norm<R> Forward(const Classes& k, const R* z, R* p) {
+  DICE_OP_HD static Norm<R> Forward(const Classes& k, const R* z, R* e) {
     R top = z[0];
     DICE_OP_UNROLL
     for (int i = 1; i < k.size(); ++i) top = Max(top, z[i]);
@@ -131,14 +137,15 @@ struct Softmax {
     R total = R(0);
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
-      p[i] = ExpOfDifference(z[i], top);
-      total = total + p[i];
+      e[i] = ExpOfDifference(z[i], top);
+      total = total + e[i];
     }
     total = k.Sum(total);
-    const R scale = Reciprocal(total);
-    DICE_OP_UNROLL
-    for (int i = 0; i < k.size(); ++i) p[i] = p[i] * scale;
-    return {top, scale, total};
+    return {top, Reciprocal(total), total};
+  }
+  template <class R>
+  DICE_OP_HD static R Scale(R x, const Norm<R>& norm) {
+    return x * norm.scale;
   }
   template <class R>
   DICE_OP_HD static R Probability(R z, const Norm<R>& norm) {
@@ -152,19 +159,26 @@ struct Softmax {
   DICE_OP_HD static Focal<R> CategoricalTerm(R z, R p, const Norm<R>& norm, R log_total, Scalar gamma) {
     return Focal<R>::Of(p, (z - norm.top) - log_total, gamma);
   }
-  // d: in dL/dp without the cross-entropy, out dL/dlogits; h(i): p dL/dp of the cross-entropy.
-  template <bool kCrossEntropy, class Classes, class R, class H>
-  DICE_OP_HD static void Backward(const Classes& k, const R* p, const H& h, R* d) {
-    R dot = R(0);
+  // d: m dL/dlogits; g(i): dL/dp without the cross-entropy; h(i): p dL/dp of the cross-entropy. The derivative is
+  // p (g - sum p g) + h - p sum h.
+  template <bool kCrossEntropy, class Classes, class R, class G, class H>
+  DICE_OP_HD static void Backward(const Classes& k, const R* e, const Norm<R>& norm, R m, const G& g, const H& h,
+                                  R* d) {
+    R dot = R(0), loss = R(0);
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
-      d[i] = p[i] * d[i];
-      if constexpr (kCrossEntropy) d[i] = d[i] + h(i);
-      dot = dot + d[i];
+      dot = dot + e[i] * g(i);
+      if constexpr (kCrossEntropy) loss = loss + h(i);
     }
-    dot = k.Sum(dot);
+    dot = norm.scale * k.Sum(dot);
+    if constexpr (kCrossEntropy) loss = k.Sum(loss);
+    const R weight = m * norm.scale;
     DICE_OP_UNROLL
-    for (int i = 0; i < k.size(); ++i) d[i] = d[i] - p[i] * dot;
+    for (int i = 0; i < k.size(); ++i) {
+      R total = weight * e[i] * (g(i) - dot);
+      if constexpr (kCrossEntropy) total = total + m * (h(i) - norm.scale * e[i] * loss);
+      d[i] = total;
+    }
   }
 };
 
@@ -190,6 +204,10 @@ struct Sigmoid {
     return {};
   }
   template <class R>
+  DICE_OP_HD static R Scale(R x, const Norm<R>&) {
+    return x;
+  }
+  template <class R>
   DICE_OP_HD static R Probability(R z, const Norm<R>&) {
     return Logistic<R>::Of(z).p;
   }
@@ -208,6 +226,10 @@ struct Identity {
     return {};
   }
   template <class R>
+  DICE_OP_HD static R Scale(R x, const Norm<R>&) {
+    return x;
+  }
+  template <class R>
   DICE_OP_HD static R Probability(R z, const Norm<R>&) {
     return z;
   }
@@ -220,11 +242,13 @@ struct Identity {
     const R cut = Max(p, R(kEpsilon));
     return Focal<R>::Of(cut, Log(cut), gamma);
   }
-  template <bool kCrossEntropy, class Classes, class R, class H>
-  DICE_OP_HD static void Backward(const Classes& k, const R* p, const H& h, R* d) {
-    if constexpr (kCrossEntropy) {
-      DICE_OP_UNROLL
-      for (int i = 0; i < k.size(); ++i) d[i] = d[i] + Select(p[i] < R(kEpsilon), R(0), h(i) / p[i]);
+  template <bool kCrossEntropy, class Classes, class R, class G, class H>
+  DICE_OP_HD static void Backward(const Classes& k, const R* p, const Norm<R>&, R m, const G& g, const H& h, R* d) {
+    DICE_OP_UNROLL
+    for (int i = 0; i < k.size(); ++i) {
+      R total = g(i);
+      if constexpr (kCrossEntropy) total = total + Select(p[i] < R(kEpsilon), R(0), h(i) / p[i]);
+      d[i] = m * total;
     }
   }
 };
@@ -235,6 +259,10 @@ struct Identity {
 // The class of the largest logit, the first of several.
 struct Argmax {
   static constexpr bool kHard = true, kBinary = false;
+  template <class R>
+  DICE_OP_HD static R Scale(R x, const Norm<R>&) {
+    return x;
+  }
   template <class Classes, class R, class Scalar>
   DICE_OP_HD static void Decide(const Classes& k, const R* z, R* p, Scalar) {
     R top = z[0], nan = R(0);
@@ -258,6 +286,10 @@ struct Argmax {
 // Every class whose logit is above the threshold.
 struct Threshold {
   static constexpr bool kHard = true, kBinary = false;
+  template <class R>
+  DICE_OP_HD static R Scale(R x, const Norm<R>&) {
+    return x;
+  }
   template <class Classes, class R, class Scalar>
   DICE_OP_HD static void Decide(const Classes& k, const R* z, R* p, Scalar threshold) {
     DICE_OP_UNROLL
@@ -312,6 +344,7 @@ DICE_OP_HD void CrossEntropy(const Classes& k, const R* z, const R* p, const Nor
       z_t = z_t + label.Times(z[i], k.Class(i), i);
       p_t = p_t + label.Times(p[i], k.Class(i), i);
     }
+    p_t = Activation::Scale(p_t, norm);
     const auto focal = Activation::CategoricalTerm(z_t, p_t, norm, Activation::LogTotal(norm), terms.gamma);
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
@@ -321,7 +354,8 @@ DICE_OP_HD void CrossEntropy(const Classes& k, const R* z, const R* p, const Nor
     const R log_total = Activation::LogTotal(norm);
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
-      const auto focal = Activation::CategoricalTerm(z[i], p[i], norm, log_total, terms.gamma);
+      const R p_i = Activation::Scale(p[i], norm);
+      const auto focal = Activation::CategoricalTerm(z[i], p_i, norm, log_total, terms.gamma);
       const R present = R(terms.keep) * label.Times(R(1), k.Class(i), i) + R(terms.spread);
       const auto some = present != R(0);  // keeps 0 * log(0) out
       fn(i, Select(some, present * focal.loss, R(0)), Select(some, present * focal.slope, R(0)));
@@ -338,26 +372,41 @@ DICE_OP_HD void ClearMasked(const Classes& k, R* z, R weight, const Terms<Scalar
   for (int i = 0; i < k.size(); ++i) z[i] = Select(counts, z[i], R(0));
 }
 
+// What Activation::Scale makes probabilities of: of the logits z, which a mask may clear, in p, which may be z.
+template <class Activation, class Classes, class R, class Scalar>
+DICE_OP_HD Norm<R> Activate(const Classes& k, R* z, R* p, R m, const Terms<Scalar>& terms) {
+  ClearMasked(k, z, m, terms);
+  if constexpr (Activation::kHard) {
+    Activation::Decide(k, z, p, terms.threshold);
+    return {};
+  } else {
+    return Activation::Forward(k, z, p);
+  }
+}
+
+// Adds what a voxel of weight `m` has for its class i, number c. p: from Activate; weight: m, scaled.
+template <class Activation, class Label, class R, class Scalar>
+DICE_OP_HD void AddClass(const Label& label, int c, int i, R p, R m, R weight, const Norm<R>& norm,
+                         const Terms<Scalar>& terms, R* intersection, R* pred_sum, R* label_sum) {
+  const R mp = weight * p;
+  *pred_sum = *pred_sum + (terms.squared ? mp * Activation::Scale(p, norm) : mp);
+  if constexpr (!Label::kSingle) {
+    *intersection = label.AddTo(*intersection, mp, c, i);
+    *label_sum = label.AddTo(*label_sum, terms.squared ? label.Times(m, c, i) : m, c, i);
+  }
+}
+
 // Adds the voxel of weight `m` to the running sums. z: logits in, destroyed; p: scratch.
 template <class Activation, bool kCrossEntropy, class Classes, class Label, class R, class Scalar, class Accumulators>
 DICE_OP_HD void AddVoxel(const Classes& k, R* z, R* p, const Label& label, R m, const Terms<Scalar>& terms,
                          Accumulators& sums) {
-  ClearMasked(k, z, m, terms);
-  Norm<R> norm = {};
-  if constexpr (Activation::kHard) {
-    Activation::Decide(k, z, p, terms.threshold);
-  } else {
-    norm = Activation::Forward(k, z, p);
-  }
+  const Norm<R> norm = Activate<Activation>(k, z, p, m, terms);
+  const R weight = Activation::Scale(m, norm);
   DICE_OP_UNROLL
   for (int i = 0; i < k.size(); ++i) {
-    const R mp = m * p[i];
-    sums.pred_sum[i] = sums.pred_sum[i] + (terms.squared ? mp * p[i] : mp);
-    if constexpr (!Label::kSingle) {
-      const R mt = label.Times(m, k.Class(i), i);
-      sums.intersection[i] = sums.intersection[i] + label.Times(mp, k.Class(i), i);
-      sums.label_sum[i] = sums.label_sum[i] + (terms.squared ? label.Times(mt, k.Class(i), i) : mt);
-    }
+    const int held = Label::kSingle ? 0 : i;
+    AddClass<Activation>(label, k.Class(i), i, p[i], m, weight, norm, terms, &sums.intersection[held],
+                         &sums.pred_sum[i], &sums.label_sum[held]);
   }
   if constexpr (Label::kSingle) {
     if (label.item >= 0) {
@@ -394,7 +443,7 @@ DICE_OP_HD void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const Label&
   // dL/dp of class i by way of intersection and cardinality
   const auto direct = [&](int i, R p_i) {
     const R cardinality = terms.squared ? R(Scalar(2) * b[i]) * p_i : R(b[i]);
-    return cardinality + label.Times(Label::kSingle ? a_t : R(a[i]), k.Class(i), i);
+    return label.AddTo(cardinality, Label::kSingle ? a_t : R(a[i]), k.Class(i), i);
   };
   if constexpr (Activation::kBinary) {  // no class knows of another
     DICE_OP_UNROLL
@@ -426,11 +475,8 @@ DICE_OP_HD void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const Label&
       }
     }
     const auto by_cross_entropy = [&](int i) { return Label::kSingle ? label.Times(h_t, k.Class(i), i) : h[i]; };
-    DICE_OP_UNROLL
-    for (int i = 0; i < k.size(); ++i) d[i] = direct(i, p[i]);
-    Activation::template Backward<kCrossEntropy>(k, p, by_cross_entropy, d);
-    DICE_OP_UNROLL
-    for (int i = 0; i < k.size(); ++i) d[i] = m * d[i];
+    const auto by_sums = [&](int i) { return direct(i, Activation::Scale(p[i], norm)); };
+    Activation::template Backward<kCrossEntropy>(k, p, norm, m, by_sums, by_cross_entropy, d);
   }
 }
 

@@ -21,6 +21,13 @@ constexpr int kFlush = 64;
 // A few classes live in registers; more stream through the first-level cache.
 constexpr int kMaxRegisterClasses = 4;
 
+// Classes whose sums are added side by side, and share the loads of a voxel's weight and label: as many as the
+// instruction set has registers for.
+constexpr int kTogether = DICE_OP_VECTOR_BYTES / 16;
+
+// A gradient of so many bytes does not stay in the caches until somebody reads it.
+constexpr int64_t kStreamBytes = 8 << 20;
+
 template <class P, int kCount>
 struct Row {
   P values[kCount];
@@ -37,12 +44,20 @@ struct Row<P, 0> {
   }
 };
 
+// The sums of a few classes over a tile, in registers: nothing may take the address of this.
+template <class P, int kCount>
+struct RegisterSums {
+  P intersection[kCount] = {}, pred_sum[kCount] = {}, label_sum[kCount] = {}, cross_entropy[kCount] = {},
+    weight_sum = {};
+};
+
+// Lane by lane in memory, and from there to the totals.
 template <class P, int kCount>
 struct Accumulators {
   Row<P, kCount> intersection_, pred_sum_, label_sum_, cross_entropy_;
   P *intersection, *pred_sum, *label_sum, *cross_entropy;
   P weight_sum;
-  int count;
+  int count, additions = 0;  // numbers added to a lane since the last Flush
 
   explicit Accumulators(int classes)
       : intersection_(classes),
@@ -60,12 +75,22 @@ struct Accumulators {
     for (P* row : {intersection, pred_sum, label_sum, cross_entropy}) std::fill(row, row + count, P(0));
     weight_sum = P(0);
   }
+  void Add(const RegisterSums<P, kCount>& tile) {
+    for (int c = 0; c < kCount; ++c) {
+      intersection[c] = intersection[c] + tile.intersection[c];
+      pred_sum[c] = pred_sum[c] + tile.pred_sum[c];
+      label_sum[c] = label_sum[c] + tile.label_sum[c];
+      cross_entropy[c] = cross_entropy[c] + tile.cross_entropy[c];
+    }
+    weight_sum = weight_sum + tile.weight_sum;
+  }
   void Flush(double* partial) {
     for (const P* row : {intersection, pred_sum, label_sum, cross_entropy}) {
       for (int c = 0; c < count; ++c) *partial++ += SumLanes(row[c]);
     }
     *partial += SumLanes(weight_sum);
     Clear();
+    additions = 0;
   }
 };
 
@@ -98,34 +123,93 @@ struct Block {
   using Classes = AllClasses<kCount>;
   static constexpr bool kAsks = std::is_same_v<R, double>;  // at run time, whether a cross-entropy is wanted
 
+  struct Scratch {  // of AddByClass
+    Row<P, 0> p, scales, weights;
+    Scratch(int classes, int groups)
+        : p(kCount ? 0 : classes), scales(kCount ? 0 : groups), weights(kCount ? 0 : groups) {}
+  };
+
   static int64_t Sums(const Problem& problem, int64_t sample, int64_t begin, int64_t end, double* partial) {
     const Classes k{static_cast<int>(problem.classes)};
     const auto terms = TermsOf<R>(problem, kAsks ? problem.options.cross_entropy : kCrossEntropy);
     Tile<R, W> tile(problem);
     Accumulators<P, kCount> sums(k.size());
-    Row<P, kCount> p(k.size()), z_row(kCount);
+    Scratch scratch(k.size(), tile.capacity() / W);
     int64_t bad = -1;
-    int added = 0;
     for (int64_t v = begin; v < end; v += tile.capacity()) {
       const int64_t found = tile.Load(sample, v, static_cast<int>(std::min<int64_t>(tile.capacity(), end - v)));
       if (bad < 0) bad = found;
-      for (int group = 0; group < tile.groups(); ++group) {
-        P* z = reinterpret_cast<P*>(tile.logits(group));
-        if constexpr (kCount > 0) {
-          std::copy(z, z + kCount, z_row.values);
-          z = z_row.values;
-        }
-        const P m = P::Load(tile.weight(group));
-        AddVoxel<Activation, kCrossEntropy>(k, z, p.values, LabelOf<R, kDense, P, I>(tile, group), m, terms, sums);
-        sums.weight_sum = sums.weight_sum + m;
-        if (++added == kFlush) {
-          sums.Flush(partial);
-          added = 0;
-        }
+      if constexpr (kCount > 0) {
+        AddByVoxel(k, terms, tile, sums);
+      } else {
+        AddByClass(k, terms, tile, scratch, sums);
       }
+      if (sums.additions >= kFlush) sums.Flush(partial);
     }
     sums.Flush(partial);
     return bad;
+  }
+
+  // A few classes: their sums over a run of voxels stay in registers.
+  static void AddByVoxel(const Classes& k, const Terms<R>& terms, Tile<R, W>& tile, Accumulators<P, kCount>& sums) {
+    for (int group = 0; group < tile.groups();) {
+      RegisterSums<P, kCount> run;
+      for (const int end = std::min(group + kFlush / 2, tile.groups()); group < end; ++group) {
+        tile.Prefetch(group);
+        P z[kCount], p[kCount];
+        const P* const stored = reinterpret_cast<const P*>(tile.logits(group));
+        std::copy(stored, stored + kCount, z);
+        const P m = P::Load(tile.weight(group));
+        AddVoxel<Activation, kCrossEntropy>(k, z, p, LabelOf<R, kDense, P, I>(tile, group), m, terms, run);
+        run.weight_sum = run.weight_sum + m;
+      }
+      sums.Add(run);
+      sums.additions += 2;  // at most kFlush / 2 of them before kFlush / 2 in a run
+    }
+  }
+
+  // Many classes: each voxel by itself first, then a few classes at a time over all voxels of the tile.
+  static void AddByClass(const Classes& k, const Terms<R>& terms, Tile<R, W>& tile, Scratch& scratch,
+                         Accumulators<P, kCount>& sums) {
+    P *const scales = scratch.scales.values, *const weights = scratch.weights.values;
+    const int groups = tile.groups();
+    for (int group = 0; group < groups; ++group) {
+      tile.Prefetch(group);
+      P* const z = reinterpret_cast<P*>(tile.logits(group));
+      P* const p = kCrossEntropy ? scratch.p.values : z;
+      const P m = P::Load(tile.weight(group));
+      const auto norm = Activate<Activation>(k, z, p, m, terms);
+      scales[group] = norm.scale;
+      weights[group] = Activation::Scale(m, norm);
+      sums.weight_sum = sums.weight_sum + m;
+      if constexpr (kCrossEntropy) {
+        if (terms.cross_entropy) {
+          CrossEntropy<Activation>(k, z, p, norm, LabelOf<R, kDense, P, I>(tile, group), terms,
+                                   [&](int i, P loss, P) { sums.cross_entropy[i] = sums.cross_entropy[i] + m * loss; });
+        }
+        std::copy(p, p + k.size(), z);
+      }
+    }
+    for (int c = 0; c < k.size(); c += kTogether) {
+      P intersection[kTogether] = {}, pred_sum[kTogether] = {}, label_sum[kTogether] = {};
+      for (int group = 0; group < groups; ++group) {
+        const auto label = LabelOf<R, kDense, P, I>(tile, group);
+        const P m = P::Load(tile.weight(group));
+        const Norm<P> norm = {P(R(0)), scales[group], P(R(0))};
+        for (int j = 0; j < kTogether; ++j) {
+          const int i = std::min(c + j, k.size() - 1);  // past the last class: what is not used
+          const P p = P::Load(tile.logits(group) + i * W);
+          AddClass<Activation>(label, i, i, p, m, weights[group], norm, terms, &intersection[j], &pred_sum[j],
+                               &label_sum[j]);
+        }
+      }
+      for (int j = 0; j < kTogether && c + j < k.size(); ++j) {
+        sums.intersection[c + j] = sums.intersection[c + j] + intersection[j];
+        sums.pred_sum[c + j] = sums.pred_sum[c + j] + pred_sum[j];
+        sums.label_sum[c + j] = sums.label_sum[c + j] + label_sum[j];
+      }
+    }
+    sums.additions += groups;
   }
 
   static void Grad(const Problem& problem, const SumsGrad& grad, int64_t sample, int64_t begin, int64_t end) {
@@ -136,10 +220,12 @@ struct Block {
     };
     const R *a = of_sample(grad.d_intersection), *b = of_sample(grad.d_pred_sum), *e = of_sample(grad.d_cross_entropy);
     Tile<R, W> tile(problem);
+    const bool stream = grad.d_logits != problem.logits && tile.total_bytes() >= kStreamBytes;
     Row<P, kCount> p(k.size()), h(k.size()), z_row(kCount);
     for (int64_t v = begin; v < end; v += tile.capacity()) {
       tile.Load(sample, v, static_cast<int>(std::min<int64_t>(tile.capacity(), end - v)));
       for (int group = 0; group < tile.groups(); ++group) {
+        tile.Prefetch(group);
         P* const stored = reinterpret_cast<P*>(tile.logits(group));
         P* z = stored;
         if constexpr (kCount > 0) {
@@ -151,8 +237,9 @@ struct Block {
                                              P::Load(tile.weight(group)), terms, a, b, e);
         if constexpr (kCount > 0) std::copy(z, z + kCount, stored);
       }
-      tile.Store(grad.d_logits);
+      tile.Store(grad.d_logits, stream);
     }
+    if (stream) FenceStreams();
   }
 };
 

@@ -5,6 +5,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #include "core/dtype.h"
 
@@ -44,7 +50,7 @@ struct __attribute__((may_alias)) Pack {
   Vector v;
 
   Pack() = default;
-  DICE_OP_INLINE explicit Pack(T x) : v(Vector{} + x) {}
+  DICE_OP_INLINE explicit Pack(T x) : v(x - Vector{}) {}  // 0 + x would not be x: -0
   DICE_OP_INLINE explicit Pack(Vector x) : v(x) {}
 
   DICE_OP_INLINE static Pack Load(const T* from) {
@@ -70,33 +76,171 @@ struct __attribute__((may_alias)) Pack {
   DICE_OP_INLINE friend Pack Abs(Pack a) { return Pack(a.v < T(0) ? -a.v : a.v); }
 };
 
-// 2^n p(r) with x = n log 2 + r, |r| <= log(2)/2; error below 2 units in the last place. Minimax
-// polynomial of the Cephes library (S. Moshier). Results under the smallest normal number are 0,
-// above the largest infinity; NaN stays NaN.
+// Past the caches, where the processor can: for what nobody reads soon. `to` is aligned to the value's size.
+template <class V>
+DICE_OP_INLINE void Stream(V value, void* to) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), BitCast<__m512i>(value));
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), BitCast<__m256i>(value));
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(to), BitCast<__m128i>(value));
+#endif
+  std::memcpy(to, &value, sizeof(V));
+}
+
+// After the last Stream: what was written is seen before what is written from here on.
+inline void FenceStreams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// A register's numbers, from and to the type that they have in memory.
+template <class R, int W, class T>
+DICE_OP_INLINE Pack<R, W> LoadAs(const T* from) {
+  if constexpr (std::is_same_v<T, R>) {
+    return Pack<R, W>::Load(from);
+  } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<R, float>) {
+    typename VectorOf<uint16_t, W>::type bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    using Wide = typename VectorOf<uint32_t, W>::type;
+    return Pack<R, W>(BitCast<typename Pack<R, W>::Vector>(__builtin_convertvector(bits, Wide) << 16));
+  } else {
+#if defined(__F16C__)
+    if constexpr (std::is_same_v<T, Half> && std::is_same_v<R, float> && W == 8) {
+      return Pack<R, W>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+    }
+#endif
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<T, Half> && std::is_same_v<R, float> && W == 16) {
+      return Pack<R, W>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+    }
+#endif
+    R numbers[W];
+    for (int i = 0; i < W; ++i) numbers[i] = FromStorage<T, R>(from[i]);
+    return Pack<R, W>::Load(numbers);
+  }
+}
+template <bool kStream, class V, class T>
+DICE_OP_INLINE void StoreOrStream(V value, T* to) {
+  if constexpr (kStream) {
+    Stream(value, to);
+  } else {
+    std::memcpy(to, &value, sizeof(V));
+  }
+}
+template <bool kStream, class R, int W, class T>
+DICE_OP_INLINE void StoreAs(Pack<R, W> x, T* to) {
+  if constexpr (std::is_same_v<T, R>) {
+    StoreOrStream<kStream>(x.v, to);
+  } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<R, float>) {
+    using Wide = typename VectorOf<uint32_t, W>::type;
+    const Wide bits = BitCast<Wide>(x.v), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Wide result = (bits & 0x7fffffff) > 0x7f800000 ? Wide{} + 0x7fc0 : rounded;
+    StoreOrStream<kStream>(__builtin_convertvector(result, typename VectorOf<uint16_t, W>::type), to);
+  } else {
+    constexpr bool kHalf = std::is_same_v<T, Half> && std::is_same_v<R, float>;
+    (void)kHalf;
+#if defined(__F16C__)
+    if constexpr (kHalf && W == 8) return StoreOrStream<kStream>(_mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT), to);
+#endif
+#if defined(__AVX512F__)
+    if constexpr (kHalf && W == 16) return StoreOrStream<kStream>(_mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT), to);
+#endif
+    for (int i = 0; i < W; ++i) to[i] = ToStorage<T>(x.v[i]);
+  }
+}
+
+// x = n log 2 + r, |r| <= log(2)/2, and e^r by a minimax polynomial: relative error 3e-9 before rounding.
+template <int W>
+struct Exponent {
+  using F = typename Pack<float, W>::Vector;
+  using I = typename Pack<float, W>::Mask;
+  F n, p;
+  I bits;  // n, in the lowest bits
+
+  DICE_OP_INLINE explicit Exponent(F x) {
+    const F magic = F{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const F shifted = x * 1.44269504f + magic;
+    n = shifted - magic;
+    bits = BitCast<I>(shifted);
+    const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    p = r * 1.381314451e-3f + 8.369418836e-3f;
+    p = p * r + 4.166845679e-2f;
+    p = p * r + 1.666651479e-1f;
+    p = p * r + 4.999999305e-1f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+  }
+};
+
+constexpr float kLogOfSmallest = -87.3365402f;  // of the smallest normal number
+
+// Error below 1 unit in the last place. Results under the smallest normal number are 0, above the largest infinity;
+// NaN stays NaN.
 template <int W>
 DICE_OP_INLINE Pack<float, W> Exp(Pack<float, W> x) {
   using F = typename Pack<float, W>::Vector;
   using I = typename Pack<float, W>::Mask;
-  const F magic = F{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  F v = x.v < -87.5f ? F{} - 87.5f : x.v;
-  v = v > 88.5f ? F{} + 88.5f : v;
-  const F shifted = v * 1.44269504f + magic;
-  const F n = shifted - magic;
-  const F r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
-  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  const Exponent<W> e((Max(Pack<float, W>(-87.5f), -Max(Pack<float, W>(-88.5f), -x))).v);
   // scale in two steps of half the exponent, which reaches both ends of the range
-  const I bits = BitCast<I>(shifted) - BitCast<I>(magic);
-  const I half = bits >> 1;
-  const F low = BitCast<F>((half + 127) << 23), high = BitCast<F>((bits - half + 127) << 23);
-  F result = p * low * high;
-  result = x.v < -87.3365402f ? F{} : result;
+  const I n = e.bits - BitCast<I>(F{} + 12582912.0f), half = n >> 1;
+  F result = e.p * BitCast<F>((half + 127) << 23) * BitCast<F>((n - half + 127) << 23);
+  result = x.v < kLogOfSmallest ? F{} : result;
   result = x.v > 88.7228394f ? F{} + INFINITY : result;
   return Pack<float, W>(result);
+}
+
+#if defined(__AVX2__) && defined(__FMA__)
+// Of a table in one register, what the lowest bits of each lane of the index select.
+DICE_OP_INLINE __m256 LookUp(__m256 table, __m256i index) { return _mm256_permutevar8x32_ps(table, index); }
+DICE_OP_INLINE __m256 TimesPowerOfTwo(__m256 x, __m256 n, __m256 of) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(n)), 23);
+  return _mm256_and_ps(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), exponent)),
+                       _mm256_cmp_ps(of, _mm256_set1_ps(kLogOfSmallest), _CMP_NLT_UQ));
+}
+#if defined(__AVX512F__)
+DICE_OP_INLINE __m512 LookUp(__m512 table, __m512i index) { return _mm512_permutexvar_ps(index, table); }
+DICE_OP_INLINE __m512 TimesPowerOfTwo(__m512 x, __m512 n, __m512 of) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(of, _mm512_set1_ps(kLogOfSmallest), _CMP_NLT_UQ), x, n);
+}
+#endif
+
+// x = n log 2 + r with n a multiple of 1 / W: 2^n mostly from a table of W roots of 2, e^r by three terms of its
+// series, the middle one moved for the smallest error. A third fewer instructions than Exponent's.
+template <int W>
+DICE_OP_INLINE Pack<float, W> ExpByTable(Pack<float, W> x) {
+  using F = typename Pack<float, W>::Vector;
+  using Bits = std::conditional_t<W == 16, __m512i, __m256i>;
+  constexpr float kRoots[16] = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
+                                1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
+                                1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
+  constexpr float kLog2 = 0.693147182f, kLargestRest = kLog2 / (2 * W);
+  F roots;
+  for (int i = 0; i < W; ++i) roots[i] = kRoots[i * (16 / W)];
+  const F magic = F{} + 12582912.0f / W;  // 1.5 * 2^23 / W: adding it rounds to a multiple of 1 / W
+  const F shifted = x.v * 1.44269504f + magic;
+  const F n = shifted - magic;
+  const F r = x.v - n * kLog2;
+  const F root = BitCast<F>(LookUp(roots, BitCast<Bits>(shifted)));
+  const F p = ((r * (1.0f / 6) + (0.5f + 0.0345178f * kLargestRest * kLargestRest)) * r + 1.0f) * r;
+  return Pack<float, W>(BitCast<F>(TimesPowerOfTwo(root * p + root, n, x.v)));
+}
+#endif
+
+// e^x of numbers that are not positive, or NaN: all that a softmax asks for. Results under the smallest normal number
+// are 0. Error below 2 units in the last place for x > -20, where e^x is 2e-9, and 5 below; 1.2 without a table.
+template <int W>
+DICE_OP_INLINE Pack<float, W> ExpOfNegative(Pack<float, W> x) {
+#if defined(__AVX2__) && defined(__FMA__)
+  if constexpr (W >= 8) return ExpByTable(x);
+#endif
+  using F = typename Pack<float, W>::Vector;
+  const Exponent<W> e(Max(Pack<float, W>(kLogOfSmallest), x).v);
+  return Pack<float, W>(x.v < kLogOfSmallest ? F{} : e.p * BitCast<F>((e.bits << 23) + 0x3f800000));
 }
 
 // log of numbers >= 0; error below 2 units in the last place (Cephes). 0 gives -infinity, numbers
@@ -136,9 +280,14 @@ DICE_OP_INLINE Pack<double, W> Log(Pack<double, W> x) {
   return x;
 }
 
+template <int W>
+DICE_OP_INLINE Pack<double, W> ExpOfNegative(Pack<double, W> x) {
+  return Exp(x);
+}
+
 template <class T, int W>
 DICE_OP_INLINE Pack<T, W> ExpOfDifference(Pack<T, W> a, Pack<T, W> b) {
-  return Exp(a - b);
+  return ExpOfNegative(a - b);
 }
 template <class T, int W>
 DICE_OP_INLINE Pack<T, W> ExpOfDifferenceToItself(Pack<T, W>) {
@@ -165,6 +314,24 @@ DICE_OP_INLINE Pack<T, W> Shuffle(Pack<T, W> a, Pack<T, W> b) {
   return Pack<T, W>(__builtin_shufflevector(a.v, b.v, kLanes...));
 #else
   return Pack<T, W>(__builtin_shuffle(a.v, b.v, typename Pack<T, W>::Mask{kLanes...}));
+#endif
+}
+
+// Two registers in one of twice the size, and four lanes of one.
+template <class T, int W, int... kLanes>
+DICE_OP_INLINE Pack<T, 2 * W> Beside(Pack<T, W> low, Pack<T, W> high, std::integer_sequence<int, kLanes...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return Pack<T, 2 * W>(__builtin_shufflevector(low.v, high.v, kLanes...));
+#else
+  return Pack<T, 2 * W>(typename Pack<T, 2 * W>::Vector{(kLanes < W ? low.v[kLanes % W] : high.v[kLanes % W])...});
+#endif
+}
+template <int kFirst, class T, int W>
+DICE_OP_INLINE Pack<T, 4> FourFrom(Pack<T, W> x) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return Pack<T, 4>(__builtin_shufflevector(x.v, x.v, kFirst, kFirst + 1, kFirst + 2, kFirst + 3));
+#else
+  return Pack<T, 4>(typename Pack<T, 4>::Vector{x.v[kFirst], x.v[kFirst + 1], x.v[kFirst + 2], x.v[kFirst + 3]});
 #endif
 }
 

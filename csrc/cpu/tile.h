@@ -9,136 +9,243 @@
 #include <limits>
 #include <memory>
 #include <type_traits>
+#include <utility>
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
+#include "core/dispatch.h"
 #include "core/dtype.h"
 #include "cpu/pack.h"
 
 namespace dice_op {
 namespace {
 
-template <class T, class R>
+template <int W, class T, class R>
 void Convert(const T* from, int64_t n, R* to) {
   int64_t i = 0;
-#if defined(__F16C__)
-  if constexpr (std::is_same_v<T, Half> && std::is_same_v<R, float>) {
-    for (; i + 8 <= n; i += 8) {
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-    }
-  }
-#endif
+  for (; i + W <= n; i += W) LoadAs<R, W>(from + i).Store(to + i);
   for (; i < n; ++i) to[i] = FromStorage<T, R>(from[i]);
 }
 
-template <class R, class T>
-void ConvertBack(const R* from, int64_t n, T* to) {
+template <int W, class R, class T>
+void ConvertBack(const R* from, int64_t n, T* to, bool stream) {
+  using P = Pack<R, W>;
   int64_t i = 0;
-  if constexpr (std::is_same_v<T, Half>) {
-#if defined(__F16C__)
-    for (; i + 8 <= n; i += 8) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
-                       _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
-    }
-#endif
+  if (stream) {
+    for (; i < n && reinterpret_cast<uintptr_t>(to + i) % (W * sizeof(T)); ++i) to[i] = ToStorage<T>(from[i]);
+    for (; i + W <= n; i += W) StoreAs<true>(P::Load(from + i), to + i);
   }
+  for (; i + W <= n; i += W) StoreAs<false>(P::Load(from + i), to + i);
   for (; i < n; ++i) to[i] = ToStorage<T>(from[i]);
 }
 
-// Four rows of four become four columns.
-template <class R>
-DICE_OP_INLINE void Transpose4(const R* const from[4], R* const to[4]) {
-  using P = Pack<R, 4>;
-  const P a = P::Load(from[0]), b = P::Load(from[1]), c = P::Load(from[2]), d = P::Load(from[3]);
-  const P ab_low = Shuffle<0, 4, 1, 5>(a, b), ab_high = Shuffle<2, 6, 3, 7>(a, b);
-  const P cd_low = Shuffle<0, 4, 1, 5>(c, d), cd_high = Shuffle<2, 6, 3, 7>(c, d);
-  Shuffle<0, 1, 4, 5>(ab_low, cd_low).Store(to[0]);
-  Shuffle<2, 3, 6, 7>(ab_low, cd_low).Store(to[1]);
-  Shuffle<0, 1, 4, 5>(ab_high, cd_high).Store(to[2]);
-  Shuffle<2, 3, 6, 7>(ab_high, cd_high).Store(to[3]);
+// Four numbers from each of W / 4 places `stride` apart, and back.
+template <int W, class R>
+DICE_OP_INLINE Pack<R, W> LoadFours(const R* from, int64_t stride) {
+  if constexpr (W == 4) {
+    return Pack<R, 4>::Load(from);
+  } else {
+    return Beside(LoadFours<W / 2>(from, stride), LoadFours<W / 2>(from + W / 8 * stride, stride),
+                  std::make_integer_sequence<int, W>());
+  }
+}
+template <class R, int W, size_t... kFour>
+DICE_OP_INLINE void StoreFours(Pack<R, W> x, R* to, int64_t stride, std::index_sequence<kFour...>) {
+  (FourFrom<4 * kFour>(x).Store(to + kFour * stride), ...);
 }
 
-// Between [W, C] in memory and [C, W] in a group: whole 4 x 4 squares, then what is left.
+// In every four lanes of four registers, rows become columns.
+template <class P, size_t... kLane>
+DICE_OP_INLINE void TransposeFours(const P* x, P* y, std::index_sequence<kLane...>) {
+  constexpr int W = P::kWidth;
+  const P low[2] = {Shuffle<(kLane / 4 * 4 + kLane % 4 / 2 + kLane % 2 * W)...>(x[0], x[1]),
+                    Shuffle<(kLane / 4 * 4 + kLane % 4 / 2 + kLane % 2 * W)...>(x[2], x[3])};
+  const P high[2] = {Shuffle<(kLane / 4 * 4 + kLane % 4 / 2 + kLane % 2 * W + 2)...>(x[0], x[1]),
+                     Shuffle<(kLane / 4 * 4 + kLane % 4 / 2 + kLane % 2 * W + 2)...>(x[2], x[3])};
+  y[0] = Shuffle<(kLane / 4 * 4 + kLane % 2 + kLane % 4 / 2 * W)...>(low[0], low[1]);
+  y[1] = Shuffle<(kLane / 4 * 4 + kLane % 2 + kLane % 4 / 2 * W + 2)...>(low[0], low[1]);
+  y[2] = Shuffle<(kLane / 4 * 4 + kLane % 2 + kLane % 4 / 2 * W)...>(high[0], high[1]);
+  y[3] = Shuffle<(kLane / 4 * 4 + kLane % 2 + kLane % 4 / 2 * W + 2)...>(high[0], high[1]);
+}
+
+// Between [W, C] in memory and [C, W] in a group, four classes at a time; the last four may overlap those before.
 template <int W, bool kToGroup, class R>
 DICE_OP_INLINE void TransposeGroup(const R* from, int classes, R* to) {
-  const auto rows = [&](auto* base, int v, int c) { return base + v * classes + c; };
-  const auto group = [&](auto* base, int v, int c) { return base + c * W + v; };
-  int c = 0;
   if constexpr (W >= 4) {
-    for (; c + 4 <= classes; c += 4) {
-      for (int v = 0; v < W; v += 4) {
-        const R* source[4];
-        R* target[4];
+    if (classes >= 4) {
+      using P = Pack<R, W>;
+      for (int next = 0; next < classes; next += 4) {
+        const int c = std::min(next, classes - 4);
+        P x[4], y[4];
         for (int i = 0; i < 4; ++i) {
-          source[i] = kToGroup ? rows(from, v + i, c) : group(from, v, c + i);
-          target[i] = kToGroup ? group(to, v, c + i) : rows(to, v + i, c);
+          x[i] = kToGroup ? LoadFours<W>(from + i * classes + c, 4 * classes) : P::Load(from + (c + i) * W);
         }
-        Transpose4(source, target);
+        TransposeFours(x, y, std::make_index_sequence<W>());
+        for (int i = 0; i < 4; ++i) {
+          if constexpr (kToGroup) {
+            y[i].Store(to + (c + i) * W);
+          } else {
+            StoreFours(y[i], to + i * classes + c, 4 * classes, std::make_index_sequence<W / 4>());
+          }
+        }
       }
+      return;
     }
   }
-  for (; c < classes; ++c) {
-    for (int v = 0; v < W; ++v) {
-      if constexpr (kToGroup) {
-        *group(to, v, c) = *rows(from, v, c);
-      } else {
-        *rows(to, v, c) = *group(from, v, c);
-      }
-    }
+  for (int c = 0; c < classes; ++c) {
+    for (int v = 0; v < W; ++v)
+      to[kToGroup ? c * W + v : v * classes + c] = from[kToGroup ? v * classes + c : c * W + v];
   }
 }
 
-template <int W, bool kToGroup, class R>
-void TransposeGroups(const R* from, int classes, int groups, R* to) {
-  const auto all = [&](int count) {
-    for (int g = 0; g < groups; ++g) {
-      TransposeGroup<W, kToGroup>(from + g * W * count, count, to + g * W * count);
-    }
-  };
-  switch (classes) {  // known counts unroll
-    case 1:
-      std::memcpy(to, from, sizeof(R) * groups * W);
-      return;
-    case 2:
-      return all(std::integral_constant<int, 2>{});
-    case 3:
-      return all(std::integral_constant<int, 3>{});
-    case 4:
-      return all(std::integral_constant<int, 4>{});
-    case 5:
-      return all(std::integral_constant<int, 5>{});
-    default:
-      return all(classes);
+// Of two registers side by side, every other lane: the even ones, or the odd ones.
+template <int kOdd, class P, size_t... kLane>
+DICE_OP_INLINE P EveryOther(P a, P b, std::index_sequence<kLane...>) {
+  return Shuffle<(2 * kLane + kOdd)...>(a, b);
+}
+// The lanes of two registers by turns: their first halves, or their second halves.
+template <int kHigh, class P, size_t... kLane>
+DICE_OP_INLINE P ByTurns(P a, P b, std::index_sequence<kLane...>) {
+  constexpr int W = P::kWidth;
+  return Shuffle<(kLane % 2 * W + kLane / 2 + kHigh * W / 2)...>(a, b);
+}
+// Lane i of the result is number kFirst + i * kStep of the registers side by side.
+template <int kFirst, int kStep, int kCount, int kFrom = 1, class P, size_t... kLane>
+DICE_OP_INLINE P Strided(const P* from, P so_far, std::index_sequence<kLane...> lanes) {
+  if constexpr (kFrom == kCount) {
+    return so_far;
+  } else {
+    constexpr int W = P::kWidth;
+    const auto lane = [](int i) constexpr {
+      const int at = kFirst + i * kStep;
+      return at / W == kFrom ? W + at % W : kFrom == 1 && at < W ? at : i;
+    };
+    return Strided<kFirst, kStep, kCount, kFrom + 1>(from, Shuffle<lane(kLane)...>(so_far, from[kFrom]), lanes);
   }
+}
+// Lane i of the result, number n = kFirst + i of the array, is lane n / kCount of register n % kCount.
+template <int kFirst, int kCount, int kFrom = 1, class P, size_t... kLane>
+DICE_OP_INLINE P Woven(const P* from, P so_far, std::index_sequence<kLane...> lanes) {
+  if constexpr (kFrom == kCount) {
+    return so_far;
+  } else {
+    constexpr int W = P::kWidth;
+    const auto lane = [](int i) constexpr {
+      const int at = kFirst + i;
+      return at % kCount == kFrom ? W + at / kCount : kFrom == 1 && at % kCount == 0 ? at / kCount : i;
+    };
+    return Woven<kFirst, kCount, kFrom + 1>(from, Shuffle<lane(kLane)...>(so_far, from[kFrom]), lanes);
+  }
+}
+
+template <class P, size_t... kLane, size_t... kClass>
+DICE_OP_INLINE void StridedAll(const P* x, P* y, std::index_sequence<kLane...> lanes, std::index_sequence<kClass...>) {
+  constexpr int kCount = sizeof...(kClass);
+  ((y[kClass] = Strided<kClass, kCount, kCount>(x, x[0], lanes)), ...);
+}
+template <class P, size_t... kLane, size_t... kRow>
+DICE_OP_INLINE void WovenAll(const P* x, P* y, std::index_sequence<kLane...> lanes, std::index_sequence<kRow...>) {
+  constexpr int kCount = sizeof...(kRow);
+  ((y[kRow] = Woven<kRow * P::kWidth, kCount>(x, x[0], lanes)), ...);
+}
+
+// kCount registers, in memory [W, kCount], so that each is a class; and back.
+template <int kCount, class P>
+DICE_OP_INLINE void Part(P* x) {
+  constexpr auto kLanes = std::make_index_sequence<P::kWidth>();
+  P y[kCount];
+  if constexpr (kCount % 2 == 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount / 2; ++i) {
+      y[i] = EveryOther<0>(x[2 * i], x[2 * i + 1], kLanes);
+      y[kCount / 2 + i] = EveryOther<1>(x[2 * i], x[2 * i + 1], kLanes);
+    }
+    if constexpr (kCount > 2) {
+      Part<kCount / 2>(y);
+      Part<kCount / 2>(y + kCount / 2);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) x[i] = y[i % 2 * kCount / 2 + i / 2];
+  } else if constexpr (kCount > 1) {
+    StridedAll(x, y, kLanes, std::make_index_sequence<kCount>());
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) x[i] = y[i];
+  }
+}
+template <int kCount, class P>
+DICE_OP_INLINE void Join(P* x) {
+  constexpr auto kLanes = std::make_index_sequence<P::kWidth>();
+  P y[kCount];
+  if constexpr (kCount % 2 == 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) y[i % 2 * kCount / 2 + i / 2] = x[i];
+    if constexpr (kCount > 2) {
+      Join<kCount / 2>(y);
+      Join<kCount / 2>(y + kCount / 2);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount / 2; ++i) {
+      x[2 * i] = ByTurns<0>(y[i], y[kCount / 2 + i], kLanes);
+      x[2 * i + 1] = ByTurns<1>(y[i], y[kCount / 2 + i], kLanes);
+    }
+  } else if constexpr (kCount > 1) {
+    WovenAll(x, y, kLanes, std::make_index_sequence<kCount>());
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) x[i] = y[i];
+  }
+}
+
+// A few classes, in registers.
+template <class R, int W, bool kToGroup, bool kStream, int kCount, class From, class To>
+DICE_OP_INLINE void TransposeFew(const From* from, int groups, To* to) {
+  for (int g = 0; g < groups; ++g, from += W * kCount, to += W * kCount) {
+    Pack<R, W> x[kCount];
+    for (int i = 0; i < kCount; ++i) x[i] = LoadAs<R, W>(from + i * W);
+    if constexpr (kToGroup) {
+      Part<kCount>(x);
+    } else {
+      Join<kCount>(x);
+    }
+    for (int i = 0; i < kCount; ++i) StoreAs<kStream>(x[i], to + i * W);
+  }
+}
+
+constexpr int kFew = 6;
+
+// Between voxels in memory, of any type, and groups: `classes` are few.
+template <class R, int W, bool kToGroup, bool kStream = false, class From, class To>
+void TransposeFewGroups(const From* from, int classes, int groups, To* to) {
+  WithCount<kFew>(classes, [&](auto count) {
+    if constexpr (count.value) TransposeFew<R, W, kToGroup, kStream, count.value>(from, groups, to);
+  });
 }
 
 template <class R, int W>
 class Tile {
  public:
   using Int = typename IntFor<R>::type;
+  using P = Pack<R, W>;
 
   // Scratch memory for one thread's blocks.
   explicit Tile(const Problem& problem)
       : problem_(problem),
         classes_(static_cast<int>(problem.classes)),
+        logit_size_(WithType(problem.logits_dtype, [](auto type) { return sizeof(typename decltype(type)::type); })),
         // logits and dense labels together fill about half of a 32 KB cache
-        capacity_(std::max<int>(W, std::min<int>(512, 2048 / std::max(1, classes_)) / W * W)) {
+        capacity_(std::max<int>(2 * W, std::min<int>(512, 2048 / std::max(1, classes_)) / W * W)) {
     const size_t volume = static_cast<size_t>(capacity_) * classes_;
     const size_t numbers = (problem.labels_per_class() ? 3 : 2) * volume + capacity_;
-    memory_.reset(new char[numbers * sizeof(R) + capacity_ * sizeof(Int) + kAlign]);
-    void* at = memory_.get();
     size_t space = numbers * sizeof(R) + capacity_ * sizeof(Int) + kAlign;
+    memory_.reset(new char[space]);
+    void* at = memory_.get();
     std::align(kAlign, space - kAlign, at, space);
     logits_ = static_cast<R*>(at);
     rows_ = logits_ + volume;
     labels_ = rows_ + volume;
-    weight_ = labels_ + (problem.labels_per_class() ? volume : 0);
+    weight_ = logits_ + numbers - capacity_;
     index_ = reinterpret_cast<Int*>(weight_ + capacity_);
   }
 
   int capacity() const { return capacity_; }
+  int64_t total_bytes() const { return problem_.batch * problem_.voxels * classes_ * logit_size_; }  // of all logits
   int groups() const { return (count_ + W - 1) / W; }
   R* logits(int group) { return logits_ + static_cast<size_t>(group) * classes_ * W; }
   const R* labels(int group) const { return labels_ + static_cast<size_t>(group) * classes_ * W; }
@@ -159,23 +266,45 @@ class Tile {
     return bad;
   }
 
-  // Writes what stands in logits() to an array of the logits' type and layout.
-  void Store(void* to) {
+  // Asks for the memory that a group of the next tile will read, so that it arrives while this one is computed.
+  DICE_OP_INLINE void Prefetch(int group) const {
+    constexpr int64_t kLine = 64;
+    const int64_t size = logit_size_;
+    const char* const base = static_cast<const char*>(problem_.logits) + sample_ * problem_.voxels * classes_ * size;
+    const int64_t next = begin_ + capacity_ + group * W;
+    if (channels_last()) {
+      const char* at = base + next * classes_ * size;
+      for (int64_t i = 0; i < W * classes_ * size; i += kLine) __builtin_prefetch(at + i, 0, 3);
+    } else {
+      for (int c = 0; c < classes_; ++c) __builtin_prefetch(base + (c * problem_.voxels + next) * size, 0, 3);
+    }
+  }
+
+  // Writes what stands in logits() to an array of the logits' type and layout, past the caches if `stream`.
+  void Store(void* to, bool stream) {
     WithType(problem_.logits_dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       // half and bfloat16 are computed in float, double in double
       if constexpr (std::is_same_v<T, R> || (!std::is_arithmetic_v<T> && std::is_same_v<R, float>)) {
-        T* base = static_cast<T*>(to) + sample_ * problem_.voxels * classes_;
-        if (channels_last()) {
-          const bool direct = std::is_same_v<T, R> && count_ % W == 0;
-          R* rows = direct ? reinterpret_cast<R*>(base + begin_ * classes_) : rows_;
-          TransposeGroups<W, false>(logits_, classes_, groups(), rows);
-          if (!direct) ConvertBack(rows, static_cast<int64_t>(count_) * classes_, base + begin_ * classes_);
-        } else {
-          ForEachRun([&](int group, int c, int width) {
-            ConvertBack(logits(group) + c * W, width, base + c * problem_.voxels + begin_ + group * W);
-          });
+        T* const base = static_cast<T*>(to) + sample_ * problem_.voxels * classes_;
+        if (!channels_last()) {
+          for (int c = 0; c < classes_; ++c) {
+            for (int group = 0; group < groups(); ++group) P::Load(logits(group) + c * W).Store(rows_ + group * W);
+            ConvertBack<W>(rows_, count_, base + c * problem_.voxels + begin_, stream);
+          }
+          return;
         }
+        T* const at = base + begin_ * classes_;
+        if (classes_ <= kFew && count_ % W == 0) {  // from registers to memory
+          if (!stream) return TransposeFewGroups<R, W, false>(logits_, classes_, groups(), at);
+          if (reinterpret_cast<uintptr_t>(at) % (W * sizeof(T)) == 0) {
+            return TransposeFewGroups<R, W, false, true>(logits_, classes_, groups(), at);
+          }
+        }
+        const bool direct = std::is_same_v<T, R> && count_ % W == 0 && !stream;
+        R* const rows = direct ? reinterpret_cast<R*>(at) : rows_;
+        Regroup<false>(logits_, rows);
+        if (!direct) ConvertBack<W>(rows, static_cast<int64_t>(count_) * classes_, at, stream);
       }
     });
   }
@@ -184,6 +313,16 @@ class Tile {
   static constexpr size_t kAlign = 64;
 
   bool channels_last() const { return problem_.options.data_format == DataFormat::kChannelsLast; }
+
+  // Between voxels and groups, in this tile's memory.
+  template <bool kToGroup>
+  void Regroup(const R* from, R* to) const {
+    if (classes_ <= kFew) return TransposeFewGroups<R, W, kToGroup>(from, classes_, groups(), to);
+    for (int group = 0; group < groups(); ++group) {
+      const size_t at = static_cast<size_t>(group) * classes_ * W;
+      TransposeGroup<W, kToGroup>(from + at, classes_, to + at);
+    }
+  }
 
   // fn(group, class, voxels of the group that exist)
   template <class Fn>
@@ -202,18 +341,19 @@ class Tile {
       if (channels_last()) {
         const int64_t n = static_cast<int64_t>(count_) * classes_;
         const T* source = base + begin_ * classes_;
+        if (classes_ <= kFew && count_ % W == 0) return TransposeFewGroups<R, W, true>(source, classes_, groups(), to);
         const R* rows = rows_;
         if (std::is_same_v<T, R> && count_ % W == 0) {
           rows = reinterpret_cast<const R*>(source);
         } else {
-          Convert(source, n, rows_);
+          Convert<W>(source, n, rows_);
           std::fill(rows_ + n, rows_ + static_cast<int64_t>(groups()) * W * classes_, R(0));
         }
-        TransposeGroups<W, true>(rows, classes_, groups(), to);
+        Regroup<true>(rows, to);
       } else {
         ForEachRun([&](int group, int c, int width) {
           R* target = to + (static_cast<size_t>(group) * classes_ + c) * W;
-          Convert(base + c * problem_.voxels + begin_ + group * W, width, target);
+          Convert<W>(base + c * problem_.voxels + begin_ + group * W, width, target);
           std::fill(target + width, target + W, R(0));
         });
       }
@@ -221,13 +361,19 @@ class Tile {
   }
 
   void LoadWeight() {
-    std::fill(weight_, weight_ + count_, R(1));
-    std::fill(weight_ + count_, weight_ + groups() * W, R(0));
-    if (!problem_.voxel_weight) return;
-    WithType(problem_.weight_dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      Convert(static_cast<const T*>(problem_.voxel_weight) + sample_ * problem_.voxels + begin_, count_, weight_);
-    });
+    if (problem_.voxel_weight) {
+      WithType(problem_.weight_dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        Convert<W>(static_cast<const T*>(problem_.voxel_weight) + sample_ * problem_.voxels + begin_, count_, weight_);
+      });
+    } else if (problem_.options.has_ignore_label || !ones_) {
+      std::fill(weight_, weight_ + capacity_, R(1));
+      ones_ = true;
+    }
+    if (count_ % W) {
+      std::fill(weight_ + count_, weight_ + groups() * W, R(0));
+      ones_ = false;
+    }
   }
 
   int64_t LoadDenseLabels() {
@@ -263,12 +409,17 @@ class Tile {
       const Wide ignore = has_ignore ? static_cast<Wide>(problem_.options.ignore_label) : Wide(-1);
       const T* labels = static_cast<const T*>(problem_.labels) + sample_ * problem_.voxels + begin_;
       bool bad = false;
-      for (int v = 0; v < count_; ++v) {
+      Int* const __restrict index = index_;
+      const int count = count_;
+      Int wrong = 0;
+      for (int v = 0; v < count; ++v) {
         const Wide label = FromStorage<T, Wide>(labels[v]);
         const bool valid = IsClass(label, limit);
-        index_[v] = valid ? static_cast<Int>(label - first) : Int(-1);
-        bad |= !valid;
+        const Int outside = -static_cast<Int>(!valid);
+        index[v] = static_cast<Int>((valid ? label : first) - first) | outside;  // in a form that compilers vectorise
+        wrong |= outside;
       }
+      bad = wrong;
       if (has_ignore) {
         bad = false;
         for (int v = 0; v < count_; ++v) {
@@ -291,22 +442,25 @@ class Tile {
     const uint32_t* const regions = problem_.options.region_labels ? problem_.options.regions : nullptr;
     for (int group = 0; group < groups(); ++group) {
       R* const to = labels_ + static_cast<size_t>(group) * classes_ * W;
-      for (int v = 0; v < W; ++v) {
-        const Int label = index(group)[v];
-        for (int c = 0; c < classes_; ++c) {
-          to[c * W + v] = static_cast<R>(regions ? label >= 0 && (regions[label] >> c & 1) : label == c);
-        }
+      Int label[W];
+      std::copy(index(group), index(group) + W, label);
+      if (regions) {
+        for (Int& l : label) l = l >= 0 ? static_cast<Int>(regions[l]) : 0;
+      }
+      for (int c = 0; c < classes_; ++c) {
+        for (int v = 0; v < W; ++v) to[c * W + v] = static_cast<R>(regions ? label[v] >> c & 1 : label[v] == c);
       }
     }
   }
 
   const Problem& problem_;
-  const int classes_, capacity_;
+  const int classes_, logit_size_, capacity_;
   int64_t sample_ = 0, begin_ = 0;
   int count_ = 0;
+  bool ones_ = false;  // all of weight_
   std::unique_ptr<char[]> memory_;
   R* logits_;   // [group][C][W]; gradients on the way out
-  R* rows_;     // [voxel][C], between memory and groups
+  R* rows_;     // between memory and groups: [voxel][C], or the voxels of a class
   R* labels_;   // [group][C][W], where there is a label per class
   R* weight_;   // [voxel]
   Int* index_;  // [voxel] class, or -1

@@ -1,0 +1,65 @@
+// What memory allows: how fast `threads` threads read an array, and read one while they write another.
+// Compiled with the machine's own flags; called through ctypes.
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using Words = uint64_t __attribute__((vector_size(64)));
+
+uint64_t Read(const Words* from, size_t count) {
+  Words sums[4] = {};
+  for (size_t i = 0; i + 4 <= count; i += 4) {
+    for (size_t j = 0; j < 4; ++j) sums[j] += from[i + j];
+  }
+  const Words sum = sums[0] + sums[1] + sums[2] + sums[3];
+  uint64_t total = 0;
+  for (int i = 0; i < 8; ++i) total += sum[i];
+  return total;
+}
+
+// Past the caches, which what is written would only pass through.
+void Copy(const Words* from, Words* to, size_t count) {
+#if defined(__x86_64__)
+  const __m128i* source = reinterpret_cast<const __m128i*>(from);
+  __m128i* target = reinterpret_cast<__m128i*>(to);
+  for (size_t i = 0; i < count * 4; ++i) _mm_stream_si128(target + i, _mm_load_si128(source + i));
+  _mm_sfence();
+#else
+  std::memcpy(to, from, count * sizeof(Words));
+#endif
+}
+
+}  // namespace
+
+// Seconds that one pass over `bytes` bytes takes, a multiple of 64 at addresses that are: to null reads.
+extern "C" double Seconds(const void* from, void* to, size_t bytes, int threads) {
+  static std::atomic<uint64_t> keep;
+  const size_t count = bytes / sizeof(Words), block = 1 << 10;
+  std::atomic<size_t> next{0};
+  const auto start = std::chrono::steady_clock::now();
+  const auto work = [&] {
+    for (size_t i; (i = next.fetch_add(block)) < count;) {
+      const size_t length = i + block < count ? block : count - i;
+      const auto* source = static_cast<const Words*>(from) + i;
+      if (to) {
+        Copy(source, static_cast<Words*>(to) + i, length);
+      } else {
+        keep += Read(source, length);
+      }
+    }
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(work);
+  work();
+  for (auto& thread : others) thread.join();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}

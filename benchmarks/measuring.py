@@ -1,0 +1,187 @@
+"""Time and memory of a contender on a case, in a process that does nothing else; the limits.
+
+    python -m benchmarks.measuring '{"contender": ..., "case": ..., "seconds": ...}'
+
+prints one line of JSON.
+"""
+
+import ctypes
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.cases import Case
+from benchmarks.contenders import CONTENDERS, same_loss
+
+ROOT = Path(__file__).resolve().parent.parent
+WARM_UP_SHAPES = ((8, 8, 8), (16, 16, 16))
+TOO_SLOW = 2.0  # seconds: a call above that is repeated thrice and no more
+# Sums over millions of voxels in single precision are only so good: what is further away than this
+# computes another loss, which is near 1.
+MAX_ERROR = 1e-2
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def memory(field):
+    """A field of /proc/self/status in bytes: VmRSS is the resident memory, VmHWM its peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def reset_peak():
+    """Start the peak of the resident memory anew; False where the system does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+# --- one contender --------------------------------------------------------------------------------
+
+
+def tensors(contender, x, y):
+    """Logits and labels in the contender's own type."""
+    if contender.startswith("monai"):
+        import torch
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        x = torch.tensor(np.ascontiguousarray(np.moveaxis(x, -1, 1))).requires_grad_()
+        return x, torch.tensor(y[:, None])
+    if contender == "dice_op.core":
+        return x, y
+    import tensorflow as tf
+
+    return tf.constant(x), tf.constant(y)
+
+
+def measure(contender, case, seconds, labels=None):
+    """Loss, peak extra memory of the first loss with gradient, and the times of more.
+
+    labels: in place of the case's own, `[batch, spatial...]`.
+    """
+    step = CONTENDERS[contender](case)
+    # Small volumes first: tracing, compiling (of the second shape: compiling anew) and starting
+    # threads take memory that is not the loss's.
+    for shape in WARM_UP_SHAPES:
+        step(*tensors(contender, *dataclasses.replace(case, shape=shape).make()))
+    logits, labels = tensors(contender, *case.make(labels))
+
+    # The first call on the volume shows the peak: the allocator keeps that memory for later calls.
+    resident = memory("VmRSS")
+    can_measure = reset_peak()
+    loss = float(step(logits, labels)[0])
+    extra = memory("VmHWM") - resident if can_measure else None
+
+    step(logits, labels)
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 3 or (time.perf_counter() < end and len(times) < 200):
+        start = time.perf_counter()
+        float(step(logits, labels)[0])
+        times.append(time.perf_counter() - start)
+        if times[0] > TOO_SLOW and len(times) == 3:
+            break
+    quartiles = statistics.quantiles(times, n=4)
+    return {
+        "loss": loss,
+        "seconds": statistics.median(times),
+        "quartiles": [quartiles[0], quartiles[2]],
+        "repeats": len(times),
+        "extra_bytes": extra,
+        "logits_bytes": case.logits_bytes,
+    }
+
+
+def in_new_process(contender, case, seconds=2.0, labels_file=None):
+    """What `measure` returns, from a process that does nothing else; or why not, a string."""
+    job = {"contender": contender, "case": dataclasses.asdict(case), "seconds": seconds}
+    job["labels"] = labels_file and str(labels_file)
+    command = [sys.executable, "-m", "benchmarks.measuring", json.dumps(job)]
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)}
+    environment = {**quiet, **os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        return lines[-1] if lines else f"exit {done.returncode}"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(case, contenders, seconds=2.0, labels=None, machine=None):
+    """What `measure` returns for each contender, as it comes, with what it is worth.
+
+    Yields dicts with `contender`, `name` and `case`; `failed`, the reason; or `error`, of the loss
+    against double precision, `wrong`, whether that is another loss, and `of_limit`, where `machine`
+    tells the limits.
+    """
+    expected = case.loss(labels)
+    with tempfile.TemporaryDirectory() as folder:
+        file = None
+        if labels is not None:
+            file = Path(folder) / "labels.npy"
+            np.save(file, labels)
+        for contender in contenders:
+            result = in_new_process(contender, case, seconds, file)
+            if isinstance(result, str):
+                result = {"failed": result}
+            else:
+                result["error"] = abs(result["loss"] - expected)
+                result["wrong"] = same_loss(contender) and not result["error"] <= MAX_ERROR
+                if machine:
+                    result["of_limit"] = of_limit(case, result, machine)
+            yield result | {
+                "contender": contender,
+                "case": dataclasses.asdict(case),
+                "name": str(case),
+            }
+
+
+# --- the machine ----------------------------------------------------------------------------------
+
+
+def limits(megabytes=512, repeats=9):
+    """Bytes per second that this process's processors read, and read while they write as much."""
+    threads = len(os.sched_getaffinity(0))
+    compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "limits.so"
+        command = [compiler, "-O3", "-march=native", "-Wno-psabi", "-std=c++17", "-shared", "-fPIC"]
+        source = Path(__file__).with_name("limits.cc")
+        subprocess.run([*command, "-pthread", source, "-o", library], check=True)
+        seconds = ctypes.CDLL(str(library)).Seconds
+    seconds.restype = ctypes.c_double
+    seconds.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    size = megabytes << 20
+    arrays = [np.ones(size + 64, np.uint8) for _ in range(2)]
+    source, target = (a.ctypes.data + -a.ctypes.data % 64 for a in arrays)
+
+    def best(to, moved):
+        return moved / statistics.median(seconds(source, to, size, threads) for _ in range(repeats))
+
+    return {"threads": threads, "read": best(None, size), "copy": best(target, 2 * size)}
+
+
+def of_limit(case, result, machine):
+    """The time over that of one read for the sums, and one read and one write for the gradient."""
+    read = case.logits_bytes + case.labels_bytes
+    bound = read / machine["read"] + (read + case.logits_bytes) / machine["copy"]
+    return result["seconds"] / bound
+
+
+if __name__ == "__main__":
+    wanted = json.loads(sys.argv[1])
+    volume = np.load(wanted["labels"]) if wanted["labels"] else None
+    wanted_case = Case(**{**wanted["case"], "shape": tuple(wanted["case"]["shape"])})
+    print(json.dumps(measure(wanted["contender"], wanted_case, wanted["seconds"], volume)))

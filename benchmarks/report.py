@@ -1,0 +1,195 @@
+"""A record of `python -m benchmarks` as lines, Markdown tables and plots, and README.md's part."""
+
+import re
+
+from benchmarks.cases import Case
+from benchmarks.contenders import same_loss
+
+SHOWN = (  # in README.md
+    "dice_op",
+    "dice_op, XLA",
+    "vectorised, XLA",
+    "vectorised",
+    "keras.losses.Dice",
+    "monai",
+    "monai, torch.compile",
+    "multi-class snippet",
+)
+README_CASES = ("160³ × 4", "128³ × 14")
+BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+
+
+def _milliseconds(result):
+    return f"{1e3 * result['seconds']:.3g} ms"
+
+
+def _memory(result):
+    if result["extra_bytes"] is None:
+        return "–"
+    return f"{result['extra_bytes'] / result['logits_bytes']:.2f}"
+
+
+def _speed(result, case):
+    """Of what must be moved: the logits read twice, the labels twice, the gradient written."""
+    return 1e-9 * (3 * case.logits_bytes + 2 * case.labels_bytes) / result["seconds"]
+
+
+def _case(result):
+    return Case(**{**result["case"], "shape": tuple(result["case"]["shape"])})
+
+
+def line(result):
+    """What a result says, for the terminal."""
+    if "failed" in result:
+        return f"{result['contender']}: failed: {result['failed'][:150]}"
+    low, high = (1e3 * q for q in result["quartiles"])
+    limit = f", {result['of_limit']:.2f} x limit" if "of_limit" in result else ""
+    wrong = "WRONG by " if result["wrong"] else "error " if same_loss(result["contender"]) else ""
+    return (
+        f"{result['contender']:28}{_milliseconds(result):>10} ({low:.3g} to {high:.3g}){limit}, "
+        f"memory {_memory(result)} x logits" + (f", {wrong}{result['error']:.1e}" if wrong else "")
+    )
+
+
+def _table(head, rows):
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
+
+
+def _row(result):
+    if "failed" in result:
+        return [result["contender"], "failed", "", "", "", ""]
+    wrong = f" wrong by {result['error']:.1g}" if result["wrong"] else f"{result['error']:.0e}"
+    error = wrong if same_loss(result["contender"]) else "another loss"
+    low, high = (1e3 * q for q in result["quartiles"])
+    return [
+        result["contender"],
+        f"{_milliseconds(result)} ({low:.3g} – {high:.3g})",
+        f"{_speed(result, _case(result)):.1f}",
+        f"{result['of_limit']:.2f}",
+        _memory(result),
+        error,
+    ]
+
+
+def _about(machine):
+    packages = ", ".join(f"{k} {v}" for k, v in machine["packages"].items())
+    return (
+        f"{machine['processor']}, {machine['threads']} threads, {machine['simd_level']}; memory is "
+        f"read at {machine['read'] / 1e9:.1f} GB/s, and read and written at "
+        f"{machine['copy'] / 1e9:.1f} GB/s. "
+        f"Python {machine['python']}, {packages}. {machine['date']}, commit {machine['commit']}"
+        f"{' with changes' if machine['changed'] else ''}."
+    )
+
+
+def markdown(record):
+    """All results, a table per case."""
+    lines = ["# Loss and gradient on a CPU", "", _about(record["machine"]), ""]
+    lines += [
+        "Median and quartiles. GB/s: two reads of logits and labels, one write of the gradient,",
+        "over the time; the limit is what those take at the machine's own speed. Memory: peak of",
+        "what comes on top of logits and labels, in logits. Error: of the loss, against double",
+        "precision.",
+        "",
+    ]
+    for name in dict.fromkeys(r["name"] for r in record["results"]):
+        head = ["", "time", "GB/s", "× limit", "memory", "error"]
+        rows = [_row(r) for r in record["results"] if r["name"] == name]
+        lines += [f"## {name}", "", *_table(head, rows)]
+    return "\n".join(lines)
+
+
+def plot(record, path):
+    """Time against voxels and against classes, memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    plain = [
+        r
+        for r in record["results"]
+        if "failed" not in r
+        and not r["wrong"]
+        and r["case"]["dtype"] == "float32"
+        and r["case"]["batch"] == 1
+        and r["case"]["labels"] == "uint8"
+        and r["case"]["data_format"] == "channels_last"
+    ]
+
+    def draw(axis, of, x, y, limit=None):
+        for number, name in enumerate(SHOWN):
+            points = sorted((x(_case(r)), y(r)) for r in plain if r["contender"] == name and of(r))
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", ms=4, color=f"C{number}", label=name)
+        if limit:
+            points = sorted({(x(_case(r)), limit(r)) for r in plain if of(r)})
+            axis.plot(*zip(*points, strict=True), "k--", lw=1, label="memory's limit")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+
+    def milliseconds(result):
+        return 1e3 * result["seconds"]
+
+    def limit(result):
+        return round(milliseconds(result) / result["of_limit"], 6)
+
+    def cubes_of_4(result):
+        return result["case"]["classes"] == 4
+
+    def cubes_of_96(result):
+        return result["case"]["shape"] == [96, 96, 96] and result["case"]["classes"] > 1
+
+    draw(axes[0], cubes_of_4, lambda c: c.voxels, milliseconds, limit)
+    axes[0].set(title="4 classes", xlabel="voxels", ylabel="loss and gradient, ms")
+    draw(axes[1], cubes_of_96, lambda c: c.classes, milliseconds, limit)
+    axes[1].set(title="96³ voxels", xlabel="classes", ylabel="loss and gradient, ms")
+    draw(
+        axes[2],
+        lambda r: cubes_of_96(r) and r["extra_bytes"] is not None,
+        lambda c: c.classes,
+        lambda r: max(r["extra_bytes"], 1) / r["logits_bytes"],
+    )
+    axes[2].set(title="96³ voxels", xlabel="classes", ylabel="peak extra memory, × logits")
+    axes[2].set_yscale("linear")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def readme_part(record):
+    """The short table."""
+    by = {(r["name"], r["contender"]): r for r in record["results"] if "failed" not in r}
+    rows = []
+    for name in SHOWN:
+        cells = [f"`{name}`" if name.startswith("dice_op") else name]
+        for case in README_CASES:
+            result = by.get((case, name))
+            ours = by[case, "dice_op"]
+            cells += (
+                [
+                    _milliseconds(result),
+                    f"{result['seconds'] / ours['seconds']:.1f}",
+                    _memory(result),
+                ]
+                if result
+                else ["–"] * 3
+            )
+        rows.append(cells)
+    head = ["", *(f"{h}{c}" for c in README_CASES for h in ("", "× dice_op, ", "memory, "))]
+    head = [h if h.startswith(("×", "memory")) or not h else f"{h}, time" for h in head]
+    return "\n".join([BEGIN, "", _about(record["machine"]), "", *_table(head, rows), END])
+
+
+def write(record, path):
+    """Everything beside the record, and README.md's part."""
+    path.with_suffix(".md").write_text(markdown(record))
+    plot(record, path.with_suffix(".png"))
+    readme = path.parents[2] / "README.md"
+    text = readme.read_text()
+    readme.write_text(
+        re.sub(f"{BEGIN}.*{END}", lambda _: readme_part(record), text, count=1, flags=re.DOTALL)
+    )
