@@ -1,5 +1,7 @@
 """Keras losses of the Dice family over the fused sums."""
 
+import functools
+import json
 import operator
 
 import keras
@@ -128,19 +130,18 @@ class SumsLoss(keras.losses.Loss):
         cross_entropy = self.sum_options().get("cross_entropy", False)
         _arguments.check_not_activated(y_pred, self.activation, cross_entropy)
         voxel_weight, weight = _arguments.weights(sample_weight, y_pred, self.data_format)
-        if self.batch:  # one loss, whose sums the samples enter with their weights
-            losses, weight = self.call(y_true, y_pred, voxel_weight, weight), None
-        else:
-            losses = self.call(y_true, y_pred, voxel_weight)
-        if weight is not None:
-            weight = tf.cast(weight, losses.dtype)
-            if losses.shape.rank == 2:
-                weight = tf.broadcast_to(weight[:, tf.newaxis], tf.shape(losses))
-        return self._reduce(losses, losses, weight)
+        compiled = _compiled(self) if _one_by_one() else None
+        if compiled:
+            return compiled(self._sums(y_true, y_pred, voxel_weight), weight)
+        of_sums, of_losses = self._weights(weight)
+        return self._reduced(self.call(y_true, y_pred, voxel_weight, of_sums), of_losses)
 
     def call(self, y_true, y_pred, voxel_weight=None, sample_weight=None):
         """The loss of each sample, `[N]` or `[N, classes]`; the weights enter the sums."""
-        sums = dice_sums(
+        return self._losses(self._sums(y_true, y_pred, voxel_weight), sample_weight)
+
+    def _sums(self, y_true, y_pred, voxel_weight):
+        return dice_sums(
             y_true,
             y_pred,
             activation=self.activation,
@@ -151,6 +152,8 @@ class SumsLoss(keras.losses.Loss):
             data_format=self.data_format,
             **self.sum_options(),
         )
+
+    def _losses(self, sums, sample_weight):
         samples = tf.shape(sums.intersection)[:1]
         if sample_weight is not None:
             sums = formulas.weighted(sums, sample_weight)
@@ -158,6 +161,17 @@ class SumsLoss(keras.losses.Loss):
             sums = formulas.over_replicas(formulas.over_batch(sums))
         losses = self.from_sums(sums)
         return tf.broadcast_to(losses, tf.concat([samples, tf.shape(losses)[1:]], 0))
+
+    def _weights(self, weight):
+        """Weights per sample as those of sums and of losses: `batch` has but one loss."""
+        return (weight, None) if self.batch else (None, weight)
+
+    def _reduced(self, losses, weight):
+        if weight is not None:
+            weight = tf.cast(weight, losses.dtype)
+            if losses.shape.rank == 2:
+                weight = tf.broadcast_to(weight[:, tf.newaxis], tf.shape(losses))
+        return self._reduce(losses, losses, weight)
 
     def overlap_sums(self, sums):
         """The sums of the classes that count in an overlap."""
@@ -173,6 +187,56 @@ class SumsLoss(keras.losses.Loss):
     def get_config(self):
         names = [n for c in type(self).__mro__ for n in c.__dict__.get("_arguments", ())]
         return {**super().get_config(), **{n: getattr(self, n) for n in names}}
+
+
+class _CompiledFormula:
+    """A loss from its sums as one function: operation by operation it takes an eager call longer
+    than the sums of a small volume."""
+
+    def __init__(self, loss):
+        self._loss = loss
+        self._functions = {}
+
+    def __call__(self, sums, weight):
+        tensors = [s for s in (*sums, weight) if s is not None]
+        classes = sums.intersection.shape[1]
+        key = (classes, weight is None, *(t.dtype for t in tensors))
+        if key not in self._functions:
+            self._functions[key] = self._trace(classes, weight is not None, sums, tensors)
+        return self._functions[key](*tensors)
+
+    def _trace(self, classes, weighted, sums, tensors):
+        def formula(*tensors):
+            values = iter(tensors)
+            of_sums, of_losses = self._loss._weights(tensors[-1] if weighted else None)
+            traced = type(sums)(*(None if s is None else next(values) for s in sums))
+            return self._loss._reduced(self._loss._losses(traced, of_sums), of_losses)
+
+        shapes = ([None, classes] if t.shape.rank == 2 else [None] for t in tensors)
+        specs = [tf.TensorSpec(s, t.dtype) for s, t in zip(shapes, tensors, strict=True)]
+        return tf.function(formula, autograph=False).get_concrete_function(*specs)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled_formula(kind, config):
+    return _CompiledFormula(kind.from_config(json.loads(config)))
+
+
+def _compiled(loss):
+    """The `_CompiledFormula` of a loss as it is now; None for a loss or attributes not of here."""
+    if type(loss).__module__ != __name__:
+        return None
+    try:
+        config = json.dumps(loss.get_config())
+    except TypeError:
+        return None
+    return _compiled_formula(type(loss), config)
+
+
+def _one_by_one():
+    """Whether operations run as they are called, here and not on a replica."""
+    eager = tf.executing_eagerly() and not tf.config.functions_run_eagerly()
+    return eager and not tf.distribute.has_strategy()
 
 
 class OverlapLoss(SumsLoss):
@@ -427,13 +491,13 @@ class DiceCELoss(DiceLoss):
         options = {"focal_gamma": self.focal_gamma, "label_smoothing": self.label_smoothing}
         return {"cross_entropy": True, **options}
 
-    def call(self, y_true, y_pred, voxel_weight=None, sample_weight=None):
+    def _sums(self, y_true, y_pred, voxel_weight):
         if self.ce_class_weight and self.squared_pred and _arguments.is_soft(y_true, y_pred):
             raise ValueError(
                 "ce_class_weight is normalised by the sum of the labels, which squared_pred=True "
                 "squares: with soft labels leave one of the two out"
             )
-        return super().call(y_true, y_pred, voxel_weight, sample_weight)
+        return super()._sums(y_true, y_pred, voxel_weight)
 
     def from_sums(self, sums):
         if self.activation == "none" and sums.intersection.shape[1] == 1:

@@ -5,8 +5,8 @@
 // on a CPU, every kLanes-th in a CUDA thread that shares a voxel with its neighbours, where Sum and
 // Max combine across those. There a thread may hold a class too many: its logit is -infinity, which
 // adds nothing to the others. A file that includes this has defined, for its R: Exp,
-// ExpOfDifference(a, b) = exp(a - b) for a <= b and what that gives for a = b, Reciprocal, Log, Log1p, Max, Abs, Select
-// and the comparisons.
+// ExpOfDifference(a, b) = exp(a - b) for a <= b and what that gives for a = b, Reciprocal, Log, Log1p, Max, Abs,
+// Select, AddWhere and the comparisons.
 //
 // Everything lies in an unnamed namespace: the CPU kernels compile this file once per instruction
 // set, and internal linkage keeps a linker from merging those copies into one that the processor
@@ -56,7 +56,7 @@ struct IndexLabel {
   }
   template <class R>
   DICE_OP_HD R AddTo(R sum, R x, int c, int) const {
-    return Select(index == c, sum + x, sum);
+    return AddWhere(index == c, sum, x);
   }
   template <class R>
   DICE_OP_HD R Mix(R present, R absent, int c, int) const {
@@ -73,7 +73,7 @@ struct SingleLabel {
   int item;   // which of the classes held it is, or -1
   R z;        // its logit, where it is held
   DICE_OP_HD R Times(R x, int, int i) const { return Select(item == i, x, R(0)); }
-  DICE_OP_HD R AddTo(R sum, R x, int, int i) const { return Select(item == i, sum + x, sum); }
+  DICE_OP_HD R AddTo(R sum, R x, int, int i) const { return AddWhere(item == i, sum, x); }
   DICE_OP_HD R Mix(R present, R absent, int, int i) const { return Select(item == i, present, absent); }
 };
 

@@ -71,6 +71,7 @@ struct __attribute__((may_alias)) Pack {
   DICE_OP_INLINE friend Mask operator>(Pack a, Pack b) { return a.v > b.v; }
 
   DICE_OP_INLINE friend Pack Select(Mask mask, Pack a, Pack b) { return Pack(mask ? a.v : b.v); }
+  DICE_OP_INLINE friend Pack AddWhere(Mask mask, Pack sum, Pack x) { return Select(mask, sum + x, sum); }
   // The first where it is larger, so NaN in the second stays.
   DICE_OP_INLINE friend Pack Max(Pack a, Pack b) { return Pack(a.v > b.v ? a.v : b.v); }
   DICE_OP_INLINE friend Pack Abs(Pack a) { return Pack(a.v < T(0) ? -a.v : a.v); }

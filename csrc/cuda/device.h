@@ -30,6 +30,11 @@ template <class T>
 DICE_OP_DEVICE T Select(bool condition, T yes, T no) {
   return condition ? yes : no;
 }
+// Not a choice between sums: that takes more registers.
+template <class T>
+DICE_OP_DEVICE T AddWhere(bool condition, T sum, T x) {
+  return sum + Select(condition, x, T(0));
+}
 DICE_OP_DEVICE float Max(float a, float b) { return fmaxf(a, b); }
 DICE_OP_DEVICE double Max(double a, double b) { return fmax(a, b); }
 DICE_OP_DEVICE float Abs(float x) { return fabsf(x); }
