@@ -22,7 +22,7 @@ test: lint build  ## check the style, run the tests
 test-full: build .venv/peers  ## run the tests that take long or need more packages
 	$(python) -m pytest tests -m full
 
-bench: build .venv/peers  ## measure beside the peers, an hour; BENCH="--only '160³ × 4'" for some
+bench: build .venv/peers  ## measure beside the peers, half an hour; BENCH="--only '160³ × 4'" for some
 	$(python) -m benchmarks $(BENCH)
 
 build: build/ready  ## compile the extension into dice_op/

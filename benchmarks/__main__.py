@@ -1,6 +1,6 @@
 """Measures dice_op beside its peers on this machine's processors.
 
-    python -m benchmarks                     all of it, an hour: benchmarks/results/cpu.*, README.md
+    python -m benchmarks                     all of it, half an hour: benchmarks/results/cpu.*, README.md
     python -m benchmarks --only '160³ × 4'   cases that match a regular expression; only printed
     python -m benchmarks --contenders dice_op vectorised
     python -m benchmarks --report            tables and plots anew from the record
@@ -67,7 +67,7 @@ def main():
     )
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--seconds", type=float, default=2.0, help="of repetition per measurement")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of repetition per measurement")
     parser.add_argument("--report", action="store_true", help="from the record that is there")
     arguments = parser.parse_args()
     if arguments.report:
@@ -90,12 +90,14 @@ def main():
             for name in arguments.contenders
             if applies(name, case) and (case.logits_bytes <= LARGE or name.startswith("dice_op"))
         ]
-        for result in measuring.compare(case, names, arguments.seconds, machine=about):
+        limits = measuring.limits()  # anew: other users of the machine come and go
+        for result in measuring.compare(case, names, arguments.seconds, machine=limits):
             results.append(result)
             print("  " + report.line(result), flush=True)
     if whole:
         RECORD.parent.mkdir(exist_ok=True)
-        record = {"machine": about, "results": results}
+        overhead = measuring.in_new_process("benchmarks.overhead")
+        record = {"machine": about, "results": results, "overhead": overhead}
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
         report.write(record, RECORD)
     if not results:

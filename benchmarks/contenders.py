@@ -4,23 +4,36 @@ A contender makes of a `Case` a function from logits and labels to loss and grad
 would write it: softmax (sigmoid for one class), one-hot where it wants that, mean over classes.
 """
 
+import functools
 import importlib.util
 
+IN_PLACE = "dice_op.core, in place"
+LEVELS = {  # contender to level, for DICE_OP_SIMD
+    f"dice_op.core, {level}": level for level in ("portable", "x86-64-v2", "x86-64-v3", "x86-64-v4")
+}
 SMOOTH = 1e-5
 EPSILON = 1e-6  # of the snippets
 
 
 def applies(name, case):
-    """Whether the contender computes this case as it stands."""
+    """Whether the contender computes this case as it stands, and is worth the time of it."""
+    plain = (case.batch, case.dtype, case.labels, case.data_format) == (
+        1,
+        "float32",
+        "uint8",
+        "channels_last",
+    )
     if name.startswith("monai"):
         # it has its own layout, channels first: both of ours are the same to it
         installed = all(importlib.util.find_spec(m) for m in ("monai", "torch"))
-        return installed and case.data_format == "channels_last" and case.labels == "uint8"
-    if name.startswith("binary"):
-        return case.classes == 1
-    if name.startswith(("weighted", "multi-class")):
-        return case.classes > 1 and case.data_format == "channels_last"
-    return True
+        slow = name.endswith("torch.compile") and case.classes not in (4, 14)  # to compile
+        return installed and plain and not slow
+    if name in LEVELS or name == IN_PLACE:
+        return plain and (case.shape in ((160,) * 3, (128,) * 3) or case.classes == 104)
+    if "snippet" in name:
+        some = plain and case.logits_bytes < 1 << 27 and case.classes < 20
+        return some and (case.classes == 1) == name.startswith("binary")
+    return plain or name in ("dice_op", "dice_op, XLA", "vectorised, XLA")
 
 
 def same_loss(name):
@@ -38,8 +51,8 @@ def _dice_op(case):
     return dice_op.losses.DiceLoss(activation=activation, data_format=case.data_format)
 
 
-def kernels(case):
-    """dice_op.core: the kernels without TensorFlow."""
+def _kernels(case, in_place=False):
+    """dice_op.core: the kernels without TensorFlow. In place the gradient replaces the logits."""
     import numpy as np
 
     from dice_op import core
@@ -53,7 +66,8 @@ def kernels(case):
         numerator, denominator = 2 * i + SMOOTH, p + t + SMOOTH
         a = (-2 / denominator / i.size).astype(np.float32)
         b = (numerator / denominator**2 / i.size).astype(np.float32)
-        gradient = core.gradient(logits, labels, d_intersection=a, d_pred_sum=b, **options)
+        out = logits if in_place else None
+        gradient = core.gradient(logits, labels, d_intersection=a, d_pred_sum=b, out=out, **options)
         return np.mean(1 - numerator / denominator), gradient
 
     return step
@@ -194,7 +208,9 @@ CONTENDERS = {
     "dice_op": _in_tensorflow(_dice_op),
     "dice_op, XLA": _in_tensorflow(_dice_op, jit_compile=True),
     "dice_op, eager": _in_tensorflow(_dice_op, eager=True),
-    "dice_op.core": kernels,
+    "dice_op.core": _kernels,
+    IN_PLACE: functools.partial(_kernels, in_place=True),
+    **dict.fromkeys(LEVELS, _kernels),
     "vectorised": _in_tensorflow(_vectorised),
     "vectorised, XLA": _in_tensorflow(_vectorised, jit_compile=True),
     "keras.losses.Dice": _in_tensorflow(_keras),

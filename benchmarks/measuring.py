@@ -7,6 +7,7 @@ prints one line of JSON.
 
 import ctypes
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -20,10 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.cases import Case
-from benchmarks.contenders import CONTENDERS, same_loss
+from benchmarks.contenders import CONTENDERS, LEVELS, same_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP_SHAPES = ((8, 8, 8), (16, 16, 16))
+_FOLDER = tempfile.TemporaryDirectory()
 TOO_SLOW = 2.0  # seconds: a call above that is repeated thrice and no more
 # Sums over millions of voxels in single precision are only so good: what is further away than this
 # computes another loss, which is near 1.
@@ -61,7 +63,7 @@ def tensors(contender, x, y):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         x = torch.tensor(np.ascontiguousarray(np.moveaxis(x, -1, 1))).requires_grad_()
         return x, torch.tensor(y[:, None])
-    if contender == "dice_op.core":
+    if contender.startswith("dice_op.core"):
         return x, y
     import tensorflow as tf
 
@@ -73,6 +75,11 @@ def measure(contender, case, seconds, labels=None):
 
     labels: in place of the case's own, `[batch, spatial...]`.
     """
+    if contender in LEVELS:
+        from dice_op import core
+
+        if core.build_info()["simd_level"] != LEVELS[contender]:
+            raise RuntimeError(f"this processor, or this build, has no {LEVELS[contender]}")
     step = CONTENDERS[contender](case)
     # Small volumes first: tracing, compiling (of the second shape: compiling anew) and starting
     # threads take memory that is not the loss's.
@@ -105,13 +112,11 @@ def measure(contender, case, seconds, labels=None):
     }
 
 
-def in_new_process(contender, case, seconds=2.0, labels_file=None):
-    """What `measure` returns, from a process that does nothing else; or why not, a string."""
-    job = {"contender": contender, "case": dataclasses.asdict(case), "seconds": seconds}
-    job["labels"] = labels_file and str(labels_file)
-    command = [sys.executable, "-m", "benchmarks.measuring", json.dumps(job)]
-    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)}
-    environment = {**quiet, **os.environ, "PYTHONPATH": str(ROOT)}
+def in_new_process(module, *arguments, **variables):
+    """The line of JSON that a module prints, run in a process of its own; or why it does not."""
+    command = [sys.executable, "-m", module, *arguments]
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = {**quiet, **os.environ, "PYTHONPATH": str(ROOT), **variables}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
     if done.returncode:
         lines = done.stderr.strip().splitlines()
@@ -133,7 +138,10 @@ def compare(case, contenders, seconds=2.0, labels=None, machine=None):
             file = Path(folder) / "labels.npy"
             np.save(file, labels)
         for contender in contenders:
-            result = in_new_process(contender, case, seconds, file)
+            job = {"contender": contender, "case": dataclasses.asdict(case), "seconds": seconds}
+            job["labels"] = file and str(file)
+            level = {"DICE_OP_SIMD": LEVELS[contender]} if contender in LEVELS else {}
+            result = in_new_process("benchmarks.measuring", json.dumps(job), **level)
             if isinstance(result, str):
                 result = {"failed": result}
             else:
@@ -151,26 +159,31 @@ def compare(case, contenders, seconds=2.0, labels=None, machine=None):
 # --- the machine ----------------------------------------------------------------------------------
 
 
-def limits(megabytes=512, repeats=9):
-    """Bytes per second that this process's processors read, and read while they write as much."""
-    threads = len(os.sched_getaffinity(0))
+@functools.cache
+def _limits_library(folder):
     compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "limits.so"
-        command = [compiler, "-O3", "-march=native", "-Wno-psabi", "-std=c++17", "-shared", "-fPIC"]
-        source = Path(__file__).with_name("limits.cc")
-        subprocess.run([*command, "-pthread", source, "-o", library], check=True)
-        seconds = ctypes.CDLL(str(library)).Seconds
+    library = Path(folder.name) / "limits.so"
+    command = [compiler, "-O3", "-march=native", "-Wno-psabi", "-std=c++17", "-shared", "-fPIC"]
+    source = Path(__file__).with_name("limits.cc")
+    subprocess.run([*command, "-pthread", source, "-o", library], check=True)
+    seconds = ctypes.CDLL(str(library)).Seconds
     seconds.restype = ctypes.c_double
     seconds.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return seconds
+
+
+def limits(megabytes=256, repeats=9):
+    """Bytes per second that this process's processors read, and read while they write as much."""
+    threads = len(os.sched_getaffinity(0))
+    seconds = _limits_library(_FOLDER)
     size = megabytes << 20
     arrays = [np.ones(size + 64, np.uint8) for _ in range(2)]
     source, target = (a.ctypes.data + -a.ctypes.data % 64 for a in arrays)
 
-    def best(to, moved):
+    def median(to, moved):
         return moved / statistics.median(seconds(source, to, size, threads) for _ in range(repeats))
 
-    return {"threads": threads, "read": best(None, size), "copy": best(target, 2 * size)}
+    return {"threads": threads, "read": median(None, size), "copy": median(target, 2 * size)}
 
 
 def of_limit(case, result, machine):

@@ -2,8 +2,8 @@
 
 import re
 
-from benchmarks.cases import Case
-from benchmarks.contenders import same_loss
+from benchmarks.cases import CASES, Case, cube
+from benchmarks.contenders import IN_PLACE, LEVELS, same_loss
 
 SHOWN = (  # in README.md
     "dice_op",
@@ -83,6 +83,88 @@ def _about(machine):
     )
 
 
+def _by_name(record):
+    return {(r["name"], r["contender"]): r for r in record["results"] if "failed" not in r}
+
+
+def _claims(record):
+    """What the numbers come to: the ratios that this project is held to."""
+    by = _by_name(record)
+
+    def seconds(case, contender="dice_op"):
+        return by[case, contender]["seconds"]
+
+    lines = []
+    for case in README_CASES:
+        if (case, "dice_op, XLA") not in by:
+            continue
+        best = min(("dice_op", "dice_op, XLA"), key=lambda name: seconds(case, name))
+        peers = {c for n, c in by if n == case and not c.startswith("dice_op")}
+        peers = [p for p in peers if same_loss(p) and not by[case, p]["wrong"]]
+        fastest = min(peers, key=lambda name: seconds(case, name))
+        snippets = [p for p in peers if p.endswith(("snippet", "snippet, eager"))]
+        snippet = min(snippets, key=lambda name: seconds(case, name))
+        lines.append(
+            f"- {case}: {best} takes {by[case, best]['of_limit']:.2f} times the limit. The fastest "
+            f"peer that computes this loss ({fastest}) takes {_times(by, case, fastest, best)} as "
+            f"long, the faster of the snippets ({snippet}) {_times(by, case, snippet, best)}. Peak "
+            f"extra memory: {_memory(by[case, best])} × logits, in place "
+            f"{_memory(by[case, IN_PLACE])}."
+        )
+    cases = {str(case): case for case in CASES}
+    of_4 = [n for n in cases if _is_cube(cases[n], 4) and (n, "dice_op") in by]
+    lines.append(
+        "- Nanoseconds per voxel, 4 classes: "
+        + ", ".join(
+            f"{n.split(' ')[0]} {1e9 * seconds(n) / cases[n].voxels:.2f}"
+            for n in sorted(of_4, key=lambda n: cases[n].voxels)
+        )
+        + "."
+    )
+    of_96 = [n for n in cases if _is_cube(cases[n], None, 96) and (n, "dice_op") in by]
+    lines.append(
+        "- Nanoseconds per logit, 96³: "
+        + ", ".join(
+            f"{cases[n].classes} classes "
+            f"{1e9 * seconds(n) / (cases[n].voxels * cases[n].classes):.2f}"
+            for n in sorted(of_96, key=lambda n: cases[n].classes)
+        )
+        + "."
+    )
+    halves = [n for n in cases if cases[n].dtype == "float16" and (n, "dice_op") in by]
+    lines.append(
+        "- Half, of the time of float: "
+        + ", ".join(
+            f"{n.removesuffix(' float16')} {seconds(n) / seconds(n.removesuffix(' float16')):.2f}"
+            for n in halves
+        )
+        + "."
+    )
+    for case in README_CASES:
+        levels = [c for c in LEVELS if (case, c) in by]
+        if levels:
+            times = (f"{LEVELS[c]} {_milliseconds(by[case, c])}" for c in levels)
+            lines.append(f"- Instruction sets, {case}: {', '.join(times)}.")
+    return [*lines, ""]
+
+
+def _times(by, case, contender, of):
+    return f"{by[case, contender]['seconds'] / by[case, of]['seconds']:.1f} times"
+
+
+def _is_cube(case, classes=None, edge=None):
+    plain = case == cube(case.shape[0], case.classes)
+    return plain and classes in (None, case.classes) and edge in (None, case.shape[0])
+
+
+def _overhead(record):
+    head = ["8³ × 4, eager", "forward", "with gradient"]
+    rows = [
+        [name, *(f"{1e6 * t:.0f} µs" for t in times)] for name, times in record["overhead"].items()
+    ]
+    return ["## What a call costs", "", *_table(head, rows)]
+
+
 def markdown(record):
     """All results, a table per case."""
     lines = ["# Loss and gradient on a CPU", "", _about(record["machine"]), ""]
@@ -91,6 +173,9 @@ def markdown(record):
         "over the time; the limit is what those take at the machine's own speed. Memory: peak of",
         "what comes on top of logits and labels, in logits. Error: of the loss, against double",
         "precision.",
+        "",
+        *_claims(record),
+        *_overhead(record),
         "",
     ]
     for name in dict.fromkeys(r["name"] for r in record["results"]):
@@ -162,7 +247,7 @@ def plot(record, path):
 
 def readme_part(record):
     """The short table."""
-    by = {(r["name"], r["contender"]): r for r in record["results"] if "failed" not in r}
+    by = _by_name(record)
     rows = []
     for name in SHOWN:
         cells = [f"`{name}`" if name.startswith("dice_op") else name]

@@ -34,6 +34,7 @@ struct AllClasses {
   int count;
   DICE_OP_HD int size() const { return kCount ? kCount : count; }
   DICE_OP_HD int Class(int i) const { return i; }
+  DICE_OP_HD void Prefetch(int) const {}  // called for each class of a voxel
   template <class R>
   DICE_OP_HD static R Sum(R x) {
     return x;
@@ -137,6 +138,7 @@ struct Softmax {
     R total = R(0);
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
+      k.Prefetch(i);
       e[i] = ExpOfDifference(z[i], top);
       total = total + e[i];
     }
@@ -200,7 +202,10 @@ struct Sigmoid {
   template <class Classes, class R>
   DICE_OP_HD static Norm<R> Forward(const Classes& k, const R* z, R* p) {
     DICE_OP_UNROLL
-    for (int i = 0; i < k.size(); ++i) p[i] = Logistic<R>::Of(z[i]).p;
+    for (int i = 0; i < k.size(); ++i) {
+      k.Prefetch(i);
+      p[i] = Logistic<R>::Of(z[i]).p;
+    }
     return {};
   }
   template <class R>
@@ -222,7 +227,10 @@ struct Identity {
   template <class Classes, class R>
   DICE_OP_HD static Norm<R> Forward(const Classes& k, const R* z, R* p) {
     DICE_OP_UNROLL
-    for (int i = 0; i < k.size(); ++i) p[i] = z[i];
+    for (int i = 0; i < k.size(); ++i) {
+      k.Prefetch(i);
+      p[i] = z[i];
+    }
     return {};
   }
   template <class R>
@@ -448,6 +456,7 @@ DICE_OP_HD void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const Label&
   if constexpr (Activation::kBinary) {  // no class knows of another
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
+      k.Prefetch(i);
       const auto s = Logistic<R>::Of(z[i]);
       R total = direct(i, s.p) * s.p * s.q;
       if constexpr (kCrossEntropy) {

@@ -94,6 +94,13 @@ struct Accumulators {
   }
 };
 
+// While a class is computed, a piece of memory that the next tile reads is asked for, so that it is there by then.
+template <int kCount>
+struct ClassesOfTile : AllClasses<kCount> {
+  Ahead ahead;
+  DICE_OP_INLINE void Prefetch(int i) const { __builtin_prefetch(ahead.memory + i * ahead.stride); }
+};
+
 template <class R, bool kDense, class P, class I, int W>
 auto LabelOf(const Tile<R, W>& tile, int group) {
   if constexpr (kDense) {
@@ -120,7 +127,7 @@ struct Block {
   static constexpr int W = DICE_OP_VECTOR_BYTES / sizeof(R);
   using P = Pack<R, W>;
   using I = Pack<typename IntFor<R>::type, W>;
-  using Classes = AllClasses<kCount>;
+  using Classes = ClassesOfTile<kCount>;
   static constexpr bool kAsks = std::is_same_v<R, double>;  // at run time, whether a cross-entropy is wanted
 
   struct Scratch {  // of AddByClass
@@ -130,7 +137,7 @@ struct Block {
   };
 
   static int64_t Sums(const Problem& problem, int64_t sample, int64_t begin, int64_t end, double* partial) {
-    const Classes k{static_cast<int>(problem.classes)};
+    Classes k{{static_cast<int>(problem.classes)}, {}};
     const auto terms = TermsOf<R>(problem, kAsks ? problem.options.cross_entropy : kCrossEntropy);
     Tile<R, W> tile(problem);
     Accumulators<P, kCount> sums(k.size());
@@ -151,14 +158,13 @@ struct Block {
   }
 
   // A few classes: their sums over a run of voxels stay in registers.
-  static void AddByVoxel(const Classes& k, const Terms<R>& terms, Tile<R, W>& tile, Accumulators<P, kCount>& sums) {
+  static void AddByVoxel(Classes k, const Terms<R>& terms, Tile<R, W>& tile, Accumulators<P, kCount>& sums) {
     for (int group = 0; group < tile.groups();) {
       RegisterSums<P, kCount> run;
       for (const int end = std::min(group + kFlush / 2, tile.groups()); group < end; ++group) {
-        tile.Prefetch(group);
+        k.ahead = tile.NextTile(group);
         P z[kCount], p[kCount];
-        const P* const stored = reinterpret_cast<const P*>(tile.logits(group));
-        std::copy(stored, stored + kCount, z);
+        for (int i = 0; i < kCount; ++i) z[i] = P::Load(tile.logits(group) + i * W);
         const P m = P::Load(tile.weight(group));
         AddVoxel<Activation, kCrossEntropy>(k, z, p, LabelOf<R, kDense, P, I>(tile, group), m, terms, run);
         run.weight_sum = run.weight_sum + m;
@@ -169,12 +175,12 @@ struct Block {
   }
 
   // Many classes: each voxel by itself first, then a few classes at a time over all voxels of the tile.
-  static void AddByClass(const Classes& k, const Terms<R>& terms, Tile<R, W>& tile, Scratch& scratch,
+  static void AddByClass(Classes k, const Terms<R>& terms, Tile<R, W>& tile, Scratch& scratch,
                          Accumulators<P, kCount>& sums) {
     P *const scales = scratch.scales.values, *const weights = scratch.weights.values;
     const int groups = tile.groups();
     for (int group = 0; group < groups; ++group) {
-      tile.Prefetch(group);
+      k.ahead = tile.NextTile(group);
       P* const z = reinterpret_cast<P*>(tile.logits(group));
       P* const p = kCrossEntropy ? scratch.p.values : z;
       const P m = P::Load(tile.weight(group));
@@ -213,7 +219,7 @@ struct Block {
   }
 
   static void Grad(const Problem& problem, const SumsGrad& grad, int64_t sample, int64_t begin, int64_t end) {
-    const Classes k{static_cast<int>(problem.classes)};
+    Classes k{{static_cast<int>(problem.classes)}, {}};
     const auto terms = TermsOf<R>(problem, kAsks ? grad.d_cross_entropy != nullptr : kCrossEntropy);
     const auto of_sample = [&](const void* coefficients) {
       return coefficients ? static_cast<const R*>(coefficients) + sample * problem.classes : nullptr;
@@ -225,17 +231,17 @@ struct Block {
     for (int64_t v = begin; v < end; v += tile.capacity()) {
       tile.Load(sample, v, static_cast<int>(std::min<int64_t>(tile.capacity(), end - v)));
       for (int group = 0; group < tile.groups(); ++group) {
-        tile.Prefetch(group);
-        P* const stored = reinterpret_cast<P*>(tile.logits(group));
-        P* z = stored;
+        k.ahead = tile.NextTile(group);
+        R* const stored = tile.logits(group);
+        P* z = reinterpret_cast<P*>(stored);
         if constexpr (kCount > 0) {
-          std::copy(z, z + kCount, z_row.values);
           z = z_row.values;
+          for (int i = 0; i < kCount; ++i) z[i] = P::Load(stored + i * W);
         }
         // z is read for the last time before the gradient takes its place
         VoxelGrad<Activation, kCrossEntropy>(k, z, p.values, h.values, z, LabelOf<R, kDense, P, I>(tile, group),
                                              P::Load(tile.weight(group)), terms, a, b, e);
-        if constexpr (kCount > 0) std::copy(z, z + kCount, stored);
+        for (int i = 0; i < kCount; ++i) z[i].Store(stored + i * W);
       }
       tile.Store(grad.d_logits, stream);
     }

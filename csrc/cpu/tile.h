@@ -218,6 +218,12 @@ void TransposeFewGroups(const From* from, int classes, int groups, To* to) {
   });
 }
 
+// A piece of memory for each class of a group.
+struct Ahead {
+  const char* memory;
+  int64_t stride;
+};
+
 template <class R, int W>
 class Tile {
  public:
@@ -266,18 +272,12 @@ class Tile {
     return bad;
   }
 
-  // Asks for the memory that a group of the next tile will read, so that it arrives while this one is computed.
-  DICE_OP_INLINE void Prefetch(int group) const {
-    constexpr int64_t kLine = 64;
-    const int64_t size = logit_size_;
-    const char* const base = static_cast<const char*>(problem_.logits) + sample_ * problem_.voxels * classes_ * size;
-    const int64_t next = begin_ + capacity_ + group * W;
-    if (channels_last()) {
-      const char* at = base + next * classes_ * size;
-      for (int64_t i = 0; i < W * classes_ * size; i += kLine) __builtin_prefetch(at + i, 0, 3);
-    } else {
-      for (int c = 0; c < classes_; ++c) __builtin_prefetch(base + (c * problem_.voxels + next) * size, 0, 3);
-    }
+  // Where the next tile will read what here is the group's.
+  Ahead NextTile(int group) const {
+    const int64_t voxel = begin_ + capacity_ + group * W, sample = sample_ * problem_.voxels * classes_;
+    const int64_t first = sample + voxel * (channels_last() ? classes_ : 1);
+    const int64_t stride = channels_last() ? W : problem_.voxels;
+    return {static_cast<const char*>(problem_.logits) + first * logit_size_, stride * logit_size_};
   }
 
   // Writes what stands in logits() to an array of the logits' type and layout, past the caches if `stream`.

@@ -31,6 +31,7 @@ template <int kItems, int kLanes>
 struct Dealt {
   DICE_OP_DEVICE static constexpr int size() { return kItems; }
   DICE_OP_DEVICE static int Class(int i) { return i * kLanes + Lane() % kLanes; }
+  DICE_OP_DEVICE static void Prefetch(int) {}
   template <class R>
   DICE_OP_DEVICE R Sum(R x) const {
 #pragma unroll
