@@ -1,6 +1,6 @@
 """Measures dice_op beside its peers on this machine's processors.
 
-    python -m benchmarks                     all of it, half an hour: benchmarks/results/cpu.*, README.md
+    python -m benchmarks                     all of it, half an hour: results/cpu.*, README.md
     python -m benchmarks --only '160³ × 4'   cases that match a regular expression; only printed
     python -m benchmarks --contenders dice_op vectorised
     python -m benchmarks --report            tables and plots anew from the record
