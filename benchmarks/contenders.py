@@ -8,7 +8,7 @@ import functools
 import importlib.util
 
 IN_PLACE = "dice_op.core, in place"
-LEVELS = {  # contender to level, for DICE_OP_SIMD
+LEVELS = {  # contender, in place too, to level, for DICE_OP_SIMD
     f"dice_op.core, {level}": level for level in ("portable", "x86-64-v2", "x86-64-v3", "x86-64-v4")
 }
 SMOOTH = 1e-5
@@ -210,7 +210,7 @@ CONTENDERS = {
     "dice_op, eager": _in_tensorflow(_dice_op, eager=True),
     "dice_op.core": _kernels,
     IN_PLACE: functools.partial(_kernels, in_place=True),
-    **dict.fromkeys(LEVELS, _kernels),
+    **dict.fromkeys(LEVELS, functools.partial(_kernels, in_place=True)),
     "vectorised": _in_tensorflow(_vectorised),
     "vectorised, XLA": _in_tensorflow(_vectorised, jit_compile=True),
     "keras.losses.Dice": _in_tensorflow(_keras),

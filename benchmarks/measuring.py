@@ -5,6 +5,7 @@
 prints one line of JSON.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -52,6 +53,12 @@ def reset_peak():
     return True
 
 
+def give_back_free_memory():
+    """To the system, so that what is allocated next counts, also where it was in use before."""
+    with contextlib.suppress(OSError, AttributeError):  # only glibc knows how
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 # --- one contender --------------------------------------------------------------------------------
 
 
@@ -83,11 +90,14 @@ def measure(contender, case, seconds, labels=None):
     step = CONTENDERS[contender](case)
     # Small volumes first: tracing, compiling (of the second shape: compiling anew) and starting
     # threads take memory that is not the loss's.
-    for shape in WARM_UP_SHAPES:
-        step(*tensors(contender, *dataclasses.replace(case, shape=shape).make()))
+    small = [dataclasses.replace(case, shape=shape) for shape in WARM_UP_SHAPES]
+    for volume in small:
+        step(*tensors(contender, *volume.make()))
     logits, labels = tensors(contender, *case.make(labels))
+    step(*tensors(contender, *small[0].make()))  # TensorFlow lets go of NumPy's arrays a call late
 
     # The first call on the volume shows the peak: the allocator keeps that memory for later calls.
+    give_back_free_memory()
     resident = memory("VmRSS")
     can_measure = reset_peak()
     loss = float(step(logits, labels)[0])
