@@ -220,7 +220,7 @@ def plot(record, path):
         return result["case"]["classes"] == 4
 
     def cubes_of_96(result):
-        return result["case"]["shape"] == [96, 96, 96] and result["case"]["classes"] > 1
+        return _case(result).shape == (96, 96, 96) and result["case"]["classes"] > 1
 
     draw(axes[0], cubes_of_4, lambda c: c.voxels, milliseconds, limit)
     axes[0].set(title="4 classes", xlabel="voxels", ylabel="loss and gradient, ms")
