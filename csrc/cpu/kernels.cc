@@ -258,7 +258,9 @@ auto WithBlock(const Problem& problem, Activation, Fn&& fn) {
     }
     return WithBool(problem.options.cross_entropy, [&](auto cross_entropy) {
       constexpr bool kCrossEntropy = cross_entropy.value && !Activation::kHard;
-      return WithCount<kMaxRegisterClasses>(problem.classes, [&](auto count) {
+      // what trains, which is logits, is worth the room that a block for every few classes takes
+      constexpr bool kOften = std::is_same_v<Activation, Softmax> || std::is_same_v<Activation, Sigmoid>;
+      return WithCount<kOften ? kMaxRegisterClasses : 0>(problem.classes, [&](auto count) {
         return fn(Block<float, Activation, kCrossEntropy, dense.value, count.value>{});
       });
     });
