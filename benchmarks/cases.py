@@ -27,6 +27,16 @@ class Case:
         size = f"{self.shape[0]}" if cube else "x".join(map(str, self.shape))
         return " ".join([f"{size}{'³' if cube else ''} × {self.classes}", *extra])
 
+    @classmethod
+    def from_json(cls, fields):
+        """Of what `dataclasses.asdict` gave, also by way of JSON, which has no tuples."""
+        return cls(**{**fields, "shape": tuple(fields["shape"])})
+
+    @property
+    def plain(self):
+        """Whether all but the size is as by default."""
+        return self == Case(self.shape, self.classes)
+
     @property
     def voxels(self):
         return self.batch * math.prod(self.shape)

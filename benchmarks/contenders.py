@@ -17,23 +17,17 @@ EPSILON = 1e-6  # of the snippets
 
 def applies(name, case):
     """Whether the contender computes this case as it stands, and is worth the time of it."""
-    plain = (case.batch, case.dtype, case.labels, case.data_format) == (
-        1,
-        "float32",
-        "uint8",
-        "channels_last",
-    )
     if name.startswith("monai"):
         # it has its own layout, channels first: both of ours are the same to it
         installed = all(importlib.util.find_spec(m) for m in ("monai", "torch"))
         slow = name.endswith("torch.compile") and case.classes not in (4, 14)  # to compile
-        return installed and plain and not slow
+        return installed and case.plain and not slow
     if name in LEVELS or name == IN_PLACE:
-        return plain and (case.shape in ((160,) * 3, (128,) * 3) or case.classes == 104)
+        return case.plain and (case.shape in ((160,) * 3, (128,) * 3) or case.classes == 104)
     if "snippet" in name:
-        some = plain and case.logits_bytes < 1 << 27 and case.classes < 20
+        some = case.plain and case.logits_bytes < 1 << 27 and case.classes < 20
         return some and (case.classes == 1) == name.startswith("binary")
-    return plain or name in ("dice_op", "dice_op, XLA", "vectorised, XLA")
+    return case.plain or name in ("dice_op", "dice_op, XLA", "vectorised, XLA")
 
 
 def same_loss(name):

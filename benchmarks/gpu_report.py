@@ -48,7 +48,8 @@ def line(result):
     return json.dumps(result)[:300]
 
 
-def _table(head, rows):
+def table(head, rows):
+    """Lines of Markdown."""
     return [
         "| " + " | ".join(head) + " |",
         "|---" * len(head) + "|",
@@ -83,7 +84,7 @@ def markdown(record):
         "",
     ]
     rows = [(n, s["status"], s["seconds"], s.get("reason", "")) for n, s in record["steps"].items()]
-    text += _table(("step", "", "seconds", ""), rows)
+    text += table(("step", "", "seconds", ""), rows)
     for tool, result in record["steps"].get("sanitizer", {}).get("tools", {}).items():
         text.append(f"- {tool}: {result.splitlines()[0]}")
     text.append("")
@@ -93,7 +94,7 @@ def markdown(record):
             for kind, w in result["worst"].items()
         ]
         text += [f"## {result['count']} checks, {len(result['failures'])} failed", ""]
-        text += _table(("relative error", "largest", "allowed", "where"), rows)
+        text += table(("relative error", "largest", "allowed", "where"), rows)
         text += [f"- {item}" for item in (*result["failures"], *result["left_out"])] + [""]
     for result in (r for r in results if r["kind"] == "yardsticks"):
         text += ["## Kernels", "", f"This GPU, in the same process: {line(result)}.", ""]
@@ -112,7 +113,7 @@ def markdown(record):
         head = ["volume, classes"]
         for part, of in (("forward", "read"), ("backward", "copy"), ("pair", "copy")):
             head += [f"{part}, launched µs", "graph µs", f"of {of} rate"]
-        text += _table((*head, "pair, p10 – p90 µs", "host µs a pair"), rows)
+        text += table((*head, "pair, p10 – p90 µs", "host µs a pair"), rows)
     contenders = [r for r in results if r["kind"] == "contender"]
     volumes = sorted({(r["classes"], r["dtype"], r["edge"]) for r in contenders})
     rows = []
@@ -132,7 +133,7 @@ def markdown(record):
             rows.append((_volume(r), TITLES[r["name"]], *times, ratio, memory, why))
     if rows:
         text += ["## Loss and gradient, with others", ""]
-        text += _table(
+        text += table(
             ("volume, classes", "", "launched µs", "graph µs", "best / dice_op's best")
             + ("extra memory / logits", "",), rows,
         )  # fmt: skip

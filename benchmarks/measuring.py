@@ -26,7 +26,6 @@ from benchmarks.contenders import CONTENDERS, LEVELS, same_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP_SHAPES = ((8, 8, 8), (16, 16, 16))
-_FOLDER = tempfile.TemporaryDirectory()
 TOO_SLOW = 2.0  # seconds: a call above that is repeated thrice and no more
 # Sums over millions of voxels in single precision are only so good: what is further away than this
 # computes another loss, which is near 1.
@@ -170,13 +169,14 @@ def compare(case, contenders, seconds=2.0, labels=None, machine=None):
 
 
 @functools.cache
-def _limits_library(folder):
+def _limits_library():
     compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
-    library = Path(folder.name) / "limits.so"
     command = [compiler, "-O3", "-march=native", "-Wno-psabi", "-std=c++17", "-shared", "-fPIC"]
     source = Path(__file__).with_name("limits.cc")
-    subprocess.run([*command, "-pthread", source, "-o", library], check=True)
-    seconds = ctypes.CDLL(str(library)).Seconds
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "limits.so"
+        subprocess.run([*command, "-pthread", source, "-o", library], check=True)
+        seconds = ctypes.CDLL(str(library)).Seconds
     seconds.restype = ctypes.c_double
     seconds.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return seconds
@@ -185,7 +185,7 @@ def _limits_library(folder):
 def limits(megabytes=256, repeats=9):
     """Bytes per second that this process's processors read, and read while they write as much."""
     threads = len(os.sched_getaffinity(0))
-    seconds = _limits_library(_FOLDER)
+    seconds = _limits_library()
     size = megabytes << 20
     arrays = [np.ones(size + 64, np.uint8) for _ in range(2)]
     source, target = (a.ctypes.data + -a.ctypes.data % 64 for a in arrays)
@@ -206,5 +206,5 @@ def of_limit(case, result, machine):
 if __name__ == "__main__":
     wanted = json.loads(sys.argv[1])
     volume = np.load(wanted["labels"]) if wanted["labels"] else None
-    wanted_case = Case(**{**wanted["case"], "shape": tuple(wanted["case"]["shape"])})
+    wanted_case = Case.from_json(wanted["case"])
     print(json.dumps(measure(wanted["contender"], wanted_case, wanted["seconds"], volume)))

@@ -4,6 +4,7 @@ import re
 
 from benchmarks.cases import CASES, Case, cube
 from benchmarks.contenders import IN_PLACE, LEVELS, same_loss
+from benchmarks.gpu_report import table
 
 SHOWN = (  # in README.md
     "dice_op",
@@ -34,10 +35,6 @@ def _speed(result, case):
     return 1e-9 * (3 * case.logits_bytes + 2 * case.labels_bytes) / result["seconds"]
 
 
-def _case(result):
-    return Case(**{**result["case"], "shape": tuple(result["case"]["shape"])})
-
-
 def line(result):
     """What a result says, for the terminal."""
     if "failed" in result:
@@ -51,11 +48,6 @@ def line(result):
     )
 
 
-def _table(head, rows):
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
-
-
 def _row(result):
     if "failed" in result:
         return [result["contender"], "failed", "", "", "", ""]
@@ -65,7 +57,7 @@ def _row(result):
     return [
         result["contender"],
         f"{_milliseconds(result)} ({low:.3g} – {high:.3g})",
-        f"{_speed(result, _case(result)):.1f}",
+        f"{_speed(result, Case.from_json(result['case'])):.1f}",
         f"{result['of_limit']:.2f}",
         _memory(result),
         error,
@@ -156,7 +148,7 @@ def _overhead(record):
     rows = [
         [name, *(f"{1e6 * t:.0f} µs" for t in times)] for name, times in record["overhead"].items()
     ]
-    return ["## What a call costs", "", *_table(head, rows)]
+    return ["## What a call costs", "", *table(head, rows)]
 
 
 def markdown(record):
@@ -175,7 +167,7 @@ def markdown(record):
     for name in dict.fromkeys(r["name"] for r in record["results"]):
         head = ["", "time", "GB/s", "× limit", "memory", "error"]
         rows = [_row(r) for r in record["results"] if r["name"] == name]
-        lines += [f"## {name}", "", *_table(head, rows)]
+        lines += [f"## {name}", "", *table(head, rows)]
     return "\n".join(lines)
 
 
@@ -190,21 +182,20 @@ def plot(record, path):
     plain = [
         r
         for r in record["results"]
-        if "failed" not in r
-        and not r["wrong"]
-        and r["case"]["dtype"] == "float32"
-        and r["case"]["batch"] == 1
-        and r["case"]["labels"] == "uint8"
-        and r["case"]["data_format"] == "channels_last"
+        if "failed" not in r and not r["wrong"] and Case.from_json(r["case"]).plain
     ]
 
     def draw(axis, of, x, y, limit=None):
         for number, name in enumerate(SHOWN):
-            points = sorted((x(_case(r)), y(r)) for r in plain if r["contender"] == name and of(r))
+            points = sorted(
+                (x(Case.from_json(r["case"])), y(r))
+                for r in plain
+                if r["contender"] == name and of(r)
+            )
             if points:
                 axis.plot(*zip(*points, strict=True), "o-", ms=4, color=f"C{number}", label=name)
         if limit:
-            points = sorted({(x(_case(r)), limit(r)) for r in plain if of(r)})
+            points = sorted({(x(Case.from_json(r["case"])), limit(r)) for r in plain if of(r)})
             axis.plot(*zip(*points, strict=True), "k--", lw=1, label="memory's limit")
         axis.set_xscale("log")
         axis.set_yscale("log")
@@ -220,7 +211,9 @@ def plot(record, path):
         return result["case"]["classes"] == 4
 
     def cubes_of_96(result):
-        return _case(result).shape == (96, 96, 96) and result["case"]["classes"] > 1
+        return (
+            Case.from_json(result["case"]).shape == (96, 96, 96) and result["case"]["classes"] > 1
+        )
 
     draw(axes[0], cubes_of_4, lambda c: c.voxels, milliseconds, limit)
     axes[0].set(title="4 classes", xlabel="voxels", ylabel="loss and gradient, ms")
@@ -260,7 +253,7 @@ def readme_part(record):
         rows.append(cells)
     head = ["", *(f"{h}{c}" for c in README_CASES for h in ("", "× dice_op, ", "memory, "))]
     head = [h if h.startswith(("×", "memory")) or not h else f"{h}, time" for h in head]
-    return "\n".join([BEGIN, "", _about(record["machine"]), "", *_table(head, rows), END])
+    return "\n".join([BEGIN, "", _about(record["machine"]), "", *table(head, rows), END])
 
 
 def write(record, path):

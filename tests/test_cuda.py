@@ -96,9 +96,7 @@ class Cases:
             for name, value in wanted.items():
                 got = result[name].reshape(value.shape).astype(np.float64)
                 if name == "gradient":
-                    if not np.any(
-                        value
-                    ):  # one class under softmax has none, but p = e (1 / e) rounds
+                    if not np.any(value):  # one class under softmax: none, but e (1 / e) rounds
                         assert np.abs(got).max(initial=0) <= 2**-21 * largest, label
                         continue
                     error = reference.gradient_error(got, value)

@@ -125,6 +125,14 @@ struct Norm {
   R top, scale, total;  // scale = 1 / total
 };
 
+// Of the activations whose Forward or Decide gives probabilities at once.
+struct Unscaled {
+  template <class R>
+  DICE_OP_HD static R Scale(R x, const Norm<R>&) {
+    return x;
+  }
+};
+
 struct Softmax {
   static constexpr bool kHard = false;    // zeros and ones, without cross-entropy and gradient
   static constexpr bool kBinary = false;  // one cross-entropy term per voxel: the label's
@@ -196,7 +204,7 @@ struct Logistic {
   }
 };
 
-struct Sigmoid {
+struct Sigmoid : Unscaled {
   static constexpr bool kHard = false;
   static constexpr bool kBinary = true;  // a cross-entropy term for every class, present or not
   template <class Classes, class R>
@@ -209,17 +217,13 @@ struct Sigmoid {
     return {};
   }
   template <class R>
-  DICE_OP_HD static R Scale(R x, const Norm<R>&) {
-    return x;
-  }
-  template <class R>
   DICE_OP_HD static R Probability(R z, const Norm<R>&) {
     return Logistic<R>::Of(z).p;
   }
 };
 
 // The caller's y_pred are probabilities already.
-struct Identity {
+struct Identity : Unscaled {
   static constexpr bool kHard = false;
   static constexpr bool kBinary = false;
   // The cross-entropy takes smaller probabilities for this one, as keras.losses do (backend epsilon).
@@ -232,10 +236,6 @@ struct Identity {
       p[i] = z[i];
     }
     return {};
-  }
-  template <class R>
-  DICE_OP_HD static R Scale(R x, const Norm<R>&) {
-    return x;
   }
   template <class R>
   DICE_OP_HD static R Probability(R z, const Norm<R>&) {
@@ -265,12 +265,8 @@ struct Identity {
 // a sigmoid.
 
 // The class of the largest logit, the first of several.
-struct Argmax {
+struct Argmax : Unscaled {
   static constexpr bool kHard = true, kBinary = false;
-  template <class R>
-  DICE_OP_HD static R Scale(R x, const Norm<R>&) {
-    return x;
-  }
   template <class Classes, class R, class Scalar>
   DICE_OP_HD static void Decide(const Classes& k, const R* z, R* p, Scalar) {
     R top = z[0], nan = R(0);
@@ -292,12 +288,8 @@ struct Argmax {
 };
 
 // Every class whose logit is above the threshold.
-struct Threshold {
+struct Threshold : Unscaled {
   static constexpr bool kHard = true, kBinary = false;
-  template <class R>
-  DICE_OP_HD static R Scale(R x, const Norm<R>&) {
-    return x;
-  }
   template <class Classes, class R, class Scalar>
   DICE_OP_HD static void Decide(const Classes& k, const R* z, R* p, Scalar threshold) {
     DICE_OP_UNROLL

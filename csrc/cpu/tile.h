@@ -52,18 +52,25 @@ DICE_OP_INLINE void StoreFours(Pack<R, W> x, R* to, int64_t stride, std::index_s
   (FourFrom<4 * kFour>(x).Store(to + kFour * stride), ...);
 }
 
+// In every four lanes: the low or high two of a and of b, by turns, or one pair after the other.
+template <int kHigh, class P, size_t... kLane>
+DICE_OP_INLINE P TwosByTurns(P a, P b, std::index_sequence<kLane...>) {
+  return Shuffle<(kLane / 4 * 4 + kLane % 4 / 2 + kLane % 2 * P::kWidth + 2 * kHigh)...>(a, b);
+}
+template <int kHigh, class P, size_t... kLane>
+DICE_OP_INLINE P TwosInOrder(P a, P b, std::index_sequence<kLane...>) {
+  return Shuffle<(kLane / 4 * 4 + kLane % 2 + kLane % 4 / 2 * P::kWidth + 2 * kHigh)...>(a, b);
+}
 // In every four lanes of four registers, rows become columns.
-template <class P, size_t... kLane>
-DICE_OP_INLINE void TransposeFours(const P* x, P* y, std::index_sequence<kLane...>) {
-  constexpr int W = P::kWidth;
-  const P low[2] = {Shuffle<(kLane / 4 * 4 + kLane % 4 / 2 + kLane % 2 * W)...>(x[0], x[1]),
-                    Shuffle<(kLane / 4 * 4 + kLane % 4 / 2 + kLane % 2 * W)...>(x[2], x[3])};
-  const P high[2] = {Shuffle<(kLane / 4 * 4 + kLane % 4 / 2 + kLane % 2 * W + 2)...>(x[0], x[1]),
-                     Shuffle<(kLane / 4 * 4 + kLane % 4 / 2 + kLane % 2 * W + 2)...>(x[2], x[3])};
-  y[0] = Shuffle<(kLane / 4 * 4 + kLane % 2 + kLane % 4 / 2 * W)...>(low[0], low[1]);
-  y[1] = Shuffle<(kLane / 4 * 4 + kLane % 2 + kLane % 4 / 2 * W + 2)...>(low[0], low[1]);
-  y[2] = Shuffle<(kLane / 4 * 4 + kLane % 2 + kLane % 4 / 2 * W)...>(high[0], high[1]);
-  y[3] = Shuffle<(kLane / 4 * 4 + kLane % 2 + kLane % 4 / 2 * W + 2)...>(high[0], high[1]);
+template <class P>
+DICE_OP_INLINE void TransposeFours(const P* x, P* y) {
+  constexpr auto kLanes = std::make_index_sequence<P::kWidth>();
+  const P low[2] = {TwosByTurns<0>(x[0], x[1], kLanes), TwosByTurns<0>(x[2], x[3], kLanes)};
+  const P high[2] = {TwosByTurns<1>(x[0], x[1], kLanes), TwosByTurns<1>(x[2], x[3], kLanes)};
+  y[0] = TwosInOrder<0>(low[0], low[1], kLanes);
+  y[1] = TwosInOrder<1>(low[0], low[1], kLanes);
+  y[2] = TwosInOrder<0>(high[0], high[1], kLanes);
+  y[3] = TwosInOrder<1>(high[0], high[1], kLanes);
 }
 
 // Between [W, C] in memory and [C, W] in a group, four classes at a time; the last four may overlap those before.
@@ -78,7 +85,7 @@ DICE_OP_INLINE void TransposeGroup(const R* from, int classes, R* to) {
         for (int i = 0; i < 4; ++i) {
           x[i] = kToGroup ? LoadFours<W>(from + i * classes + c, 4 * classes) : P::Load(from + (c + i) * W);
         }
-        TransposeFours(x, y, std::make_index_sequence<W>());
+        TransposeFours(x, y);
         for (int i = 0; i < 4; ++i) {
           if constexpr (kToGroup) {
             y[i].Store(to + (c + i) * W);
@@ -107,44 +114,37 @@ DICE_OP_INLINE P ByTurns(P a, P b, std::index_sequence<kLane...>) {
   constexpr int W = P::kWidth;
   return Shuffle<(kLane % 2 * W + kLane / 2 + kHigh * W / 2)...>(a, b);
 }
-// Lane i of the result is number kFirst + i * kStep of the registers side by side.
-template <int kFirst, int kStep, int kCount, int kFrom = 1, class P, size_t... kLane>
-DICE_OP_INLINE P Strided(const P* from, P so_far, std::index_sequence<kLane...> lanes) {
+// Where lane i of register kWhich comes from, of kCount registers of W lanes. Strided: it is number kWhich + i * kCount
+// of all lanes side by side. Woven: it is number n = kWhich * W + i of an array of which register n % kCount has the
+// (n / kCount)th number.
+template <int kWhich, int kCount, int W>
+struct Strided {
+  static constexpr int Register(int i) { return (kWhich + i * kCount) / W; }
+  static constexpr int Lane(int i) { return (kWhich + i * kCount) % W; }
+};
+template <int kWhich, int kCount, int W>
+struct Woven {
+  static constexpr int Register(int i) { return (kWhich * W + i) % kCount; }
+  static constexpr int Lane(int i) { return (kWhich * W + i) / kCount; }
+};
+// One register from all, taking each in turn.
+template <class Source, int kCount, int kFrom = 1, class P, size_t... kLane>
+DICE_OP_INLINE P Gathered(const P* from, P so_far, std::index_sequence<kLane...> lanes) {
   if constexpr (kFrom == kCount) {
     return so_far;
   } else {
-    constexpr int W = P::kWidth;
     const auto lane = [](int i) constexpr {
-      const int at = kFirst + i * kStep;
-      return at / W == kFrom ? W + at % W : kFrom == 1 && at < W ? at : i;
+      const bool first = kFrom == 1 && Source::Register(i) == 0;
+      return Source::Register(i) == kFrom ? P::kWidth + Source::Lane(i) : first ? Source::Lane(i) : i;
     };
-    return Strided<kFirst, kStep, kCount, kFrom + 1>(from, Shuffle<lane(kLane)...>(so_far, from[kFrom]), lanes);
+    return Gathered<Source, kCount, kFrom + 1>(from, Shuffle<lane(kLane)...>(so_far, from[kFrom]), lanes);
   }
 }
-// Lane i of the result, number n = kFirst + i of the array, is lane n / kCount of register n % kCount.
-template <int kFirst, int kCount, int kFrom = 1, class P, size_t... kLane>
-DICE_OP_INLINE P Woven(const P* from, P so_far, std::index_sequence<kLane...> lanes) {
-  if constexpr (kFrom == kCount) {
-    return so_far;
-  } else {
-    constexpr int W = P::kWidth;
-    const auto lane = [](int i) constexpr {
-      const int at = kFirst + i;
-      return at % kCount == kFrom ? W + at / kCount : kFrom == 1 && at % kCount == 0 ? at / kCount : i;
-    };
-    return Woven<kFirst, kCount, kFrom + 1>(from, Shuffle<lane(kLane)...>(so_far, from[kFrom]), lanes);
-  }
-}
-
-template <class P, size_t... kLane, size_t... kClass>
-DICE_OP_INLINE void StridedAll(const P* x, P* y, std::index_sequence<kLane...> lanes, std::index_sequence<kClass...>) {
-  constexpr int kCount = sizeof...(kClass);
-  ((y[kClass] = Strided<kClass, kCount, kCount>(x, x[0], lanes)), ...);
-}
-template <class P, size_t... kLane, size_t... kRow>
-DICE_OP_INLINE void WovenAll(const P* x, P* y, std::index_sequence<kLane...> lanes, std::index_sequence<kRow...>) {
-  constexpr int kCount = sizeof...(kRow);
-  ((y[kRow] = Woven<kRow * P::kWidth, kCount>(x, x[0], lanes)), ...);
+template <template <int, int, int> class Source, class P, size_t... kWhich>
+DICE_OP_INLINE void GatherAll(const P* x, P* y, std::index_sequence<kWhich...>) {
+  constexpr int kCount = sizeof...(kWhich);
+  constexpr auto kLanes = std::make_index_sequence<P::kWidth>();
+  ((y[kWhich] = Gathered<Source<kWhich, kCount, P::kWidth>, kCount>(x, x[0], kLanes)), ...);
 }
 
 // kCount registers, in memory [W, kCount], so that each is a class; and back.
@@ -165,7 +165,7 @@ DICE_OP_INLINE void Part(P* x) {
 #pragma GCC unroll 16
     for (int i = 0; i < kCount; ++i) x[i] = y[i % 2 * kCount / 2 + i / 2];
   } else if constexpr (kCount > 1) {
-    StridedAll(x, y, kLanes, std::make_index_sequence<kCount>());
+    GatherAll<Strided>(x, y, std::make_index_sequence<kCount>());
 #pragma GCC unroll 16
     for (int i = 0; i < kCount; ++i) x[i] = y[i];
   }
@@ -187,7 +187,7 @@ DICE_OP_INLINE void Join(P* x) {
       x[2 * i + 1] = ByTurns<1>(y[i], y[kCount / 2 + i], kLanes);
     }
   } else if constexpr (kCount > 1) {
-    WovenAll(x, y, kLanes, std::make_index_sequence<kCount>());
+    GatherAll<Woven>(x, y, std::make_index_sequence<kCount>());
 #pragma GCC unroll 16
     for (int i = 0; i < kCount; ++i) x[i] = y[i];
   }
@@ -324,15 +324,6 @@ class Tile {
     }
   }
 
-  // fn(group, class, voxels of the group that exist)
-  template <class Fn>
-  void ForEachRun(Fn&& fn) {
-    for (int group = 0; group < groups(); ++group) {
-      const int width = std::min(W, count_ - group * W);
-      for (int c = 0; c < classes_; ++c) fn(group, c, width);
-    }
-  }
-
   // Brings an array laid out as the logits into groups.
   void LoadPlane(const void* from, DType dtype, R* to) {
     WithType(dtype, [&](auto type) {
@@ -351,11 +342,14 @@ class Tile {
         }
         Regroup<true>(rows, to);
       } else {
-        ForEachRun([&](int group, int c, int width) {
-          R* target = to + (static_cast<size_t>(group) * classes_ + c) * W;
-          Convert<W>(base + c * problem_.voxels + begin_ + group * W, width, target);
-          std::fill(target + width, target + W, R(0));
-        });
+        for (int group = 0; group < groups(); ++group) {
+          const int width = std::min(W, count_ - group * W);  // voxels that exist
+          for (int c = 0; c < classes_; ++c) {
+            R* target = to + (static_cast<size_t>(group) * classes_ + c) * W;
+            Convert<W>(base + c * problem_.voxels + begin_ + group * W, width, target);
+            std::fill(target + width, target + W, R(0));
+          }
+        }
       }
     });
   }
@@ -408,7 +402,6 @@ class Tile {
       const bool has_ignore = problem_.options.has_ignore_label && fits(problem_.options.ignore_label);
       const Wide ignore = has_ignore ? static_cast<Wide>(problem_.options.ignore_label) : Wide(-1);
       const T* labels = static_cast<const T*>(problem_.labels) + sample_ * problem_.voxels + begin_;
-      bool bad = false;
       Int* const __restrict index = index_;
       const int count = count_;
       Int wrong = 0;
@@ -419,7 +412,7 @@ class Tile {
         index[v] = static_cast<Int>((valid ? label : first) - first) | outside;  // in a form that compilers vectorise
         wrong |= outside;
       }
-      bad = wrong;
+      bool bad = wrong;
       if (has_ignore) {
         bad = false;
         for (int v = 0; v < count_; ++v) {
