@@ -94,11 +94,14 @@ struct Accumulators {
   }
 };
 
-// While a class is computed, a piece of memory that the next tile reads is asked for, so that it is there by then.
+// While a class is computed, a piece of memory that the next tile reads is asked for, so that it is in the second-level
+// cache by then: the first-level one is full of this tile.
 template <int kCount>
 struct ClassesOfTile : AllClasses<kCount> {
+  const int* numbers;
   Ahead ahead;
-  DICE_OP_INLINE void Prefetch(int i) const { __builtin_prefetch(ahead.memory + i * ahead.stride); }
+  DICE_OP_INLINE int Class(int i) const { return kCount ? i : numbers[i]; }
+  DICE_OP_INLINE void Prefetch(int i) const { __builtin_prefetch(ahead.memory + i * ahead.stride, 0, 2); }
 };
 
 template <class R, bool kDense, class P, class I, int W>
@@ -137,9 +140,9 @@ struct Block {
   };
 
   static int64_t Sums(const Problem& problem, int64_t sample, int64_t begin, int64_t end, double* partial) {
-    Classes k{{static_cast<int>(problem.classes)}, {}};
     const auto terms = TermsOf<R>(problem, kAsks ? problem.options.cross_entropy : kCrossEntropy);
     Tile<R, W> tile(problem);
+    const Classes k{{static_cast<int>(problem.classes)}, tile.numbers(), {}};
     Accumulators<P, kCount> sums(k.size());
     Scratch scratch(k.size(), tile.capacity() / W);
     int64_t bad = -1;
@@ -205,7 +208,7 @@ struct Block {
         for (int j = 0; j < kTogether; ++j) {
           const int i = std::min(c + j, k.size() - 1);  // past the last class: what is not used
           const P p = P::Load(tile.logits(group) + i * W);
-          AddClass<Activation>(label, i, i, p, m, weights[group], norm, terms, &intersection[j], &pred_sum[j],
+          AddClass<Activation>(label, k.Class(i), i, p, m, weights[group], norm, terms, &intersection[j], &pred_sum[j],
                                &label_sum[j]);
         }
       }
@@ -219,13 +222,13 @@ struct Block {
   }
 
   static void Grad(const Problem& problem, const SumsGrad& grad, int64_t sample, int64_t begin, int64_t end) {
-    Classes k{{static_cast<int>(problem.classes)}, {}};
     const auto terms = TermsOf<R>(problem, kAsks ? grad.d_cross_entropy != nullptr : kCrossEntropy);
     const auto of_sample = [&](const void* coefficients) {
       return coefficients ? static_cast<const R*>(coefficients) + sample * problem.classes : nullptr;
     };
     const R *a = of_sample(grad.d_intersection), *b = of_sample(grad.d_pred_sum), *e = of_sample(grad.d_cross_entropy);
     Tile<R, W> tile(problem);
+    Classes k{{static_cast<int>(problem.classes)}, tile.numbers(), {}};
     const bool stream = grad.d_logits != problem.logits && tile.total_bytes() >= kStreamBytes;
     Row<P, kCount> p(k.size()), h(k.size()), z_row(kCount);
     for (int64_t v = begin; v < end; v += tile.capacity()) {

@@ -198,16 +198,8 @@ DICE_OP_INLINE Pack<float, W> Exp(Pack<float, W> x) {
 #if defined(__AVX2__) && defined(__FMA__)
 // Of a table in one register, what the lowest bits of each lane of the index select.
 DICE_OP_INLINE __m256 LookUp(__m256 table, __m256i index) { return _mm256_permutevar8x32_ps(table, index); }
-DICE_OP_INLINE __m256 TimesPowerOfTwo(__m256 x, __m256 n, __m256 of) {
-  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(n)), 23);
-  return _mm256_and_ps(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), exponent)),
-                       _mm256_cmp_ps(of, _mm256_set1_ps(kLogOfSmallest), _CMP_NLT_UQ));
-}
 #if defined(__AVX512F__)
 DICE_OP_INLINE __m512 LookUp(__m512 table, __m512i index) { return _mm512_permutexvar_ps(index, table); }
-DICE_OP_INLINE __m512 TimesPowerOfTwo(__m512 x, __m512 n, __m512 of) {
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(of, _mm512_set1_ps(kLogOfSmallest), _CMP_NLT_UQ), x, n);
-}
 #endif
 
 // x = n log 2 + r with n a multiple of 1 / W: 2^n mostly from a table of W roots of 2, e^r by three terms of its
@@ -215,20 +207,22 @@ DICE_OP_INLINE __m512 TimesPowerOfTwo(__m512 x, __m512 n, __m512 of) {
 template <int W>
 DICE_OP_INLINE Pack<float, W> ExpByTable(Pack<float, W> x) {
   using F = typename Pack<float, W>::Vector;
+  using I = typename Pack<float, W>::Mask;
   using Bits = std::conditional_t<W == 16, __m512i, __m256i>;
   constexpr float kRoots[16] = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
                                 1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
                                 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
   constexpr float kLog2 = 0.693147182f, kLargestRest = kLog2 / (2 * W);
-  F roots;
-  for (int i = 0; i < W; ++i) roots[i] = kRoots[i * (16 / W)];
-  const F magic = F{} + 12582912.0f / W;  // 1.5 * 2^23 / W: adding it rounds to a multiple of 1 / W
-  const F shifted = x.v * 1.44269504f + magic;
-  const F n = shifted - magic;
+  constexpr int kShift = W == 16 ? 19 : 20;  // of a multiple of 1 / W to where a float has its exponent
+  I roots;  // such that adding the shifted multiple leaves its whole part in the exponent
+  for (int i = 0; i < W; ++i) roots[i] = BitCast<int32_t>(kRoots[i * (16 / W)]) - (i << kShift);
+  const F shifted = x.v * 1.44269504f + 12582912.0f / W;  // 1.5 * 2^23 / W: adding it rounds to a multiple of 1 / W
+  const F n = shifted - 12582912.0f / W;
   const F r = x.v - n * kLog2;
-  const F root = BitCast<F>(LookUp(roots, BitCast<Bits>(shifted)));
+  const I root = BitCast<I>(LookUp(BitCast<F>(roots), BitCast<Bits>(shifted)));
+  const F power = BitCast<F>(root + (BitCast<I>(shifted) << kShift));
   const F p = ((r * (1.0f / 6) + (0.5f + 0.0345178f * kLargestRest * kLargestRest)) * r + 1.0f) * r;
-  return Pack<float, W>(BitCast<F>(TimesPowerOfTwo(root * p + root, n, x.v)));
+  return Pack<float, W>(x.v < kLogOfSmallest ? F{} : power * p + power);
 }
 #endif
 
@@ -318,7 +312,7 @@ DICE_OP_INLINE Pack<T, W> Shuffle(Pack<T, W> a, Pack<T, W> b) {
 #endif
 }
 
-// Two registers in one of twice the size, and four lanes of one.
+// Two registers in one of twice the size, and some neighbours of the lanes of one.
 template <class T, int W, int... kLanes>
 DICE_OP_INLINE Pack<T, 2 * W> Beside(Pack<T, W> low, Pack<T, W> high, std::integer_sequence<int, kLanes...>) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -327,12 +321,12 @@ DICE_OP_INLINE Pack<T, 2 * W> Beside(Pack<T, W> low, Pack<T, W> high, std::integ
   return Pack<T, 2 * W>(typename Pack<T, 2 * W>::Vector{(kLanes < W ? low.v[kLanes % W] : high.v[kLanes % W])...});
 #endif
 }
-template <int kFirst, class T, int W>
-DICE_OP_INLINE Pack<T, 4> FourFrom(Pack<T, W> x) {
+template <int kFirst, class T, int W, int... kLanes>
+DICE_OP_INLINE Pack<T, sizeof...(kLanes)> Part(Pack<T, W> x, std::integer_sequence<int, kLanes...>) {
 #if defined(__clang__) || __GNUC__ >= 12
-  return Pack<T, 4>(__builtin_shufflevector(x.v, x.v, kFirst, kFirst + 1, kFirst + 2, kFirst + 3));
+  return Pack<T, sizeof...(kLanes)>(__builtin_shufflevector(x.v, x.v, (kFirst + kLanes)...));
 #else
-  return Pack<T, 4>(typename Pack<T, 4>::Vector{x.v[kFirst], x.v[kFirst + 1], x.v[kFirst + 2], x.v[kFirst + 3]});
+  return Pack<T, sizeof...(kLanes)>(typename Pack<T, sizeof...(kLanes)>::Vector{x.v[kFirst + kLanes]...});
 #endif
 }
 

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <type_traits>
 #include <utility>
 
@@ -37,19 +38,31 @@ void ConvertBack(const R* from, int64_t n, T* to, bool stream) {
   for (; i < n; ++i) to[i] = ToStorage<T>(from[i]);
 }
 
-// Four numbers from each of W / 4 places `stride` apart, and back.
-template <int W, class R>
-DICE_OP_INLINE Pack<R, W> LoadFours(const R* from, int64_t stride) {
-  if constexpr (W == 4) {
-    return Pack<R, 4>::Load(from);
+// kRun numbers from each of W / kRun places `stride` apart, and back.
+template <int W, int kRun, class R>
+DICE_OP_INLINE Pack<R, W> LoadRuns(const R* from, int64_t stride) {
+  if constexpr (W == kRun) {
+    return Pack<R, W>::Load(from);
   } else {
-    return Beside(LoadFours<W / 2>(from, stride), LoadFours<W / 2>(from + W / 8 * stride, stride),
+    return Beside(LoadRuns<W / 2, kRun>(from, stride), LoadRuns<W / 2, kRun>(from + W / 2 / kRun * stride, stride),
                   std::make_integer_sequence<int, W>());
   }
 }
-template <class R, int W, size_t... kFour>
-DICE_OP_INLINE void StoreFours(Pack<R, W> x, R* to, int64_t stride, std::index_sequence<kFour...>) {
-  (FourFrom<4 * kFour>(x).Store(to + kFour * stride), ...);
+template <int kRun, class R, int W, size_t... kPlace>
+DICE_OP_INLINE void StoreRuns(Pack<R, W> x, R* to, int64_t stride, std::index_sequence<kPlace...>) {
+  (Part<kPlace * kRun>(x, std::make_integer_sequence<int, kRun>()).Store(to + kPlace * stride), ...);
+}
+
+// Of two registers side by side, every other run of kRun lanes: the even ones, or the odd ones.
+template <int kRun, int kOdd, class P, size_t... kLane>
+DICE_OP_INLINE P EveryOther(P a, P b, std::index_sequence<kLane...>) {
+  return Shuffle<(kLane / kRun * 2 * kRun + kLane % kRun + kOdd * kRun)...>(a, b);
+}
+// The runs of kRun lanes of two registers by turns: of their first halves, or their second halves.
+template <int kRun, int kHigh, class P, size_t... kLane>
+DICE_OP_INLINE P ByTurns(P a, P b, std::index_sequence<kLane...>) {
+  constexpr int W = P::kWidth;
+  return Shuffle<(kLane / kRun % 2 * W + kLane / (2 * kRun) * kRun + kLane % kRun + kHigh * W / 2)...>(a, b);
 }
 
 // In every four lanes: the low or high two of a and of b, by turns, or one pair after the other.
@@ -63,39 +76,71 @@ DICE_OP_INLINE P TwosInOrder(P a, P b, std::index_sequence<kLane...>) {
 }
 // In every four lanes of four registers, rows become columns.
 template <class P>
-DICE_OP_INLINE void TransposeFours(const P* x, P* y) {
+DICE_OP_INLINE void TransposeFours(P* x) {
   constexpr auto kLanes = std::make_index_sequence<P::kWidth>();
   const P low[2] = {TwosByTurns<0>(x[0], x[1], kLanes), TwosByTurns<0>(x[2], x[3], kLanes)};
   const P high[2] = {TwosByTurns<1>(x[0], x[1], kLanes), TwosByTurns<1>(x[2], x[3], kLanes)};
-  y[0] = TwosInOrder<0>(low[0], low[1], kLanes);
-  y[1] = TwosInOrder<1>(low[0], low[1], kLanes);
-  y[2] = TwosInOrder<0>(high[0], high[1], kLanes);
-  y[3] = TwosInOrder<1>(high[0], high[1], kLanes);
+  x[0] = TwosInOrder<0>(low[0], low[1], kLanes);
+  x[1] = TwosInOrder<1>(low[0], low[1], kLanes);
+  x[2] = TwosInOrder<0>(high[0], high[1], kLanes);
+  x[3] = TwosInOrder<1>(high[0], high[1], kLanes);
 }
 
-// Between [W, C] in memory and [C, W] in a group, four classes at a time; the last four may overlap those before.
+// Between kSide registers of kSide classes of W / kSide voxels each, and as many of one class of W voxels each.
+template <int kSide, bool kToClasses, class P>
+DICE_OP_INLINE void TransposeSquare(P* x) {
+  constexpr auto kLanes = std::make_index_sequence<P::kWidth>();
+  if constexpr (kSide == 8 && !kToClasses) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const P a = x[i], b = x[i + 4];
+      x[i] = ByTurns<4, 0>(a, b, kLanes);
+      x[i + 4] = ByTurns<4, 1>(a, b, kLanes);
+    }
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < kSide; i += 4) TransposeFours(x + i);
+  if constexpr (kSide == 8 && kToClasses) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const P a = x[i], b = x[i + 4];
+      x[i] = EveryOther<4, 0>(a, b, kLanes);
+      x[i + 4] = EveryOther<4, 1>(a, b, kLanes);
+    }
+  }
+}
+
+// Between [W, C] in memory and [C, W] in a group, kSide classes at a time; the last may overlap those before.
+template <int kSide, int W, bool kToGroup, class R>
+DICE_OP_INLINE void TransposeSquares(const R* from, int classes, R* to) {
+  const auto voxel = [](int i) { return i / 4 * (4 * W / kSide) + i % 4; };  // the first in register i; others 4 apart
+  for (int next = 0; next < classes; next += kSide) {
+    const int c = std::min(next, classes - kSide);
+    Pack<R, W> x[kSide];
+#pragma GCC unroll 8
+    for (int i = 0; i < kSide; ++i) {
+      x[i] = kToGroup ? LoadRuns<W, kSide>(from + voxel(i) * classes + c, 4 * classes)
+                      : Pack<R, W>::Load(from + (c + i) * W);
+    }
+    TransposeSquare<kSide, kToGroup>(x);
+#pragma GCC unroll 8
+    for (int i = 0; i < kSide; ++i) {
+      if constexpr (kToGroup) {
+        x[i].Store(to + (c + i) * W);
+      } else {
+        StoreRuns<kSide>(x[i], to + voxel(i) * classes + c, 4 * classes, std::make_index_sequence<W / kSide>());
+      }
+    }
+  }
+}
+
 template <int W, bool kToGroup, class R>
 DICE_OP_INLINE void TransposeGroup(const R* from, int classes, R* to) {
+  if constexpr (W >= 8) {
+    if (classes >= 8) return TransposeSquares<8, W, kToGroup>(from, classes, to);
+  }
   if constexpr (W >= 4) {
-    if (classes >= 4) {
-      using P = Pack<R, W>;
-      for (int next = 0; next < classes; next += 4) {
-        const int c = std::min(next, classes - 4);
-        P x[4], y[4];
-        for (int i = 0; i < 4; ++i) {
-          x[i] = kToGroup ? LoadFours<W>(from + i * classes + c, 4 * classes) : P::Load(from + (c + i) * W);
-        }
-        TransposeFours(x, y);
-        for (int i = 0; i < 4; ++i) {
-          if constexpr (kToGroup) {
-            y[i].Store(to + (c + i) * W);
-          } else {
-            StoreFours(y[i], to + i * classes + c, 4 * classes, std::make_index_sequence<W / 4>());
-          }
-        }
-      }
-      return;
-    }
+    if (classes >= 4) return TransposeSquares<4, W, kToGroup>(from, classes, to);
   }
   for (int c = 0; c < classes; ++c) {
     for (int v = 0; v < W; ++v)
@@ -103,17 +148,6 @@ DICE_OP_INLINE void TransposeGroup(const R* from, int classes, R* to) {
   }
 }
 
-// Of two registers side by side, every other lane: the even ones, or the odd ones.
-template <int kOdd, class P, size_t... kLane>
-DICE_OP_INLINE P EveryOther(P a, P b, std::index_sequence<kLane...>) {
-  return Shuffle<(2 * kLane + kOdd)...>(a, b);
-}
-// The lanes of two registers by turns: their first halves, or their second halves.
-template <int kHigh, class P, size_t... kLane>
-DICE_OP_INLINE P ByTurns(P a, P b, std::index_sequence<kLane...>) {
-  constexpr int W = P::kWidth;
-  return Shuffle<(kLane % 2 * W + kLane / 2 + kHigh * W / 2)...>(a, b);
-}
 // Where lane i of register kWhich comes from, of kCount registers of W lanes. Strided: it is number kWhich + i * kCount
 // of all lanes side by side. Woven: it is number n = kWhich * W + i of an array of which register n % kCount has the
 // (n / kCount)th number.
@@ -149,18 +183,18 @@ DICE_OP_INLINE void GatherAll(const P* x, P* y, std::index_sequence<kWhich...>) 
 
 // kCount registers, in memory [W, kCount], so that each is a class; and back.
 template <int kCount, class P>
-DICE_OP_INLINE void Part(P* x) {
+DICE_OP_INLINE void Deal(P* x) {
   constexpr auto kLanes = std::make_index_sequence<P::kWidth>();
   P y[kCount];
   if constexpr (kCount % 2 == 0) {
 #pragma GCC unroll 16
     for (int i = 0; i < kCount / 2; ++i) {
-      y[i] = EveryOther<0>(x[2 * i], x[2 * i + 1], kLanes);
-      y[kCount / 2 + i] = EveryOther<1>(x[2 * i], x[2 * i + 1], kLanes);
+      y[i] = EveryOther<1, 0>(x[2 * i], x[2 * i + 1], kLanes);
+      y[kCount / 2 + i] = EveryOther<1, 1>(x[2 * i], x[2 * i + 1], kLanes);
     }
     if constexpr (kCount > 2) {
-      Part<kCount / 2>(y);
-      Part<kCount / 2>(y + kCount / 2);
+      Deal<kCount / 2>(y);
+      Deal<kCount / 2>(y + kCount / 2);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kCount; ++i) x[i] = y[i % 2 * kCount / 2 + i / 2];
@@ -183,8 +217,8 @@ DICE_OP_INLINE void Join(P* x) {
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kCount / 2; ++i) {
-      x[2 * i] = ByTurns<0>(y[i], y[kCount / 2 + i], kLanes);
-      x[2 * i + 1] = ByTurns<1>(y[i], y[kCount / 2 + i], kLanes);
+      x[2 * i] = ByTurns<1, 0>(y[i], y[kCount / 2 + i], kLanes);
+      x[2 * i + 1] = ByTurns<1, 1>(y[i], y[kCount / 2 + i], kLanes);
     }
   } else if constexpr (kCount > 1) {
     GatherAll<Woven>(x, y, std::make_index_sequence<kCount>());
@@ -200,7 +234,7 @@ DICE_OP_INLINE void TransposeFew(const From* from, int groups, To* to) {
     Pack<R, W> x[kCount];
     for (int i = 0; i < kCount; ++i) x[i] = LoadAs<R, W>(from + i * W);
     if constexpr (kToGroup) {
-      Part<kCount>(x);
+      Deal<kCount>(x);
     } else {
       Join<kCount>(x);
     }
@@ -235,6 +269,7 @@ class Tile {
       : problem_(problem),
         classes_(static_cast<int>(problem.classes)),
         logit_size_(WithType(problem.logits_dtype, [](auto type) { return sizeof(typename decltype(type)::type); })),
+        numbers_(new int[classes_]),
         // logits and dense labels together fill about half of a 32 KB cache
         capacity_(std::max<int>(2 * W, std::min<int>(512, 2048 / std::max(1, classes_)) / W * W)) {
     const size_t volume = static_cast<size_t>(capacity_) * classes_;
@@ -248,6 +283,7 @@ class Tile {
     labels_ = rows_ + volume;
     weight_ = logits_ + numbers - capacity_;
     index_ = reinterpret_cast<Int*>(weight_ + capacity_);
+    std::iota(numbers_.get(), numbers_.get() + classes_, 0);
   }
 
   int capacity() const { return capacity_; }
@@ -257,6 +293,7 @@ class Tile {
   const R* labels(int group) const { return labels_ + static_cast<size_t>(group) * classes_ * W; }
   const R* weight(int group) const { return weight_ + group * W; }
   const Int* index(int group) const { return index_ + group * W; }
+  const int* numbers() const { return numbers_.get(); }  // 0, 1, ...: a processor compares with memory at no cost
 
   // Reads voxels [begin, begin + count) of a sample. The last group is filled up with voxels of
   // weight 0. Returns the first voxel with a label that is no class, or -1.
@@ -447,7 +484,9 @@ class Tile {
   }
 
   const Problem& problem_;
-  const int classes_, logit_size_, capacity_;
+  const int classes_, logit_size_;
+  const std::unique_ptr<int[]> numbers_;  // of the classes
+  const int capacity_;
   int64_t sample_ = 0, begin_ = 0;
   int count_ = 0;
   bool ones_ = false;  // all of weight_
