@@ -28,6 +28,10 @@ struct IntFor<double> {
   using type = int64_t;
 };
 template <>
+struct IntFor<uint16_t> {
+  using type = int16_t;
+};
+template <>
 struct IntFor<int32_t> {
   using type = int32_t;
 };
@@ -99,31 +103,15 @@ inline void FenceStreams() {
 #endif
 }
 
-// A register's numbers, from and to the type that they have in memory.
-template <class R, int W, class T>
-DICE_OP_INLINE Pack<R, W> LoadAs(const T* from) {
-  if constexpr (std::is_same_v<T, R>) {
-    return Pack<R, W>::Load(from);
-  } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<R, float>) {
-    typename VectorOf<uint16_t, W>::type bits;
-    std::memcpy(&bits, from, sizeof(bits));
-    using Wide = typename VectorOf<uint32_t, W>::type;
-    return Pack<R, W>(BitCast<typename Pack<R, W>::Vector>(__builtin_convertvector(bits, Wide) << 16));
-  } else {
-#if defined(__F16C__)
-    if constexpr (std::is_same_v<T, Half> && std::is_same_v<R, float> && W == 8) {
-      return Pack<R, W>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-    }
-#endif
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<T, Half> && std::is_same_v<R, float> && W == 16) {
-      return Pack<R, W>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
-    }
-#endif
-    R numbers[W];
-    for (int i = 0; i < W; ++i) numbers[i] = FromStorage<T, R>(from[i]);
-    return Pack<R, W>::Load(numbers);
-  }
+// Numbers as memory has them: of half and bfloat16 the bits.
+template <class T, int W>
+using Stored = Pack<std::conditional_t<std::is_arithmetic_v<T>, T, uint16_t>, W>;
+
+template <int W, class T>
+DICE_OP_INLINE Stored<T, W> LoadStored(const T* from) {
+  Stored<T, W> x;
+  std::memcpy(&x.v, from, sizeof(x.v));
+  return x;
 }
 template <bool kStream, class V, class T>
 DICE_OP_INLINE void StoreOrStream(V value, T* to) {
@@ -133,26 +121,70 @@ DICE_OP_INLINE void StoreOrStream(V value, T* to) {
     std::memcpy(to, &value, sizeof(V));
   }
 }
-template <bool kStream, class R, int W, class T>
-DICE_OP_INLINE void StoreAs(Pack<R, W> x, T* to) {
+
+// The types of which registers are turned into R, and back: half and bfloat16 are computed in float.
+template <class R, class T>
+constexpr bool kTurnsInto = std::is_same_v<T, R> || (!std::is_arithmetic_v<T> && std::is_same_v<R, float>);
+
+template <class R, class T, int W>
+DICE_OP_INLINE Pack<R, W> FromStored(Stored<T, W> x) {
+  static_assert(kTurnsInto<R, T>);
   if constexpr (std::is_same_v<T, R>) {
-    StoreOrStream<kStream>(x.v, to);
-  } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<R, float>) {
+    return x;
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    using Wide = typename VectorOf<uint32_t, W>::type;
+    return Pack<R, W>(BitCast<typename Pack<R, W>::Vector>(__builtin_convertvector(x.v, Wide) << 16));
+  } else {
+#if defined(__F16C__)
+    if constexpr (W == 8) return Pack<R, W>(_mm256_cvtph_ps(BitCast<__m128i>(x.v)));
+#endif
+#if defined(__AVX512F__)
+    if constexpr (W == 16) return Pack<R, W>(_mm512_cvtph_ps(BitCast<__m256i>(x.v)));
+#endif
+    Pack<R, W> wide;
+    for (int i = 0; i < W; ++i) wide.v[i] = ToFloat(T{x.v[i]});
+    return wide;
+  }
+}
+template <class T, class R, int W>
+DICE_OP_INLINE Stored<T, W> ToStored(Pack<R, W> x) {
+  static_assert(kTurnsInto<R, T>);
+  if constexpr (std::is_same_v<T, R>) {
+    return x;
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
     using Wide = typename VectorOf<uint32_t, W>::type;
     const Wide bits = BitCast<Wide>(x.v), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     const Wide result = (bits & 0x7fffffff) > 0x7f800000 ? Wide{} + 0x7fc0 : rounded;
-    StoreOrStream<kStream>(__builtin_convertvector(result, typename VectorOf<uint16_t, W>::type), to);
+    return Stored<T, W>(__builtin_convertvector(result, typename Stored<T, W>::Vector));
   } else {
-    constexpr bool kHalf = std::is_same_v<T, Half> && std::is_same_v<R, float>;
-    (void)kHalf;
 #if defined(__F16C__)
-    if constexpr (kHalf && W == 8) return StoreOrStream<kStream>(_mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT), to);
+    if constexpr (W == 8)
+      return Stored<T, W>(BitCast<typename Stored<T, W>::Vector>(_mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT)));
 #endif
 #if defined(__AVX512F__)
-    if constexpr (kHalf && W == 16) return StoreOrStream<kStream>(_mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT), to);
+    if constexpr (W == 16)
+      return Stored<T, W>(BitCast<typename Stored<T, W>::Vector>(_mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT)));
 #endif
-    for (int i = 0; i < W; ++i) to[i] = ToStorage<T>(x.v[i]);
+    Stored<T, W> narrow;
+    for (int i = 0; i < W; ++i) narrow.v[i] = ToHalf(x.v[i]).bits;
+    return narrow;
   }
+}
+
+// A register from neighbours in memory of any type, and back.
+template <class R, int W, class T>
+DICE_OP_INLINE Pack<R, W> LoadAs(const T* from) {
+  if constexpr (kTurnsInto<R, T>) {
+    return FromStored<R, T>(LoadStored<W>(from));
+  } else {
+    R numbers[W];
+    for (int i = 0; i < W; ++i) numbers[i] = FromStorage<T, R>(from[i]);
+    return Pack<R, W>::Load(numbers);
+  }
+}
+template <bool kStream, class R, int W, class T>
+DICE_OP_INLINE void StoreAs(Pack<R, W> x, T* to) {
+  StoreOrStream<kStream>(ToStored<T>(x).v, to);
 }
 
 // x = n log 2 + r, |r| <= log(2)/2, and e^r by a minimax polynomial: relative error 3e-9 before rounding.

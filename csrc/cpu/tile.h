@@ -26,31 +26,29 @@ void Convert(const T* from, int64_t n, R* to) {
   for (; i < n; ++i) to[i] = FromStorage<T, R>(from[i]);
 }
 
-template <int W, class R, class T>
-void ConvertBack(const R* from, int64_t n, T* to, bool stream) {
-  using P = Pack<R, W>;
+template <int W, class T>
+void Copy(const T* from, int64_t n, T* to, bool stream) {
   int64_t i = 0;
   if (stream) {
-    for (; i < n && reinterpret_cast<uintptr_t>(to + i) % (W * sizeof(T)); ++i) to[i] = ToStorage<T>(from[i]);
-    for (; i + W <= n; i += W) StoreAs<true>(P::Load(from + i), to + i);
+    for (; i < n && reinterpret_cast<uintptr_t>(to + i) % (W * sizeof(T)); ++i) to[i] = from[i];
+    for (; i + W <= n; i += W) Stream(LoadStored<W>(from + i).v, to + i);
   }
-  for (; i + W <= n; i += W) StoreAs<false>(P::Load(from + i), to + i);
-  for (; i < n; ++i) to[i] = ToStorage<T>(from[i]);
+  std::memcpy(to + i, from + i, (n - i) * sizeof(T));
 }
 
 // kRun numbers from each of W / kRun places `stride` apart, and back.
-template <int W, int kRun, class R>
-DICE_OP_INLINE Pack<R, W> LoadRuns(const R* from, int64_t stride) {
+template <int W, int kRun, class T>
+DICE_OP_INLINE Stored<T, W> LoadRuns(const T* from, int64_t stride) {
   if constexpr (W == kRun) {
-    return Pack<R, W>::Load(from);
+    return LoadStored<W>(from);
   } else {
     return Beside(LoadRuns<W / 2, kRun>(from, stride), LoadRuns<W / 2, kRun>(from + W / 2 / kRun * stride, stride),
                   std::make_integer_sequence<int, W>());
   }
 }
-template <int kRun, class R, int W, size_t... kPlace>
-DICE_OP_INLINE void StoreRuns(Pack<R, W> x, R* to, int64_t stride, std::index_sequence<kPlace...>) {
-  (Part<kPlace * kRun>(x, std::make_integer_sequence<int, kRun>()).Store(to + kPlace * stride), ...);
+template <int kRun, class P, class T, size_t... kPlace>
+DICE_OP_INLINE void StoreRuns(P x, T* to, int64_t stride, std::index_sequence<kPlace...>) {
+  (StoreOrStream<false>(Part<kPlace * kRun>(x, std::make_integer_sequence<int, kRun>()).v, to + kPlace * stride), ...);
 }
 
 // Of two registers side by side, every other run of kRun lanes: the even ones, or the odd ones.
@@ -107,44 +105,6 @@ DICE_OP_INLINE void TransposeSquare(P* x) {
       x[i] = EveryOther<4, 0>(a, b, kLanes);
       x[i + 4] = EveryOther<4, 1>(a, b, kLanes);
     }
-  }
-}
-
-// Between [W, C] in memory and [C, W] in a group, kSide classes at a time; the last may overlap those before.
-template <int kSide, int W, bool kToGroup, class R>
-DICE_OP_INLINE void TransposeSquares(const R* from, int classes, R* to) {
-  const auto voxel = [](int i) { return i / 4 * (4 * W / kSide) + i % 4; };  // the first in register i; others 4 apart
-  for (int next = 0; next < classes; next += kSide) {
-    const int c = std::min(next, classes - kSide);
-    Pack<R, W> x[kSide];
-#pragma GCC unroll 8
-    for (int i = 0; i < kSide; ++i) {
-      x[i] = kToGroup ? LoadRuns<W, kSide>(from + voxel(i) * classes + c, 4 * classes)
-                      : Pack<R, W>::Load(from + (c + i) * W);
-    }
-    TransposeSquare<kSide, kToGroup>(x);
-#pragma GCC unroll 8
-    for (int i = 0; i < kSide; ++i) {
-      if constexpr (kToGroup) {
-        x[i].Store(to + (c + i) * W);
-      } else {
-        StoreRuns<kSide>(x[i], to + voxel(i) * classes + c, 4 * classes, std::make_index_sequence<W / kSide>());
-      }
-    }
-  }
-}
-
-template <int W, bool kToGroup, class R>
-DICE_OP_INLINE void TransposeGroup(const R* from, int classes, R* to) {
-  if constexpr (W >= 8) {
-    if (classes >= 8) return TransposeSquares<8, W, kToGroup>(from, classes, to);
-  }
-  if constexpr (W >= 4) {
-    if (classes >= 4) return TransposeSquares<4, W, kToGroup>(from, classes, to);
-  }
-  for (int c = 0; c < classes; ++c) {
-    for (int v = 0; v < W; ++v)
-      to[kToGroup ? c * W + v : v * classes + c] = from[kToGroup ? v * classes + c : c * W + v];
   }
 }
 
@@ -242,14 +202,61 @@ DICE_OP_INLINE void TransposeFew(const From* from, int groups, To* to) {
   }
 }
 
+// Between [W, C] in memory and [C, W] in a group, kSide classes at a time; the last may overlap those before.
+template <class R, int W, bool kToGroup, int kSide, class From, class To>
+DICE_OP_INLINE void TransposeSquares(const From* from, int classes, To* to) {
+  const auto voxel = [](int i) { return i / 4 * (4 * W / kSide) + i % 4; };  // the first in register i; others 4 apart
+  for (int next = 0; next < classes; next += kSide) {
+    const int c = std::min(next, classes - kSide);
+    Pack<R, W> x[kSide];
+#pragma GCC unroll 8
+    for (int i = 0; i < kSide; ++i) {
+      if constexpr (kToGroup) {
+        x[i] = FromStored<R, From>(LoadRuns<W, kSide>(from + voxel(i) * classes + c, 4 * classes));
+      } else {
+        x[i] = Pack<R, W>::Load(from + (c + i) * W);
+      }
+    }
+    TransposeSquare<kSide, kToGroup>(x);
+#pragma GCC unroll 8
+    for (int i = 0; i < kSide; ++i) {
+      if constexpr (kToGroup) {
+        x[i].Store(to + (c + i) * W);
+      } else {
+        StoreRuns<kSide>(ToStored<To>(x[i]), to + voxel(i) * classes + c, 4 * classes,
+                         std::make_index_sequence<W / kSide>());
+      }
+    }
+  }
+}
+
 constexpr int kFew = 6;
 
-// Between voxels in memory, of any type, and groups: `classes` are few.
+// Between voxels in memory and groups; past the caches only where classes are few and `to` is aligned to a register.
 template <class R, int W, bool kToGroup, bool kStream = false, class From, class To>
-void TransposeFewGroups(const From* from, int classes, int groups, To* to) {
-  WithCount<kFew>(classes, [&](auto count) {
-    if constexpr (count.value) TransposeFew<R, W, kToGroup, kStream, count.value>(from, groups, to);
-  });
+__attribute__((noinline)) void Transpose(const From* from, int classes, int groups, To* to) {
+  if (classes <= kFew) {
+    return WithCount<kFew>(classes, [&](auto count) {
+      if constexpr (count.value) TransposeFew<R, W, kToGroup, kStream, count.value>(from, groups, to);
+    });
+  }
+  if constexpr (!kStream) {
+    constexpr int kSide = std::min(W, 8);
+    for (int g = 0; g < groups; ++g, from += W * classes, to += W * classes) {
+      if constexpr (kSide < 4) {
+        for (int c = 0; c < classes; ++c) {
+          for (int v = 0; v < W; ++v) {
+            const int row = v * classes + c, column = c * W + v;
+            to[kToGroup ? column : row] = from[kToGroup ? row : column];
+          }
+        }
+      } else if (classes >= kSide) {
+        TransposeSquares<R, W, kToGroup, kSide>(from, classes, to);
+      } else {
+        TransposeSquares<R, W, kToGroup, 4>(from, classes, to);
+      }
+    }
+  }
 }
 
 // A piece of memory for each class of a group.
@@ -321,27 +328,26 @@ class Tile {
   void Store(void* to, bool stream) {
     WithType(problem_.logits_dtype, [&](auto type) {
       using T = typename decltype(type)::type;
-      // half and bfloat16 are computed in float, double in double
-      if constexpr (std::is_same_v<T, R> || (!std::is_arithmetic_v<T> && std::is_same_v<R, float>)) {
+      if constexpr (kTurnsInto<R, T>) {
         T* const base = static_cast<T*>(to) + sample_ * problem_.voxels * classes_;
+        T* const scratch = reinterpret_cast<T*>(rows_);
         if (!channels_last()) {
           for (int c = 0; c < classes_; ++c) {
-            for (int group = 0; group < groups(); ++group) P::Load(logits(group) + c * W).Store(rows_ + group * W);
-            ConvertBack<W>(rows_, count_, base + c * problem_.voxels + begin_, stream);
+            for (int group = 0; group < groups(); ++group) {
+              StoreAs<false>(P::Load(logits(group) + c * W), scratch + group * W);
+            }
+            Copy<W>(scratch, count_, base + c * problem_.voxels + begin_, stream);
           }
           return;
         }
         T* const at = base + begin_ * classes_;
-        if (classes_ <= kFew && count_ % W == 0) {  // from registers to memory
-          if (!stream) return TransposeFewGroups<R, W, false>(logits_, classes_, groups(), at);
-          if (reinterpret_cast<uintptr_t>(at) % (W * sizeof(T)) == 0) {
-            return TransposeFewGroups<R, W, false, true>(logits_, classes_, groups(), at);
-          }
+        const bool whole = count_ % W == 0, aligned = reinterpret_cast<uintptr_t>(at) % (W * sizeof(T)) == 0;
+        if (whole && stream && aligned && classes_ <= kFew) {
+          return Transpose<R, W, false, true>(logits_, classes_, groups(), at);
         }
-        const bool direct = std::is_same_v<T, R> && count_ % W == 0 && !stream;
-        R* const rows = direct ? reinterpret_cast<R*>(at) : rows_;
-        Regroup<false>(logits_, rows);
-        if (!direct) ConvertBack<W>(rows, static_cast<int64_t>(count_) * classes_, at, stream);
+        T* const rows = whole && !stream ? at : scratch;
+        Transpose<R, W, false>(logits_, classes_, groups(), rows);
+        if (rows != at) Copy<W>(rows, static_cast<int64_t>(count_) * classes_, at, stream);
       }
     });
   }
@@ -351,33 +357,20 @@ class Tile {
 
   bool channels_last() const { return problem_.options.data_format == DataFormat::kChannelsLast; }
 
-  // Between voxels and groups, in this tile's memory.
-  template <bool kToGroup>
-  void Regroup(const R* from, R* to) const {
-    if (classes_ <= kFew) return TransposeFewGroups<R, W, kToGroup>(from, classes_, groups(), to);
-    for (int group = 0; group < groups(); ++group) {
-      const size_t at = static_cast<size_t>(group) * classes_ * W;
-      TransposeGroup<W, kToGroup>(from + at, classes_, to + at);
-    }
-  }
-
   // Brings an array laid out as the logits into groups.
   void LoadPlane(const void* from, DType dtype, R* to) {
     WithType(dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       const T* base = static_cast<const T*>(from) + sample_ * problem_.voxels * classes_;
       if (channels_last()) {
-        const int64_t n = static_cast<int64_t>(count_) * classes_;
         const T* source = base + begin_ * classes_;
-        if (classes_ <= kFew && count_ % W == 0) return TransposeFewGroups<R, W, true>(source, classes_, groups(), to);
-        const R* rows = rows_;
-        if (std::is_same_v<T, R> && count_ % W == 0) {
-          rows = reinterpret_cast<const R*>(source);
-        } else {
-          Convert<W>(source, n, rows_);
-          std::fill(rows_ + n, rows_ + static_cast<int64_t>(groups()) * W * classes_, R(0));
+        if constexpr (kTurnsInto<R, T>) {
+          if (count_ % W == 0) return Transpose<R, W, true>(source, classes_, groups(), to);
         }
-        Regroup<true>(rows, to);
+        const int64_t n = static_cast<int64_t>(count_) * classes_;
+        Convert<W>(source, n, rows_);
+        std::fill(rows_ + n, rows_ + static_cast<int64_t>(groups()) * W * classes_, R(0));
+        Transpose<R, W, true>(rows_, classes_, groups(), to);
       } else {
         for (int group = 0; group < groups(); ++group) {
           const int width = std::min(W, count_ - group * W);  // voxels that exist
