@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -118,6 +119,18 @@ class ParallelFor {
     const auto body = [](void* context, int64_t begin, int64_t end) { (*static_cast<const Fn*>(context))(begin, end); };
     Run(count, cost, body, const_cast<Fn*>(&fn));
   }
+};
+
+// On a pool of threads that others use too. The pieces are taken one by one, so that a thread that is held up holds
+// up nobody else; the caller takes part, and waits only for helpers that have begun, so that a pool whose threads all
+// wait in calls like this one still gets on.
+class PoolParallelFor : public ParallelFor {
+ public:
+  void Run(int64_t count, int64_t cost, Body body, void* context) const final;
+
+ protected:
+  virtual int64_t threads() const = 0;
+  virtual void Schedule(std::function<void()> task) const = 0;
 };
 
 // Bytes of scratch memory that DiceSums needs, aligned to 8.

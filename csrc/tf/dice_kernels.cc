@@ -1,10 +1,11 @@
 // The ops' kernels: validate, allocate, call.
+#include <functional>
 #include <optional>
+#include <utility>
 
 #include "core/problem.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/platform/stream_executor.h"
-#include "tensorflow/core/util/work_sharder.h"
 #include "tf/attributes.h"
 
 namespace dice_op {
@@ -118,17 +119,15 @@ class DiceSumsGradKernel : public DiceKernel {
 
 // --- CPU ----------------------------------------------------------------------------------------------
 
-// TensorFlow's own pool. It cuts the ranges as it likes; the blocks in them are fixed.
-class ThreadPool final : public cpu::ParallelFor {
+// TensorFlow's own pool.
+class ThreadPool final : public cpu::PoolParallelFor {
  public:
   explicit ThreadPool(OpKernelContext* context) : workers_(*context->device()->tensorflow_cpu_worker_threads()) {}
 
-  void Run(int64_t count, int64_t cost, Body body, void* context) const override {
-    tensorflow::Shard(workers_.num_threads, workers_.workers, count, cost,
-                      [&](int64_t begin, int64_t end) { body(context, begin, end); });
-  }
-
  private:
+  int64_t threads() const override { return workers_.num_threads; }
+  void Schedule(std::function<void()> task) const override { workers_.workers->Schedule(std::move(task)); }
+
   const tensorflow::DeviceBase::CpuWorkerThreads& workers_;
 };
 

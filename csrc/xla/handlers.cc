@@ -1,14 +1,12 @@
 // The calls as handlers of XLA's typed foreign function interface. XLA's own header of that interface needs
 // nothing else of XLA or TensorFlow, so that the same handlers serve JAX.
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
-#include <memory>
-#include <mutex>
+#include <functional>
 #include <optional>
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "core/dice_op.h"
 #include "core/problem.h"
@@ -160,53 +158,13 @@ Dims SumsDims(const Problem& problem, bool cross_entropy) {
 
 // --- the platforms --------------------------------------------------------------------------------------------
 
-// XLA's pool. The caller takes part and waits only for helpers that have begun, so that a pool whose threads all
-// wait in calls like this one still gets on.
-class ThreadPool final : public cpu::ParallelFor {
+class ThreadPool final : public cpu::PoolParallelFor {
  public:
   explicit ThreadPool(xla::ffi::ThreadPool* pool) : pool_(pool) {}
 
-  void Run(int64_t count, int64_t cost, Body body, void* context) const override {
-    constexpr int64_t kWorthATask = 20'000;  // nanoseconds
-    const int64_t tasks = std::min({pool_->num_threads(), count, count * cost / kWorthATask});
-    if (tasks <= 1) return body(context, 0, count);
-    const auto work = std::make_shared<Work>();
-    work->count = count;
-    work->body = body;
-    work->context = context;
-    for (int64_t i = 1; i < tasks; ++i) {
-      pool_->Schedule([work] {
-        {
-          const std::lock_guard<std::mutex> lock(work->mutex);
-          if (work->finished) return;
-          ++work->helping;
-        }
-        work->Help();
-        const std::lock_guard<std::mutex> lock(work->mutex);
-        if (--work->helping == 0) work->idle.notify_one();
-      });
-    }
-    work->Help();
-    std::unique_lock<std::mutex> lock(work->mutex);
-    work->finished = true;
-    work->idle.wait(lock, [&] { return work->helping == 0; });
-  }
-
  private:
-  struct Work {
-    std::atomic<int64_t> next{0};
-    int64_t count;
-    Body body;
-    void* context;
-    std::mutex mutex;
-    std::condition_variable idle;
-    int helping = 0;
-    bool finished = false;
-
-    void Help() {
-      for (int64_t i; (i = next.fetch_add(1)) < count;) body(context, i, i + 1);
-    }
-  };
+  int64_t threads() const override { return pool_->num_threads(); }
+  void Schedule(std::function<void()> task) const override { pool_->Schedule(std::move(task)); }
 
   xla::ffi::ThreadPool* pool_;
 };
