@@ -106,7 +106,7 @@ void Combine(const Problem& problem, const Blocks& blocks, const double* partial
 
 void PoolParallelFor::Run(int64_t count, int64_t cost, Body body, void* context) const {
   struct Work {
-    int64_t count;
+    int64_t count, tasks;
     Body body;
     void* context;
     std::atomic<int64_t> next{0};
@@ -115,8 +115,15 @@ void PoolParallelFor::Run(int64_t count, int64_t cost, Body body, void* context)
     int helping = 0;
     bool finished = false;
 
+    // Long runs first, as neighbours in memory are best left to one thread; short ones at last, so that all end at
+    // once.
     void Help() {
-      for (int64_t i; (i = next.fetch_add(1)) < count;) body(context, i, i + 1);
+      for (int64_t begin = next.load(); begin < count;) {
+        const int64_t end = begin + std::max<int64_t>(1, (count - begin) / (2 * tasks));
+        if (!next.compare_exchange_weak(begin, end)) continue;
+        body(context, begin, end);
+        begin = next.load();
+      }
     }
   };
   constexpr int64_t kWorthATask = 20'000;  // nanoseconds
@@ -124,6 +131,7 @@ void PoolParallelFor::Run(int64_t count, int64_t cost, Body body, void* context)
   if (tasks <= 1) return body(context, 0, count);
   const auto work = std::make_shared<Work>();
   work->count = count;
+  work->tasks = tasks;
   work->body = body;
   work->context = context;
   for (int64_t i = 1; i < tasks; ++i) {
