@@ -6,7 +6,8 @@
     python -m benchmarks --report            tables and plots anew from the record
 
 Every contender computes loss and gradient of the same volume in a process of its own, warmed up,
-and is held to the loss in double precision.
+and is held to the loss in double precision. What was measured while others used the processors is
+measured again.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def machine():
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "packages": versions,
-        **measuring.limits(),
+        **measuring.Machine().limits(),
     }
 
 
@@ -80,6 +81,7 @@ def main():
         f"{about['read'] / 1e9:.1f} GB/s, copies {about['copy'] / 1e9:.1f} GB/s (read and written)"
     )
     results = []
+    watched = measuring.Machine()
     for case in [c for c in CASES if re.search(arguments.only, str(c))]:
         if not fits(case):
             print(f"{case}: left out, for lack of memory", flush=True)
@@ -90,8 +92,7 @@ def main():
             for name in arguments.contenders
             if applies(name, case) and (case.logits_bytes <= LARGE or name.startswith("dice_op"))
         ]
-        limits = measuring.limits()  # anew: other users of the machine come and go
-        for result in measuring.compare(case, names, arguments.seconds, machine=limits):
+        for result in measuring.compare(case, names, arguments.seconds, machine=watched):
             results.append(result)
             print("  " + report.line(result), flush=True)
     if whole:

@@ -1,4 +1,5 @@
-// What memory allows: how fast `threads` threads read an array, and read one while they write another.
+// What memory allows: how fast `threads` threads read an array, and read one while they write another. And how fast
+// they compute, which tells whether they have the processors to themselves.
 // Compiled with the machine's own flags; called through ctypes.
 #include <atomic>
 #include <chrono>
@@ -38,15 +39,43 @@ void Copy(const Words* from, Words* to, size_t count) {
 #endif
 }
 
+// As much arithmetic at a time as a processor does: where another thread shares it, both take longer.
+float Compute(int rounds) {
+  using Numbers = float __attribute__((vector_size(64)));
+  Numbers x[12] = {};
+  for (int i = 0; i < rounds; ++i) {
+    for (Numbers& y : x) y = y * 0.5f + 1.0f;
+  }
+  float total = 0;
+  for (const Numbers& y : x) total += y[0];
+  return total;
+}
+
+// Seconds that `work` takes in `threads` threads at once.
+template <class Work>
+double SecondsOf(int threads, const Work& work) {
+  const auto start = std::chrono::steady_clock::now();
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(work);
+  work();
+  for (auto& thread : others) thread.join();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
 }  // namespace
+
+// Seconds that a fixed piece of arithmetic takes in each of `threads` threads, some milliseconds.
+extern "C" double ComputeSeconds(int threads) {
+  static std::atomic<float> keep;
+  return SecondsOf(threads, [] { keep = Compute(1'000'000); });
+}
 
 // Seconds that one pass over `bytes` bytes takes, a multiple of 64 at addresses that are: to null reads.
 extern "C" double Seconds(const void* from, void* to, size_t bytes, int threads) {
   static std::atomic<uint64_t> keep;
   const size_t count = bytes / sizeof(Words), block = 1 << 10;
   std::atomic<size_t> next{0};
-  const auto start = std::chrono::steady_clock::now();
-  const auto work = [&] {
+  return SecondsOf(threads, [&] {
     for (size_t i; (i = next.fetch_add(block)) < count;) {
       const size_t length = i + block < count ? block : count - i;
       const auto* source = static_cast<const Words*>(from) + i;
@@ -56,10 +85,5 @@ extern "C" double Seconds(const void* from, void* to, size_t bytes, int threads)
         keep += Read(source, length);
       }
     }
-  };
-  std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(work);
-  work();
-  for (auto& thread : others) thread.join();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  });
 }

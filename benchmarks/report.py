@@ -5,6 +5,7 @@ import re
 from benchmarks.cases import CASES, Case, cube
 from benchmarks.contenders import IN_PLACE, LEVELS, same_loss
 from benchmarks.gpu_report import table
+from benchmarks.measuring import UNDISTURBED
 
 SHOWN = (  # in README.md
     "dice_op",
@@ -35,6 +36,24 @@ def _speed(result, case):
     return 1e-9 * (3 * case.logits_bytes + 2 * case.labels_bytes) / result["seconds"]
 
 
+def _disturbed(result):
+    return result.get("speed", 1) < UNDISTURBED
+
+
+def _quiet(record):
+    """Whether others used the machine meanwhile."""
+    if not all("speed" in result for result in record["results"]):
+        return []
+    disturbed = [result["speed"] for result in record["results"] if _disturbed(result)]
+    slowest = f", at worst at {min(disturbed):.0%}" if disturbed else ""
+    return [
+        f"Before and after a measurement, the processors computed at {UNDISTURBED:.0%} of their "
+        f"fastest or above, or it was repeated; {len(disturbed)} of {len(record['results'])} "
+        f"measurements found no such moment{slowest}.",
+        "",
+    ]
+
+
 def line(result):
     """What a result says, for the terminal."""
     if "failed" in result:
@@ -44,7 +63,9 @@ def line(result):
     wrong = "WRONG by " if result["wrong"] else "error " if same_loss(result["contender"]) else ""
     return (
         f"{result['contender']:28}{_milliseconds(result):>10} ({low:.3g} to {high:.3g}){limit}, "
-        f"memory {_memory(result)} x logits" + (f", {wrong}{result['error']:.1e}" if wrong else "")
+        f"memory {_memory(result)} x logits"
+        + (f", {wrong}{result['error']:.1e}" if wrong else "")
+        + (f", disturbed: {result['speed']:.0%}" if _disturbed(result) else "")
     )
 
 
@@ -160,6 +181,7 @@ def markdown(record):
         "what comes on top of logits and labels, in logits. Error: of the loss, against double",
         "precision.",
         "",
+        *_quiet(record),
         *_claims(record),
         *_overhead(record),
         "",
