@@ -1,6 +1,6 @@
 """Measures dice_op beside its peers on this machine's processors.
 
-    python -m benchmarks                     all of it, half an hour: results/cpu.*, README.md
+    python -m benchmarks                     all, half an hour or more: results/cpu.*, README.md
     python -m benchmarks --only '160³ × 4'   cases that match a regular expression; only printed
     python -m benchmarks --contenders dice_op vectorised
     python -m benchmarks --report            tables and plots anew from the record
@@ -52,7 +52,6 @@ def machine():
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "packages": versions,
-        **measuring.Machine().limits(),
     }
 
 
@@ -75,13 +74,13 @@ def main():
         report.write(json.loads(RECORD.read_text()), RECORD)
         return
     whole = not arguments.only and arguments.contenders == list(CONTENDERS)
-    about = machine()
+    watched = measuring.Machine()
+    about = machine() | watched.limits()
     print(
         f"{about['processor']}, {about['threads']} threads, {about['simd_level']}: reads "
         f"{about['read'] / 1e9:.1f} GB/s, copies {about['copy'] / 1e9:.1f} GB/s (read and written)"
     )
     results = []
-    watched = measuring.Machine()
     for case in [c for c in CASES if re.search(arguments.only, str(c))]:
         if not fits(case):
             print(f"{case}: left out, for lack of memory", flush=True)

@@ -42,7 +42,8 @@ void Copy(const Words* from, Words* to, size_t count) {
 // As much arithmetic at a time as a processor does: where another thread shares it, both take longer.
 float Compute(int rounds) {
   using Numbers = float __attribute__((vector_size(64)));
-  Numbers x[12] = {};
+  Numbers x[12];  // that differ, or a compiler would compute one for all
+  for (int i = 0; i < 12; ++i) x[i] = Numbers{} + static_cast<float>(i);
   for (int i = 0; i < rounds; ++i) {
     for (Numbers& y : x) y = y * 0.5f + 1.0f;
   }

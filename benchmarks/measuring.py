@@ -30,9 +30,10 @@ TOO_SLOW = 2.0  # seconds: a call above that is repeated thrice and no more
 # Sums over millions of voxels in single precision are only so good: what is further away than this
 # computes another loss, which is near 1.
 MAX_ERROR = 1e-2
-# Others may use this machine's processors too. A measurement during which these were slower than
-# this share of the fastest that the run has seen is repeated.
+# Others may use this machine's processors too. A measurement before or after which these were
+# slower than this share of the fastest that the run has seen is repeated.
 UNDISTURBED = 0.93
+CALIBRATION = 3.0  # seconds
 ATTEMPTS = 4
 PATIENCE = 5.0  # seconds to wait for a better moment before each attempt
 
@@ -139,20 +140,23 @@ def in_new_process(module, *arguments, **variables):
 
 
 def undisturbed(machine, measurement):
-    """What a call returns at a moment when the `Machine` is as fast as ever, and how fast it was.
+    """What a call returns, with `pace`: the slower of the `Machine`'s before and after the call.
 
-    Where no such moment comes, the fastest of ATTEMPTS.
+    The call is repeated until both are near the fastest; where they never are, it is the attempt at
+    which the machine, not the call, was fastest. A failure is final.
     """
-    best = None, -1.0
+    best = None
     for _ in range(ATTEMPTS):
         end = time.perf_counter() + PATIENCE
-        while (before := machine.speed()) < UNDISTURBED and time.perf_counter() < end:
+        while not machine.near_its_fastest(before := machine.pace()) and time.perf_counter() < end:
             time.sleep(0.25)
         result = measurement()
-        speed = min(before, machine.speed())
-        if speed > best[1]:
-            best = result, speed
-        if speed >= UNDISTURBED:
+        if "failed" in result:
+            return best or result
+        result["pace"] = max(before, machine.pace())
+        if best is None or result["pace"] < best["pace"]:
+            best = result
+        if machine.near_its_fastest(result["pace"]):
             break
     return best
 
@@ -161,9 +165,9 @@ def compare(case, contenders, seconds=2.0, labels=None, machine=None):
     """What `measure` returns for each contender, as it comes, with what it is worth.
 
     Yields dicts with `contender`, `name` and `case`; `failed`, the reason; or `error`, of the loss
-    against double precision, `wrong`, whether that is another loss. With a `Machine`: at
-    moments when nobody else uses it, `speed`, how fast it was beside the fastest seen, and
-    `of_limit`, the time over what memory allowed before and after.
+    against double precision, and `wrong`, whether that is another loss. With a `Machine`, measured
+    as `undisturbed` does, also its `pace`, its `limits`, the mean of those before and after, and
+    `of_limit`, the time over what these allow.
     """
     expected = case.loss(labels)
     with tempfile.TemporaryDirectory() as folder:
@@ -182,15 +186,12 @@ def compare(case, contenders, seconds=2.0, labels=None, machine=None):
                 if isinstance(result, str):
                     return {"failed": result}
                 if machine:
-                    bound = statistics.mean(bound_of(case, m) for m in (before, machine.limits()))
-                    result["of_limit"] = result["seconds"] / bound
+                    both = before, machine.limits()
+                    result["limits"] = {k: statistics.mean(m[k] for m in both) for k in before}
+                    result["of_limit"] = result["seconds"] / bound_of(case, result["limits"])
                 return result
 
-            if machine:
-                result, speed = undisturbed(machine, measurement)
-                result["speed"] = speed
-            else:
-                result = measurement()
+            result = undisturbed(machine, measurement) if machine else measurement()
             if "failed" not in result:
                 result["error"] = abs(result["loss"] - expected)
                 result["wrong"] = same_loss(contender) and not result["error"] <= MAX_ERROR
@@ -223,14 +224,20 @@ class Machine:
 
     def __init__(self):
         self.threads = len(os.sched_getaffinity(0))
-        self.shortest = float("inf")
+        self.fastest = float("inf")
+        end = time.perf_counter() + CALIBRATION
+        while time.perf_counter() < end:
+            self.pace()
 
-    def speed(self, repeats=9):
-        """How fast they compute beside the fastest that this object has seen."""
+    def pace(self, repeats=9):
+        """Seconds that a fixed piece of arithmetic takes."""
         compute = _limits_library().ComputeSeconds
-        seconds = [compute(self.threads) for _ in range(repeats)]
-        self.shortest = min(self.shortest, *seconds)
-        return self.shortest / statistics.median(seconds)
+        seconds = statistics.median(compute(self.threads) for _ in range(repeats))
+        self.fastest = min(self.fastest, seconds)
+        return seconds
+
+    def near_its_fastest(self, pace):
+        return self.fastest >= UNDISTURBED * pace
 
     def limits(self, megabytes=256, repeats=9):
         """Bytes per second that they read, and read while they write as much."""

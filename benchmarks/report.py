@@ -1,6 +1,7 @@
 """A record of `python -m benchmarks` as lines, Markdown tables and plots, and README.md's part."""
 
 import re
+import statistics
 
 from benchmarks.cases import CASES, Case, cube
 from benchmarks.contenders import IN_PLACE, LEVELS, same_loss
@@ -36,20 +37,26 @@ def _speed(result, case):
     return 1e-9 * (3 * case.logits_bytes + 2 * case.labels_bytes) / result["seconds"]
 
 
-def _disturbed(result):
-    return result.get("speed", 1) < UNDISTURBED
+def _disturbed(record):
+    """What to say of measurements while others used the processors, by case and contender."""
+    paces = {(r["name"], r["contender"]): r["pace"] for r in record["results"] if "pace" in r}
+    fastest = min(paces.values(), default=None)
+    return {
+        key: f" (processors at {fastest / pace:.0%})"
+        for key, pace in paces.items()
+        if fastest < UNDISTURBED * pace
+    }
 
 
 def _quiet(record):
-    """Whether others used the machine meanwhile."""
-    if not all("speed" in result for result in record["results"]):
+    """Lines that say how often that was."""
+    measured = sum("pace" in result for result in record["results"])
+    if not measured:
         return []
-    disturbed = [result["speed"] for result in record["results"] if _disturbed(result)]
-    slowest = f", at worst at {min(disturbed):.0%}" if disturbed else ""
     return [
-        f"Before and after a measurement, the processors computed at {UNDISTURBED:.0%} of their "
-        f"fastest or above, or it was repeated; {len(disturbed)} of {len(record['results'])} "
-        f"measurements found no such moment{slowest}.",
+        f"A measurement is repeated where the processors computed at less than {UNDISTURBED:.0%}",
+        f"of their fastest before or after it. {len(_disturbed(record))} of {measured} found no",
+        "better moment, and say so.",
         "",
     ]
 
@@ -63,13 +70,11 @@ def line(result):
     wrong = "WRONG by " if result["wrong"] else "error " if same_loss(result["contender"]) else ""
     return (
         f"{result['contender']:28}{_milliseconds(result):>10} ({low:.3g} to {high:.3g}){limit}, "
-        f"memory {_memory(result)} x logits"
-        + (f", {wrong}{result['error']:.1e}" if wrong else "")
-        + (f", disturbed: {result['speed']:.0%}" if _disturbed(result) else "")
+        f"memory {_memory(result)} x logits" + (f", {wrong}{result['error']:.1e}" if wrong else "")
     )
 
 
-def _row(result):
+def _row(result, note):
     if "failed" in result:
         return [result["contender"], "failed", "", "", "", ""]
     wrong = f" wrong by {result['error']:.1g}" if result["wrong"] else f"{result['error']:.0e}"
@@ -77,7 +82,7 @@ def _row(result):
     low, high = (1e3 * q for q in result["quartiles"])
     return [
         result["contender"],
-        f"{_milliseconds(result)} ({low:.3g} – {high:.3g})",
+        f"{_milliseconds(result)} ({low:.3g} – {high:.3g}){note}",
         f"{_speed(result, Case.from_json(result['case'])):.1f}",
         f"{result['of_limit']:.2f}",
         _memory(result),
@@ -174,6 +179,7 @@ def _overhead(record):
 
 def markdown(record):
     """All results, a table per case."""
+    disturbed = _disturbed(record)
     lines = ["# Loss and gradient on a CPU", "", _about(record["machine"]), ""]
     lines += [
         "Median and quartiles. GB/s: two reads of logits and labels, one write of the gradient,",
@@ -188,7 +194,8 @@ def markdown(record):
     ]
     for name in dict.fromkeys(r["name"] for r in record["results"]):
         head = ["", "time", "GB/s", "× limit", "memory", "error"]
-        rows = [_row(r) for r in record["results"] if r["name"] == name]
+        of_name = [r for r in record["results"] if r["name"] == name]
+        rows = [_row(r, disturbed.get((name, r["contender"]), "")) for r in of_name]
         lines += [f"## {name}", "", *table(head, rows)]
     return "\n".join(lines)
 
@@ -217,7 +224,10 @@ def plot(record, path):
             if points:
                 axis.plot(*zip(*points, strict=True), "o-", ms=4, color=f"C{number}", label=name)
         if limit:
-            points = sorted({(x(Case.from_json(r["case"])), limit(r)) for r in plain if of(r)})
+            limits = {}
+            for r in filter(of, plain):
+                limits.setdefault(x(Case.from_json(r["case"])), []).append(limit(r))
+            points = sorted((at, statistics.median(of_all)) for at, of_all in limits.items())
             axis.plot(*zip(*points, strict=True), "k--", lw=1, label="memory's limit")
         axis.set_xscale("log")
         axis.set_yscale("log")
@@ -227,7 +237,7 @@ def plot(record, path):
         return 1e3 * result["seconds"]
 
     def limit(result):
-        return round(milliseconds(result) / result["of_limit"], 6)
+        return milliseconds(result) / result["of_limit"]
 
     def cubes_of_4(result):
         return result["case"]["classes"] == 4
@@ -256,7 +266,7 @@ def plot(record, path):
 
 def readme_part(record):
     """The short table."""
-    by = _by_name(record)
+    by, disturbed = _by_name(record), _disturbed(record)
     rows = []
     for name in SHOWN:
         cells = [f"`{name}`" if name.startswith("dice_op") else name]
@@ -265,7 +275,7 @@ def readme_part(record):
             ours = by[case, "dice_op"]
             cells += (
                 [
-                    _milliseconds(result),
+                    _milliseconds(result) + disturbed.get((case, name), ""),
                     f"{result['seconds'] / ours['seconds']:.1f}",
                     _memory(result),
                 ]

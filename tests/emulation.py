@@ -99,9 +99,10 @@ def build_handlers(include, folder):
     csrc, names = ROOT / "csrc", ("engine", "problem", "kernels", "dice_op_cuda")
     flags = [*_flags("address", csrc), "-isystem", include, "-DDICE_OP_WITH_CUDA"]
     _compile(csrc / "xla" / "handlers.cc", folder / "handlers.o", flags)
+    _compile(csrc / "cpu" / "pool.cc", folder / "pool.o", flags)
     _compile(EMULATOR / "run_handlers.cc", folder / "run_handlers.o", flags)
     program = folder / "run_handlers"
-    others = [folder / "handlers.o", folder / "run_handlers.o"]
+    others = [folder / f"{name}.o" for name in ("handlers", "pool", "run_handlers")]
     _link("address", [*others, *(objects / f"{name}.o" for name in names)], program)
     return program
 

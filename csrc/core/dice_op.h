@@ -121,12 +121,12 @@ class ParallelFor {
   }
 };
 
-// On a pool of threads that others use too. Threads take pieces as they come to them, so that one that is held up
-// holds up nobody else; the caller takes part, and waits only for helpers that have begun, so that a pool whose threads
-// all wait in calls like this one still gets on.
+// On a pool of threads that others use too. A thread that is slow or comes late takes fewer pieces; the caller takes
+// part, and waits only for helpers that have begun, so that a pool whose threads all wait in calls like this one still
+// gets on. The body must not throw.
 class PoolParallelFor : public ParallelFor {
  public:
-  void Run(int64_t count, int64_t cost, Body body, void* context) const final;
+  void Run(int64_t count, int64_t cost, Body body, void* context) const noexcept final;
 
  protected:
   virtual int64_t threads() const = 0;

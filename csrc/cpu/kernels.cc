@@ -98,7 +98,7 @@ struct Accumulators {
 // cache by then: the first-level one is full of this tile.
 template <int kCount>
 struct ClassesOfTile : AllClasses<kCount> {
-  const int* numbers;
+  const int* numbers;  // of the classes
   Ahead ahead;
   DICE_OP_INLINE int Class(int i) const { return kCount ? i : numbers[i]; }
   DICE_OP_INLINE void Prefetch(int i) const { __builtin_prefetch(ahead.memory + i * ahead.stride, 0, 2); }

@@ -245,7 +245,7 @@ DICE_OP_INLINE Pack<float, W> ExpByTable(Pack<float, W> x) {
                                 1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
                                 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
   constexpr float kLog2 = 0.693147182f, kLargestRest = kLog2 / (2 * W);
-  constexpr int kShift = W == 16 ? 19 : 20;  // of a multiple of 1 / W to where a float has its exponent
+  constexpr int kShift = W == 16 ? 19 : 20;  // 23 bits of fraction, less those of a multiple of 1 / W
   I roots;  // such that adding the shifted multiple leaves its whole part in the exponent
   for (int i = 0; i < W; ++i) roots[i] = BitCast<int32_t>(kRoots[i * (16 / W)]) - (i << kShift);
   const F shifted = x.v * 1.44269504f + 12582912.0f / W;  // 1.5 * 2^23 / W: adding it rounds to a multiple of 1 / W
@@ -344,7 +344,7 @@ DICE_OP_INLINE Pack<T, W> Shuffle(Pack<T, W> a, Pack<T, W> b) {
 #endif
 }
 
-// Two registers in one of twice the size, and some neighbours of the lanes of one.
+// Two registers in one of twice the size, and kLanes neighbouring lanes of one, from kFirst on.
 template <class T, int W, int... kLanes>
 DICE_OP_INLINE Pack<T, 2 * W> Beside(Pack<T, W> low, Pack<T, W> high, std::integer_sequence<int, kLanes...>) {
 #if defined(__clang__) || __GNUC__ >= 12

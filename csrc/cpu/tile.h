@@ -8,7 +8,6 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <numeric>
 #include <type_traits>
 #include <utility>
 
@@ -232,29 +231,31 @@ DICE_OP_INLINE void TransposeSquares(const From* from, int classes, To* to) {
 
 constexpr int kFew = 6;
 
-// Between voxels in memory and groups; past the caches only where classes are few and `to` is aligned to a register.
-template <class R, int W, bool kToGroup, bool kStream = false, class From, class To>
+// Between voxels in memory and groups, of up to kFew classes. kStream: past the caches, `to` is aligned to a register.
+template <class R, int W, bool kToGroup, bool kStream, class From, class To>
+void TransposeFewGroups(const From* from, int classes, int groups, To* to) {
+  WithCount<kFew>(classes, [&](auto count) {
+    if constexpr (count.value) TransposeFew<R, W, kToGroup, kStream, count.value>(from, groups, to);
+  });
+}
+
+// Of any number.
+template <class R, int W, bool kToGroup, class From, class To>
 __attribute__((noinline)) void Transpose(const From* from, int classes, int groups, To* to) {
-  if (classes <= kFew) {
-    return WithCount<kFew>(classes, [&](auto count) {
-      if constexpr (count.value) TransposeFew<R, W, kToGroup, kStream, count.value>(from, groups, to);
-    });
-  }
-  if constexpr (!kStream) {
-    constexpr int kSide = std::min(W, 8);
-    for (int g = 0; g < groups; ++g, from += W * classes, to += W * classes) {
-      if constexpr (kSide < 4) {
-        for (int c = 0; c < classes; ++c) {
-          for (int v = 0; v < W; ++v) {
-            const int row = v * classes + c, column = c * W + v;
-            to[kToGroup ? column : row] = from[kToGroup ? row : column];
-          }
+  if (classes <= kFew) return TransposeFewGroups<R, W, kToGroup, false>(from, classes, groups, to);
+  constexpr int kSide = std::min(W, 8);
+  for (int g = 0; g < groups; ++g, from += W * classes, to += W * classes) {
+    if constexpr (kSide < 4) {
+      for (int c = 0; c < classes; ++c) {
+        for (int v = 0; v < W; ++v) {
+          const int row = v * classes + c, column = c * W + v;
+          to[kToGroup ? column : row] = from[kToGroup ? row : column];
         }
-      } else if (classes >= kSide) {
-        TransposeSquares<R, W, kToGroup, kSide>(from, classes, to);
-      } else {
-        TransposeSquares<R, W, kToGroup, 4>(from, classes, to);
       }
+    } else if (classes >= kSide) {
+      TransposeSquares<R, W, kToGroup, kSide>(from, classes, to);
+    } else {
+      TransposeSquares<R, W, kToGroup, 4>(from, classes, to);
     }
   }
 }
@@ -276,12 +277,11 @@ class Tile {
       : problem_(problem),
         classes_(static_cast<int>(problem.classes)),
         logit_size_(WithType(problem.logits_dtype, [](auto type) { return sizeof(typename decltype(type)::type); })),
-        numbers_(new int[classes_]),
         // logits and dense labels together fill about half of a 32 KB cache
         capacity_(std::max<int>(2 * W, std::min<int>(512, 2048 / std::max(1, classes_)) / W * W)) {
     const size_t volume = static_cast<size_t>(capacity_) * classes_;
     const size_t numbers = (problem.labels_per_class() ? 3 : 2) * volume + capacity_;
-    size_t space = numbers * sizeof(R) + capacity_ * sizeof(Int) + kAlign;
+    size_t space = numbers * sizeof(R) + capacity_ * sizeof(Int) + classes_ * sizeof(int) + kAlign;
     memory_.reset(new char[space]);
     void* at = memory_.get();
     std::align(kAlign, space - kAlign, at, space);
@@ -290,7 +290,8 @@ class Tile {
     labels_ = rows_ + volume;
     weight_ = logits_ + numbers - capacity_;
     index_ = reinterpret_cast<Int*>(weight_ + capacity_);
-    std::iota(numbers_.get(), numbers_.get() + classes_, 0);
+    numbers_ = reinterpret_cast<int*>(index_ + capacity_);
+    for (int c = 0; c < classes_; ++c) numbers_[c] = c;
   }
 
   int capacity() const { return capacity_; }
@@ -300,7 +301,8 @@ class Tile {
   const R* labels(int group) const { return labels_ + static_cast<size_t>(group) * classes_ * W; }
   const R* weight(int group) const { return weight_ + group * W; }
   const Int* index(int group) const { return index_ + group * W; }
-  const int* numbers() const { return numbers_.get(); }  // 0, 1, ...: a processor compares with memory at no cost
+  // 0, 1, ...: a comparison takes a number from memory, but a loop's counter must be brought to a register first.
+  const int* numbers() const { return numbers_; }
 
   // Reads voxels [begin, begin + count) of a sample. The last group is filled up with voxels of
   // weight 0. Returns the first voxel with a label that is no class, or -1.
@@ -343,7 +345,7 @@ class Tile {
         T* const at = base + begin_ * classes_;
         const bool whole = count_ % W == 0, aligned = reinterpret_cast<uintptr_t>(at) % (W * sizeof(T)) == 0;
         if (whole && stream && aligned && classes_ <= kFew) {
-          return Transpose<R, W, false, true>(logits_, classes_, groups(), at);
+          return TransposeFewGroups<R, W, false, true>(logits_, classes_, groups(), at);
         }
         T* const rows = whole && !stream ? at : scratch;
         Transpose<R, W, false>(logits_, classes_, groups(), rows);
@@ -477,9 +479,7 @@ class Tile {
   }
 
   const Problem& problem_;
-  const int classes_, logit_size_;
-  const std::unique_ptr<int[]> numbers_;  // of the classes
-  const int capacity_;
+  const int classes_, logit_size_, capacity_;
   int64_t sample_ = 0, begin_ = 0;
   int count_ = 0;
   bool ones_ = false;  // all of weight_
@@ -489,6 +489,7 @@ class Tile {
   R* labels_;   // [group][C][W], where there is a label per class
   R* weight_;   // [voxel]
   Int* index_;  // [voxel] class, or -1
+  int* numbers_;
 };
 
 }  // namespace

@@ -1,4 +1,5 @@
 // The ops' kernels: validate, allocate, call.
+#include <algorithm>
 #include <functional>
 #include <optional>
 #include <utility>
@@ -6,6 +7,7 @@
 #include "core/problem.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/platform/stream_executor.h"
+#include "tensorflow/core/util/work_sharder.h"
 #include "tf/attributes.h"
 
 namespace dice_op {
@@ -119,13 +121,13 @@ class DiceSumsGradKernel : public DiceKernel {
 
 // --- CPU ----------------------------------------------------------------------------------------------
 
-// TensorFlow's own pool.
+// TensorFlow's own pool, and no more of it than the caller may use.
 class ThreadPool final : public cpu::PoolParallelFor {
  public:
   explicit ThreadPool(OpKernelContext* context) : workers_(*context->device()->tensorflow_cpu_worker_threads()) {}
 
  private:
-  int64_t threads() const override { return workers_.num_threads; }
+  int64_t threads() const override { return std::min(workers_.num_threads, tensorflow::GetPerThreadMaxParallelism()); }
   void Schedule(std::function<void()> task) const override { workers_.workers->Schedule(std::move(task)); }
 
   const tensorflow::DeviceBase::CpuWorkerThreads& workers_;

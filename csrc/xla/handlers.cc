@@ -1,6 +1,5 @@
 // The calls as handlers of XLA's typed foreign function interface. XLA's own header of that interface needs
 // nothing else of XLA or TensorFlow, so that the same handlers serve JAX.
-#include <algorithm>
 #include <functional>
 #include <optional>
 #include <sstream>

@@ -1,0 +1,62 @@
+// Shares out a call's blocks over a framework's pool of threads.
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+
+#include "core/dice_op.h"
+
+namespace dice_op {
+namespace cpu {
+
+void PoolParallelFor::Run(int64_t count, int64_t cost, Body body, void* context) const noexcept {
+  struct Work {
+    int64_t count, tasks;
+    Body body;
+    void* context;
+    std::atomic<int64_t> next{0};
+    std::mutex mutex;
+    std::condition_variable idle;
+    int helping = 0;
+    bool finished = false;
+
+    // Long runs first, as neighbours in memory are best left to one thread; short ones at last, so that all end at
+    // once.
+    void Help() noexcept {
+      for (int64_t begin = next.load(); begin < count;) {
+        const int64_t end = begin + std::max<int64_t>(1, (count - begin) / (2 * tasks));
+        if (!next.compare_exchange_weak(begin, end)) continue;
+        body(context, begin, end);
+        begin = next.load();
+      }
+    }
+  };
+  constexpr int64_t kWorthATask = 20'000;  // nanoseconds
+  const int64_t tasks = std::min({threads(), count, count * cost / kWorthATask});
+  if (tasks <= 1) return body(context, 0, count);
+  const auto work = std::make_shared<Work>();
+  work->count = count;
+  work->tasks = tasks;
+  work->body = body;
+  work->context = context;
+  for (int64_t i = 1; i < tasks; ++i) {
+    Schedule([work] {
+      {
+        const std::lock_guard<std::mutex> lock(work->mutex);
+        if (work->finished) return;
+        ++work->helping;
+      }
+      work->Help();
+      const std::lock_guard<std::mutex> lock(work->mutex);
+      if (--work->helping == 0) work->idle.notify_one();
+    });
+  }
+  work->Help();
+  std::unique_lock<std::mutex> lock(work->mutex);
+  work->finished = true;
+  work->idle.wait(lock, [&] { return work->helping == 0; });
+}
+
+}  // namespace cpu
+}  // namespace dice_op
