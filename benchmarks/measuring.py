@@ -139,6 +139,11 @@ def in_new_process(module, *arguments, **variables):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def disturbed(pace, fastest):
+    """Whether others used the processors, which took `pace` seconds for what takes `fastest`."""
+    return fastest < UNDISTURBED * pace
+
+
 def undisturbed(machine, measurement):
     """What a call returns, with `pace`: the slower of the `Machine`'s before and after the call.
 
@@ -237,7 +242,7 @@ class Machine:
         return seconds
 
     def near_its_fastest(self, pace):
-        return self.fastest >= UNDISTURBED * pace
+        return not disturbed(pace, self.fastest)
 
     def limits(self, megabytes=256, repeats=9):
         """Bytes per second that they read, and read while they write as much."""

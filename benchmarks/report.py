@@ -6,7 +6,7 @@ import statistics
 from benchmarks.cases import CASES, Case, cube
 from benchmarks.contenders import IN_PLACE, LEVELS, same_loss
 from benchmarks.gpu_report import table
-from benchmarks.measuring import UNDISTURBED
+from benchmarks.measuring import UNDISTURBED, disturbed
 
 SHOWN = (  # in README.md
     "dice_op",
@@ -37,25 +37,25 @@ def _speed(result, case):
     return 1e-9 * (3 * case.logits_bytes + 2 * case.labels_bytes) / result["seconds"]
 
 
-def _disturbed(record):
+def _notes(record):
     """What to say of measurements while others used the processors, by case and contender."""
     paces = {(r["name"], r["contender"]): r["pace"] for r in record["results"] if "pace" in r}
     fastest = min(paces.values(), default=None)
     return {
         key: f" (processors at {fastest / pace:.0%})"
         for key, pace in paces.items()
-        if fastest < UNDISTURBED * pace
+        if disturbed(pace, fastest)
     }
 
 
-def _quiet(record):
+def _quiet(record, notes):
     """Lines that say how often that was."""
     measured = sum("pace" in result for result in record["results"])
     if not measured:
         return []
     return [
         f"A measurement is repeated where the processors computed at less than {UNDISTURBED:.0%}",
-        f"of their fastest before or after it. {len(_disturbed(record))} of {measured} found no",
+        f"of their fastest before or after it. {len(notes)} of {measured} found no",
         "better moment, and say so.",
         "",
     ]
@@ -179,7 +179,7 @@ def _overhead(record):
 
 def markdown(record):
     """All results, a table per case."""
-    disturbed = _disturbed(record)
+    notes = _notes(record)
     lines = ["# Loss and gradient on a CPU", "", _about(record["machine"]), ""]
     lines += [
         "Median and quartiles. GB/s: two reads of logits and labels, one write of the gradient,",
@@ -187,7 +187,7 @@ def markdown(record):
         "what comes on top of logits and labels, in logits. Error: of the loss, against double",
         "precision.",
         "",
-        *_quiet(record),
+        *_quiet(record, notes),
         *_claims(record),
         *_overhead(record),
         "",
@@ -195,7 +195,7 @@ def markdown(record):
     for name in dict.fromkeys(r["name"] for r in record["results"]):
         head = ["", "time", "GB/s", "× limit", "memory", "error"]
         of_name = [r for r in record["results"] if r["name"] == name]
-        rows = [_row(r, disturbed.get((name, r["contender"]), "")) for r in of_name]
+        rows = [_row(r, notes.get((name, r["contender"]), "")) for r in of_name]
         lines += [f"## {name}", "", *table(head, rows)]
     return "\n".join(lines)
 
@@ -266,7 +266,7 @@ def plot(record, path):
 
 def readme_part(record):
     """The short table."""
-    by, disturbed = _by_name(record), _disturbed(record)
+    by, notes = _by_name(record), _notes(record)
     rows = []
     for name in SHOWN:
         cells = [f"`{name}`" if name.startswith("dice_op") else name]
@@ -275,7 +275,7 @@ def readme_part(record):
             ours = by[case, "dice_op"]
             cells += (
                 [
-                    _milliseconds(result) + disturbed.get((case, name), ""),
+                    _milliseconds(result) + notes.get((case, name), ""),
                     f"{result['seconds'] / ours['seconds']:.1f}",
                     _memory(result),
                 ]

@@ -98,11 +98,11 @@ def build_handlers(include, folder):
     objects = build("address", few=True).parent
     csrc, names = ROOT / "csrc", ("engine", "problem", "kernels", "dice_op_cuda")
     flags = [*_flags("address", csrc), "-isystem", include, "-DDICE_OP_WITH_CUDA"]
-    _compile(csrc / "xla" / "handlers.cc", folder / "handlers.o", flags)
-    _compile(csrc / "cpu" / "pool.cc", folder / "pool.o", flags)
-    _compile(EMULATOR / "run_handlers.cc", folder / "run_handlers.o", flags)
+    sources = csrc / "xla" / "handlers.cc", csrc / "cpu" / "pool.cc", EMULATOR / "run_handlers.cc"
+    others = [folder / f"{source.stem}.o" for source in sources]
+    for source, other in zip(sources, others, strict=True):
+        _compile(source, other, flags)
     program = folder / "run_handlers"
-    others = [folder / f"{name}.o" for name in ("handlers", "pool", "run_handlers")]
     _link("address", [*others, *(objects / f"{name}.o" for name in names)], program)
     return program
 
