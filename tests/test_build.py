@@ -23,7 +23,7 @@ MAY_INCLUDE = {
     "xla": r'"core/(dice_op|problem)\.h"|"xla/ffi/api/ffi\.h"',  # XLA's, and it stands alone
     "pybind": r'"core/(dice_op|problem)\.h"|"pybind/[a-z_]+\.h"|<pybind11/.*>',
 }
-SYSTEM_HEADER = r"<[a-z_]+(\.h)?>"
+SYSTEM_HEADER = r"<(sys/)?[a-z_]+(\.h)?>"
 
 
 @pytest.mark.parametrize("layer", [p.name for p in sorted((ROOT / "csrc").iterdir())])

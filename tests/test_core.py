@@ -3,6 +3,9 @@
 test_simd.py runs this file once more for each instruction set the processor has.
 """
 
+import mmap
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -490,6 +493,24 @@ def test_large_gradients_pass_the_caches(dtype, classes, data_format):
         streamed = np.zeros(x.size + 1, dtype)[first:][: x.size].reshape(shape)
         core.gradient(x, y, **options, out=streamed)
         assert np.array_equal(in_place, streamed)
+
+
+@pytest.mark.parametrize("megabytes, asks", [(1, False), (16, True)])
+def test_large_gradients_ask_for_huge_pages(megabytes, asks):
+    if not pathlib.Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this system has no huge pages")
+    out = np.frombuffer(mmap.mmap(-1, megabytes << 20), np.float32).reshape(1, -1, 4)
+    x, y = np.zeros_like(out), np.zeros(out.shape[:-1], np.uint8)
+    a, b = np.full((2, 1, 4), 1e-6, np.float32)
+    core.gradient(x, y, d_intersection=a, d_pred_sum=b, out=out)
+    # of the memory in the middle of the gradient, what the kernel has been asked for
+    address, flags = out.ctypes.data + out.nbytes // 2, None
+    for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            holds = int(found[1], 16) <= address < int(found[2], 16)
+        elif holds and line.startswith("VmFlags:"):
+            flags = line.split()
+    assert ("hg" in flags) == asks
 
 
 def test_gradient_in_place():

@@ -62,6 +62,8 @@ struct Problem {
   const void* labels = nullptr;        // [N, V] class indices, or laid out as the logits if dense
   const void* voxel_weight = nullptr;  // [N, V], or null for ones
 
+  int64_t logits_count() const { return batch * voxels * classes; }
+
   // With one class there is no background channel: integer labels are the foreground mask, so the
   // only channel is class 1 of {0, 1}.
   int64_t first_class() const { return classes == 1 && !options.region_labels ? 1 : 0; }

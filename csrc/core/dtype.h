@@ -139,4 +139,11 @@ DICE_OP_INLINE auto WithType(DType dtype, Fn&& fn) {
   return fn(Type<double>{});
 }
 
+namespace {
+// In bytes.
+DICE_OP_INLINE int SizeOf(DType dtype) {
+  return WithType(dtype, [](auto type) { return static_cast<int>(sizeof(typename decltype(type)::type)); });
+}
+}  // namespace
+
 }  // namespace dice_op

@@ -14,16 +14,19 @@
 namespace dice_op {
 namespace {
 
-// A lane adds this many numbers in its own precision before they go to the double sums. Each lane's
-// error then stays below that of 64 additions, whatever the volume.
-constexpr int kFlush = 64;
+// A lane adds so many numbers in its own precision before they go to the double sums: that bounds its error, whatever
+// the volume.
+constexpr int kFlush = kMaxGroups;
 
-// A few classes live in registers; more stream through the first-level cache.
-constexpr int kMaxRegisterClasses = 4;
+// Loops over so few classes are unrolled.
+constexpr int kMaxUnrolled = 4;
 
-// Classes whose sums are added side by side, and share the loads of a voxel's weight and label: as many as the
-// instruction set has registers for.
-constexpr int kTogether = DICE_OP_VECTOR_BYTES / 16;
+// So many classes of a voxel live in registers, where there are 16 or 32; more stream through the first-level cache.
+constexpr int kMaxInRegisters = DICE_OP_VECTOR_BYTES == 64 ? 4 : 3;
+
+// Of more classes, those whose sums are added side by side, and share the loads of a voxel's weight and label: as many
+// as the instruction set has registers for.
+constexpr int kSideBySide = DICE_OP_VECTOR_BYTES / 16;
 
 // A gradient of so many bytes does not stay in the caches until somebody reads it.
 constexpr int64_t kStreamBytes = 8 << 20;
@@ -42,13 +45,6 @@ struct Row<P, 0> {
     size_t space = (count + 1) * sizeof(P);
     values = static_cast<P*>(std::align(sizeof(P), count * sizeof(P), at, space));
   }
-};
-
-// The sums of a few classes over a tile, in registers: nothing may take the address of this.
-template <class P, int kCount>
-struct RegisterSums {
-  P intersection[kCount] = {}, pred_sum[kCount] = {}, label_sum[kCount] = {}, cross_entropy[kCount] = {},
-    weight_sum = {};
 };
 
 // Lane by lane in memory, and from there to the totals.
@@ -74,15 +70,6 @@ struct Accumulators {
   void Clear() {
     for (P* row : {intersection, pred_sum, label_sum, cross_entropy}) std::fill(row, row + count, P(0));
     weight_sum = P(0);
-  }
-  void Add(const RegisterSums<P, kCount>& tile) {
-    for (int c = 0; c < kCount; ++c) {
-      intersection[c] = intersection[c] + tile.intersection[c];
-      pred_sum[c] = pred_sum[c] + tile.pred_sum[c];
-      label_sum[c] = label_sum[c] + tile.label_sum[c];
-      cross_entropy[c] = cross_entropy[c] + tile.cross_entropy[c];
-    }
-    weight_sum = weight_sum + tile.weight_sum;
   }
   void Flush(double* partial) {
     for (const P* row : {intersection, pred_sum, label_sum, cross_entropy}) {
@@ -131,12 +118,14 @@ struct Block {
   using P = Pack<R, W>;
   using I = Pack<typename IntFor<R>::type, W>;
   using Classes = ClassesOfTile<kCount>;
+  static constexpr bool kInRegisters = kCount > 0 && kCount <= kMaxInRegisters;
+  static constexpr int kTogether = kCount ? std::min(kCount, kSideBySide) : kSideBySide;
   static constexpr bool kAsks = std::is_same_v<R, double>;  // at run time, whether a cross-entropy is wanted
 
-  struct Scratch {  // of AddByClass
-    Row<P, 0> p, scales, weights;
-    Scratch(int classes, int groups)
-        : p(kCount ? 0 : classes), scales(kCount ? 0 : groups), weights(kCount ? 0 : groups) {}
+  struct Scratch {  // of Add
+    Row<P, kCount> p;
+    Row<P, 0> scales, weights;
+    Scratch(int classes, int groups) : p(classes), scales(groups), weights(groups) {}
   };
 
   static int64_t Sums(const Problem& problem, int64_t sample, int64_t begin, int64_t end, double* partial) {
@@ -149,37 +138,16 @@ struct Block {
     for (int64_t v = begin; v < end; v += tile.capacity()) {
       const int64_t found = tile.Load(sample, v, static_cast<int>(std::min<int64_t>(tile.capacity(), end - v)));
       if (bad < 0) bad = found;
-      if constexpr (kCount > 0) {
-        AddByVoxel(k, terms, tile, sums);
-      } else {
-        AddByClass(k, terms, tile, scratch, sums);
-      }
-      if (sums.additions >= kFlush) sums.Flush(partial);
+      Add(k, terms, tile, scratch, sums);
+      if (sums.additions + tile.capacity() / W > kFlush) sums.Flush(partial);
     }
     sums.Flush(partial);
     return bad;
   }
 
-  // A few classes: their sums over a run of voxels stay in registers.
-  static void AddByVoxel(Classes k, const Terms<R>& terms, Tile<R, W>& tile, Accumulators<P, kCount>& sums) {
-    for (int group = 0; group < tile.groups();) {
-      RegisterSums<P, kCount> run;
-      for (const int end = std::min(group + kFlush / 2, tile.groups()); group < end; ++group) {
-        k.ahead = tile.NextTile(group);
-        P z[kCount], p[kCount];
-        for (int i = 0; i < kCount; ++i) z[i] = P::Load(tile.logits(group) + i * W);
-        const P m = P::Load(tile.weight(group));
-        AddVoxel<Activation, kCrossEntropy>(k, z, p, LabelOf<R, kDense, P, I>(tile, group), m, terms, run);
-        run.weight_sum = run.weight_sum + m;
-      }
-      sums.Add(run);
-      sums.additions += 2;  // at most kFlush / 2 of them before kFlush / 2 in a run
-    }
-  }
-
-  // Many classes: each voxel by itself first, then a few classes at a time over all voxels of the tile.
-  static void AddByClass(Classes k, const Terms<R>& terms, Tile<R, W>& tile, Scratch& scratch,
-                         Accumulators<P, kCount>& sums) {
+  // Each voxel by itself first, then a few classes at a time over all voxels of the tile: their sums stay in registers,
+  // and no sum waits for a voxel's exponentials and quotient.
+  static void Add(Classes k, const Terms<R>& terms, Tile<R, W>& tile, Scratch& scratch, Accumulators<P, kCount>& sums) {
     P *const scales = scratch.scales.values, *const weights = scratch.weights.values;
     const int groups = tile.groups();
     for (int group = 0; group < groups; ++group) {
@@ -229,22 +197,20 @@ struct Block {
     const R *a = of_sample(grad.d_intersection), *b = of_sample(grad.d_pred_sum), *e = of_sample(grad.d_cross_entropy);
     Tile<R, W> tile(problem);
     Classes k{{static_cast<int>(problem.classes)}, tile.numbers(), {}};
-    const bool stream = grad.d_logits != problem.logits && tile.total_bytes() >= kStreamBytes;
-    Row<P, kCount> p(k.size()), h(k.size()), z_row(kCount);
+    const bool stream =
+        grad.d_logits != problem.logits && problem.logits_count() * SizeOf(problem.logits_dtype) >= kStreamBytes;
+    Row<P, kCount> p(k.size()), h(k.size());
     for (int64_t v = begin; v < end; v += tile.capacity()) {
       tile.Load(sample, v, static_cast<int>(std::min<int64_t>(tile.capacity(), end - v)));
       for (int group = 0; group < tile.groups(); ++group) {
         k.ahead = tile.NextTile(group);
-        R* const stored = tile.logits(group);
-        P* z = reinterpret_cast<P*>(stored);
-        if constexpr (kCount > 0) {
-          z = z_row.values;
-          for (int i = 0; i < kCount; ++i) z[i] = P::Load(stored + i * W);
-        }
+        P* const stored = reinterpret_cast<P*>(tile.logits(group));
+        P held[kInRegisters ? kCount : 1], *const z = kInRegisters ? held : stored;
+        for (int i = 0; kInRegisters && i < kCount; ++i) held[i] = stored[i];
         // z is read for the last time before the gradient takes its place
         VoxelGrad<Activation, kCrossEntropy>(k, z, p.values, h.values, z, LabelOf<R, kDense, P, I>(tile, group),
                                              P::Load(tile.weight(group)), terms, a, b, e);
-        for (int i = 0; i < kCount; ++i) z[i].Store(stored + i * W);
+        for (int i = 0; kInRegisters && i < kCount; ++i) stored[i] = held[i];
       }
       tile.Store(grad.d_logits, stream);
     }
@@ -263,7 +229,7 @@ auto WithBlock(const Problem& problem, Activation, Fn&& fn) {
       constexpr bool kCrossEntropy = cross_entropy.value && !Activation::kHard;
       // what trains, which is logits, is worth the room that a block for every few classes takes
       constexpr bool kOften = std::is_same_v<Activation, Softmax> || std::is_same_v<Activation, Sigmoid>;
-      return WithCount<kOften ? kMaxRegisterClasses : 0>(problem.classes, [&](auto count) {
+      return WithCount<kOften ? kMaxUnrolled : 0>(problem.classes, [&](auto count) {
         return fn(Block<float, Activation, kCrossEntropy, dense.value, count.value>{});
       });
     });

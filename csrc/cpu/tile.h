@@ -191,12 +191,22 @@ template <class R, int W, bool kToGroup, bool kStream, int kCount, class From, c
 DICE_OP_INLINE void TransposeFew(const From* from, int groups, To* to) {
   for (int g = 0; g < groups; ++g, from += W * kCount, to += W * kCount) {
     Pack<R, W> x[kCount];
+    if constexpr (kToGroup && kCount == 4 && W == 8) {  // AVX2 has no single instruction that deals across its halves
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) x[i] = FromStored<R, From>(LoadRuns<W, 4>(from + i * 4, 4 * 4));
+      TransposeSquare<4, true>(x);
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) x[i].Store(to + i * W);
+      continue;
+    }
+#pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) x[i] = LoadAs<R, W>(from + i * W);
     if constexpr (kToGroup) {
       Deal<kCount>(x);
     } else {
       Join<kCount>(x);
     }
+#pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) StoreAs<kStream>(x[i], to + i * W);
   }
 }
@@ -266,6 +276,8 @@ struct Ahead {
   int64_t stride;
 };
 
+constexpr int kMaxGroups = 64;
+
 template <class R, int W>
 class Tile {
  public:
@@ -276,9 +288,9 @@ class Tile {
   explicit Tile(const Problem& problem)
       : problem_(problem),
         classes_(static_cast<int>(problem.classes)),
-        logit_size_(WithType(problem.logits_dtype, [](auto type) { return sizeof(typename decltype(type)::type); })),
+        logit_size_(SizeOf(problem.logits_dtype)),
         // logits and dense labels together fill about half of a 32 KB cache
-        capacity_(std::max<int>(2 * W, std::min<int>(512, 2048 / std::max(1, classes_)) / W * W)) {
+        capacity_(std::max<int>(2 * W, std::min({512, kMaxGroups * W, 2048 / std::max(1, classes_)}) / W * W)) {
     const size_t volume = static_cast<size_t>(capacity_) * classes_;
     const size_t numbers = (problem.labels_per_class() ? 3 : 2) * volume + capacity_;
     size_t space = numbers * sizeof(R) + capacity_ * sizeof(Int) + classes_ * sizeof(int) + kAlign;
@@ -295,7 +307,6 @@ class Tile {
   }
 
   int capacity() const { return capacity_; }
-  int64_t total_bytes() const { return problem_.batch * problem_.voxels * classes_ * logit_size_; }  // of all logits
   int groups() const { return (count_ + W - 1) / W; }
   R* logits(int group) { return logits_ + static_cast<size_t>(group) * classes_ * W; }
   const R* labels(int group) const { return labels_ + static_cast<size_t>(group) * classes_ * W; }

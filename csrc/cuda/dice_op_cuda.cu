@@ -59,10 +59,6 @@ int64_t LabelsEnd(DType dtype) {  // of a signed type: the first number it canno
   return dtype == DType::kInt8 ? 128 : int64_t{1} << 15;
 }
 
-int Bytes(DType dtype) {
-  return WithType(dtype, [](auto type) { return static_cast<int>(sizeof(typename decltype(type)::type)); });
-}
-
 std::string CheckClasses(const Problem& problem) {
   if (problem.classes <= kMaxClasses) return "";
   return "logits (y_pred) have " + std::to_string(problem.classes) + " classes, but the GPU kernels take at most " +
@@ -72,7 +68,7 @@ std::string CheckClasses(const Problem& problem) {
 // d_logits: null for the sums.
 std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   if (std::string error = CheckClasses(problem); !error.empty()) return error;
-  if (problem.batch * problem.voxels * problem.classes == 0) return "";
+  if (problem.logits_count() == 0) return "";
   Variant variant;
   if (problem.logits_dtype == DType::kFloat) variant = FindFloat(problem, d_logits);
   if (problem.logits_dtype == DType::kHalf) variant = FindHalf(problem, d_logits);
@@ -120,7 +116,7 @@ std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   call.classes = static_cast<int>(problem.classes);
   call.first_class = static_cast<int>(problem.first_class());
   call.label_limit = static_cast<int>(std::min(problem.label_limit(), LabelsEnd(problem.labels_dtype)));
-  call.label_bytes = Bytes(problem.labels_dtype);
+  call.label_bytes = SizeOf(problem.labels_dtype);
   call.row_padding = variant.row_padding;
   call.row_magic = variant.row_magic;
   call.source_bytes = variant.source_bytes;
@@ -241,7 +237,7 @@ std::string CopyToHost(void* to, const void* from, size_t bytes, void* stream) {
 std::string DiceSumsWorkspace(const Problem& problem, size_t* bytes) {
   *bytes = sizeof(int64_t);  // for FindBadLabel
   if (std::string error = CheckClasses(problem); !error.empty()) return error;
-  if (problem.batch * problem.voxels * problem.classes == 0) return "";
+  if (problem.logits_count() == 0) return "";
   const int64_t blocks_per_sample = std::max<int64_t>(1, std::min(problem.voxels, kMaxBlocks / problem.batch));
   *bytes = problem.batch * blocks_per_sample * PartialWidth(static_cast<int>(problem.classes)) * sizeof(double);
   return "";
@@ -315,7 +311,7 @@ std::string FindBadLabel(const Problem& problem, void* workspace, void* stream, 
   if (first == ~0ull) return "";
   *bad = {static_cast<int64_t>(first / problem.voxels), static_cast<int64_t>(first % problem.voxels)};
   if (problem.dense_labels) return "";
-  const int bytes = Bytes(problem.labels_dtype);
+  const int bytes = SizeOf(problem.labels_dtype);
   const auto* at = static_cast<const char*>(problem.labels) + static_cast<int64_t>(first) * bytes;
   return CopyToHost(label, at, bytes, stream);
 }

@@ -54,10 +54,6 @@ class Array {
   char* data_;
 };
 
-size_t SizeOf(DType dtype) {
-  return WithType(dtype, [](auto type) { return sizeof(typename decltype(type)::type); });
-}
-
 void Run(const Header& header, FILE* in, FILE* out) {
   Problem problem;
   Options& options = problem.options;
