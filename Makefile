@@ -8,7 +8,7 @@ csrc := $(shell find csrc -type f)
 c++ := $(csrc) $(shell find tests benchmarks -name '*.cc' -o -name '*.h' -o -name '*.cu')
 export DICE_OP_CUDA DICE_OP_CUDA_ARCHS
 
-.PHONY: help demo test test-full bench build lint format clean FORCE
+.PHONY: help demo test test-full bench build wheels check-wheels docs lint format clean FORCE
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile
@@ -24,6 +24,15 @@ test-full: build .venv/peers  ## run the tests that take long or need more packa
 
 bench: build .venv/peers  ## measure beside the peers, half an hour; BENCH="--only '160³ × 4'" for some
 	$(python) -m benchmarks $(BENCH)
+
+wheels: .venv/ready  ## build the wheels of build_tools/wheels.toml; WHEELS="--variant cpu" for some
+	$(python) build_tools/wheels.py $(WHEELS)
+
+check-wheels: .venv/ready  ## try those in dist/, each in a new environment
+	$(python) build_tools/check_wheel.py
+
+docs: build .venv/docs  ## make the documentation, into build/docs/index.html
+	$(python) -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 
 build: build/ready  ## compile the extension into dice_op/
 
@@ -48,12 +57,16 @@ clean:  ## remove what was built, but not .venv
 	$(python) -m pip install --quiet --no-input --disable-pip-version-check --group jax --group peers
 	@touch $@
 
+.venv/docs: .venv/ready
+	$(python) -m pip install --quiet --no-input --disable-pip-version-check --group docs
+	@touch $@
+
 # What was asked for, written anew only if it is another wish than the last time's.
 wishes = $(DICE_OP_CUDA) $(DICE_OP_CUDA_ARCHS) $(CMAKE_ARGS)
 build/wishes: FORCE
 	@mkdir -p build; echo '$(wishes)' | cmp -s - $@ || echo '$(wishes)' >$@
 
-build/ready: .venv/ready build/wishes $(csrc) CMakeLists.txt setup.py build_tools/cuda.cmake build_tools/tensorflow_flags.py build_tools/exports.map
+build/ready: .venv/ready build/wishes $(csrc) CMakeLists.txt setup.py build_tools/cuda.cmake build_tools/tensorflow_flags.py $(wildcard build_tools/*.map)
 	@sh build_tools/check_compiler.sh
 	$(python) setup.py --quiet build_ext --inplace
 	@touch $@

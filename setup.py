@@ -1,7 +1,9 @@
 """Lets CMake build the extension. Everything else about the package is in pyproject.toml."""
 
+import importlib.util
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -11,17 +13,51 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+LITTLE_SPACE = 100  # MB: a build has filled the disk
+
+
+def stop(why):
+    sys.exit(f"dice_op: {why}")
+
+
+def tensorflow():
+    """Its package's name and version here, or None."""
+    for name in ("tensorflow-cpu", "tensorflow"):
+        try:
+            return name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def check_requirements():
+    """Stops where a build would only fail later, and less clearly."""
+    if subprocess.run(["sh", ROOT / "build_tools" / "check_compiler.sh"]).returncode:
+        sys.exit(1)  # it has said why
+    missing = [name for name in ("cmake", "ninja", "pybind11") if not importlib.util.find_spec(name)]
+    if missing:
+        stop(
+            f"a build without isolation needs {' and '.join(missing)} in this environment: "
+            f"{sys.executable} -m pip install {' '.join(missing)}"
+        )
+    if not tensorflow() and "-DDICE_OP_WITH_TENSORFLOW=OFF" not in os.environ.get("CMAKE_ARGS", ""):
+        stop(
+            "a build without isolation is for the TensorFlow of its environment, and here is none: "
+            f"{sys.executable} -m pip install tensorflow (or tensorflow-cpu)"
+        )
 
 
 class CMakeBuild(build_ext):
     """Builds with CMake and installs into the wheel, or for an editable install into dice_op/."""
 
     def run(self):
+        check_requirements()
         import ninja
 
         in_place = self.inplace or self.editable_mode
-        # In place: kept, so that the next build is incremental.
+        # In place: kept, so that the next build is incremental. DICE_OP_BUILD: another that is to be kept.
         build = ROOT / "build" if in_place else Path(self.build_temp).resolve()
+        build = Path(os.environ.get("DICE_OP_BUILD", build))
         prefix = ROOT if in_place else Path(self.build_lib).resolve()
         cmake = [sys.executable, "-m", "cmake"]  # those of this environment, whatever PATH says
         configure = [
@@ -41,25 +77,29 @@ class CMakeBuild(build_ext):
                 stdout=subprocess.DEVNULL,
             )
         except subprocess.CalledProcessError:
-            sys.exit("dice_op: the C++ build failed; its first error is above.")
+            free = shutil.disk_usage(build).free >> 20
+            if free < LITTLE_SPACE:
+                stop(f"the build failed as the disk is full: {free} MB are left at {build}")
+            stop("the C++ build failed; its first error is above.")
 
 
 def tensorflow_extras():
     """A build fits one minor version of TensorFlow: that of the environment it is built in."""
-    for name in ("tensorflow-cpu", "tensorflow"):
-        try:
-            major, minor = map(int, metadata.version(name).split(".")[:2])
-        except metadata.PackageNotFoundError:
-            continue
-        fits = f">={major}.{minor},<{major}.{minor + 1}"
-        return {extra: [extra + fits] for extra in ("tensorflow", "tensorflow-cpu")}
-    return {}
+    if not tensorflow():
+        return {}
+    major, minor = map(int, tensorflow()[1].split(".")[:2])
+    fits = f">={major}.{minor},<{major}.{minor + 1}"
+    return {extra: [extra + fits] for extra in ("tensorflow", "tensorflow-cpu")}
 
+
+options = {"build": {"build_base": "build/wheel"}}  # out of the way of CMake's build/
+if os.environ.get("DICE_OP_LOCAL_VERSION"):  # of a wheel to be given away: what it is built for
+    options["egg_info"] = {"tag_build": "+" + os.environ["DICE_OP_LOCAL_VERSION"]}
 
 setup(
     # Named only so that the wheel is one for this Python and platform: CMake knows the sources.
     ext_modules=[Extension("dice_op.core", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     extras_require=tensorflow_extras(),
-    options={"build": {"build_base": "build/wheel"}},  # out of the way of CMake's build/
+    options=options,
 )

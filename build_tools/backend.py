@@ -27,6 +27,8 @@ def _requirements():
         requirements = [f"tensorflow-cpu=={wanted}.*" if wanted[0].isdigit() else wanted]
     else:
         requirements = groups["tensorflow"]
+    if any("2.19" in requirement for requirement in requirements):
+        requirements = requirements + groups["tensorflow_2_19"]
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME')}/bin")
     if os.environ.get("DICE_OP_CUDA") == "on" and not nvcc:
         requirements = requirements + groups["cuda"]

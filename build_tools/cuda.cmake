@@ -1,4 +1,4 @@
-# Finds nvcc and compiles the CUDA kernels. Sets _cuda_libraries, to link with.
+# Finds nvcc and adds the CUDA kernels to dice_op_kernels.
 
 # The GPUs of this machine, such as "8.6;9.0".
 execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
@@ -32,6 +32,22 @@ print(next((n for p in sys.path for n in sorted(glob.glob(p + '/nvidia/cu*/bin/n
   set(CMAKE_CUDA_COMPILER ${DICE_OP_NVCC})
 endif()
 
+execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --version OUTPUT_VARIABLE _cuda_version ERROR_VARIABLE _cuda_version)
+if(_cuda_version MATCHES "release ([0-9]+\\.[0-9]+)")
+  set(_cuda_version ${CMAKE_MATCH_1})
+else()
+  message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} does not run:\n${_cuda_version}")
+endif()
+if(_cuda_version VERSION_LESS 12)
+  set(_problem "${CMAKE_CUDA_COMPILER} is of CUDA ${_cuda_version}, but dice_op needs 12 or later")
+  if(DICE_OP_CUDA STREQUAL "on")
+    message(FATAL_ERROR "${_problem}: name another, CUDACXX=/path/to/nvcc, or build without, DICE_OP_CUDA=off")
+  endif()
+  message(WARNING "${_problem}: the kernels for GPUs are left out")
+  unset(CMAKE_CUDA_COMPILER)
+  return()
+endif()
+
 # nvcc may be a link or a script that calls another: it says itself where its toolkit is.
 execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --dryrun dice_op.cu OUTPUT_VARIABLE _dryrun ERROR_VARIABLE _dryrun)
 if(NOT _dryrun MATCHES "#\\$ TOP=([^\n]+)")
@@ -42,7 +58,7 @@ find_library(DICE_OP_CUDART NAMES libcudart_static.a NO_DEFAULT_PATH REQUIRED HI
              PATH_SUFFIXES lib64 lib targets/x86_64-linux/lib lib/x86_64-linux-gnu lib/aarch64-linux-gnu)
 cmake_path(GET DICE_OP_CUDART PARENT_PATH _library_folder)
 set(CMAKE_CUDA_FLAGS_INIT "-L${_library_folder}") # pip's nvcc looks in another place than pip puts it
-set(CMAKE_CUDA_RUNTIME_LIBRARY None)              # linked by hand: its place among the libraries matters
+set(CMAKE_CUDA_RUNTIME_LIBRARY None)              # linked by hand
 if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES OFF) # the flags are made below, when nvcc's version is known
 endif()
@@ -51,7 +67,6 @@ set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_EXTENSIONS OFF)
 
-string(REGEX MATCH "^[0-9]+\\.[0-9]+" _cuda_version ${CMAKE_CUDA_COMPILER_VERSION})
 string(REPLACE "," ";" _archs "${DICE_OP_CUDA_ARCHS}")
 if(_archs STREQUAL "")
   if(_gpus STREQUAL "")
@@ -86,15 +101,13 @@ endif()
 list(JOIN _archs "," _cuda_archs)
 message(STATUS "CUDA ${_cuda_version} kernels for ${_cuda_archs}")
 
-add_library(dice_op_cuda STATIC csrc/cuda/dice_op_cuda.cu)
+add_library(dice_op_cuda OBJECT csrc/cuda/dice_op_cuda.cu)
 target_compile_definitions(dice_op_cuda PRIVATE DICE_OP_CUDA_VERSION="${_cuda_version}"
                                                 DICE_OP_CUDA_ARCHS="${_cuda_archs}")
-target_compile_definitions(dice_op_core INTERFACE DICE_OP_WITH_CUDA)
 # The kernels once per storage type, and once for what no specialised kernel does.
 function(add_cuda_family name)
   add_library(dice_op_cuda_${name} OBJECT csrc/cuda/kernels.cu)
   target_compile_definitions(dice_op_cuda_${name} PRIVATE DICE_OP_CUDA_FIND=Find${name} ${ARGN})
-  target_sources(dice_op_cuda PRIVATE $<TARGET_OBJECTS:dice_op_cuda_${name}>)
 endfunction()
 add_cuda_family(Float DICE_OP_CUDA_STORAGE=float)
 add_cuda_family(Half DICE_OP_CUDA_STORAGE=Half)
@@ -104,7 +117,10 @@ foreach(_target dice_op_cuda dice_op_cuda_Float dice_op_cuda_Half dice_op_cuda_B
   target_include_directories(${_target} PRIVATE csrc)
   target_compile_options(${_target} PRIVATE ${_cuda_flags} -Xcompiler=-Wall,-Wextra)
   set_target_properties(${_target} PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_ARCHITECTURES OFF)
+  target_sources(dice_op_kernels PRIVATE $<TARGET_OBJECTS:${_target}>)
 endforeach()
 
 find_package(Threads REQUIRED)
-set(_cuda_libraries dice_op_cuda ${DICE_OP_CUDART} Threads::Threads ${CMAKE_DL_LIBS} rt)
+target_link_libraries(dice_op_kernels PRIVATE ${DICE_OP_CUDART} Threads::Threads ${CMAKE_DL_LIBS} rt)
+set(_cuda_definition DICE_OP_WITH_CUDA)
+target_compile_definitions(dice_op_kernels PUBLIC ${_cuda_definition})

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 
-from dice_op import core
+from dice_op import _gpu, core
 
 
 def info():
@@ -17,6 +17,12 @@ def info():
     report["python"] = platform.python_version()
     report["platform"] = platform.platform()
     report["processors"] = os.cpu_count()
+    driver, gpus = _gpu.driver_and_gpus()
+    report["driver"] = driver
+    report["gpus"] = [f"{name} (compute capability {capability})" for name, capability in gpus]
+    report["gpu_kernels"] = _gpu.problem(
+        report["build_cuda"], report["build_cuda_archs"], driver, gpus
+    ) or ("fit" if gpus and report["build_cuda"] else None)
     report["tensorflow"] = report["keras"] = None
     report["op"] = report["xla"] = "not loaded: TensorFlow is not installed"
     if importlib.util.find_spec("tensorflow"):

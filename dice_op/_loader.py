@@ -3,11 +3,12 @@
 import ctypes
 import functools
 import pathlib
+import warnings
 from importlib import metadata
 
 import tensorflow as tf
 
-from dice_op import core
+from dice_op import _gpu, core
 
 LIBRARY = pathlib.Path(__file__).with_name("dice_op.so")
 XLA_LIBRARY = pathlib.Path(__file__).with_name("dice_op_xla.so")
@@ -65,6 +66,11 @@ def library():
         )
     if problem is not None:
         raise ImportError(f"dice_op cannot load: {problem}")
+    if tf.test.is_built_with_cuda():
+        info = core.build_info()
+        problem = _gpu.problem(info["cuda"], info["cuda_archs"], *_gpu.driver_and_gpus())
+        if problem is not None:
+            warnings.warn(problem, RuntimeWarning, stacklevel=2)
     try:
         return tf.load_op_library(str(LIBRARY))
     except tf.errors.NotFoundError as error:

@@ -7,10 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
-from dice_op import core
+from dice_op import _gpu, core
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = pathlib.Path(core.__file__).parent
@@ -86,7 +87,7 @@ def test_binaries_hold_no_path_of_the_machine_that_built_them():
 @pytest.mark.parametrize(
     ("library", "exports"),
     [
-        ("dice_op.so", {"dice_op::ffi::Handlers", "dice_op::ffi::DiceSumsWorkspace"}),
+        ("dice_op.so", set()),
         ("dice_op_xla.so", {"dice_op_xla_refusal"}),
     ],
 )
@@ -100,6 +101,21 @@ def test_the_libraries_export_nothing_else(library, exports):
     ).stdout
     names = {line.split(maxsplit=2)[2].partition("(")[0] for line in symbols.splitlines()}
     assert names == exports
+
+
+def test_the_kernels_export_what_the_headers_declare():
+    symbols = subprocess.run(
+        ["nm", "-D", "--demangle", "--defined-only", PACKAGE / "dice_op_kernels.so"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    names = {line.split(maxsplit=2)[2] for line in symbols.splitlines()}
+    declared = "".join((ROOT / "csrc" / "core" / f).read_text() for f in ("dice_op.h", "problem.h"))
+    for name in names:
+        last = re.search(r"(\w+)(\[abi:cxx11\])?(\(|$)", name)[1]
+        assert "dice_op::" in name and re.search(rf"\b{last}\b", declared), name
+    assert len(names) > 20
 
 
 def test_build_info():
@@ -222,3 +238,88 @@ def test_the_gpu_check_says_what_is_missing():
     result = subprocess.run(check, capture_output=True, text=True)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1 and "GPU" in result.stderr
+
+
+# --- GPUs, and whether a build has code for them ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "covered"),
+    [
+        (["75", "80", "90"], "7.5", True),
+        (["75", "80", "90"], "8.9", True),  # a later minor of 8.0
+        (["75", "80", "90"], "7.0", False),
+        (["75", "80", "90"], "12.0", True),  # by the last one's portable code
+        (["80", "90"], "7.5", False),
+        (["86"], "8.0", False),
+        (["75", "100", "120"], "9.0", False),
+        (["75", "80", "90", "100", "120"], "10.3", True),
+    ],
+)
+def test_which_gpus_code_runs_on(archs, capability, covered):
+    assert _gpu.covers(archs, capability) == covered
+
+
+@pytest.mark.parametrize(
+    ("cuda", "archs", "driver", "gpus", "says"),
+    [
+        ("13.0", ["80", "90"], "580.65", [("H200", "9.0")], None),
+        ("13.0", ["80", "90"], None, [], None),
+        (None, [], "580.65", [], None),
+        (None, [], "580.65", [("H200", "9.0")], r"H200 .*no kernels for GPUs.*\.cu12 or \.cu13"),
+        ("13.0", ["90"], "535.10", [("H200", "9.0")], r"driver 535.10 .* needs 580 .*\.cu12"),
+        ("12.4", ["90"], "470.1", [("H200", "9.0")], r"needs 525 or later\. Install a newer driver"),
+        ("12.4", ["80", "90"], "580.1", [("V100", "7.0"), ("A100", "8.0")], r"8\.0, 9\.0.*V100"),
+    ],
+)
+def test_what_a_build_says_about_the_gpus(cuda, archs, driver, gpus, says, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    problem = _gpu.problem(cuda, archs, driver, gpus)
+    assert problem is None if says is None else re.search(says, problem), problem
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert _gpu.problem(cuda, archs, driver, gpus) is None
+
+
+NVML = """
+#include <string.h>
+int nvmlInit_v2(void) { return 0; }
+int nvmlShutdown(void) { return 0; }
+int nvmlSystemGetDriverVersion(char* to, unsigned n) { strncpy(to, "535.183.01", n); return 0; }
+int nvmlDeviceGetCount_v2(unsigned* n) { *n = 3; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned i, void** to) { *to = (void*)(long)(i + 1); return i == 1; }
+int nvmlDeviceGetName(void* d, char* to, unsigned n) { strncpy(to, d == (void*)1 ? "A" : "B", n); return 0; }
+int nvmlDeviceGetCudaComputeCapability(void* d, int* major, int* minor) {
+  *major = d == (void*)1 ? 7 : 9;
+  *minor = 0;
+  return 0;
+}
+"""
+
+
+def test_a_gpu_that_the_build_has_no_code_for(tmp_path):
+    """With a library in the driver's place: `info` says so, and so does the loader, once."""
+    (tmp_path / "nvml.c").write_text(NVML)
+    library = tmp_path / "libnvidia-ml.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "nvml.c", "-o", library], check=True)
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+
+    def run(*command):
+        return subprocess.run(
+            [sys.executable, *command], env=environment, capture_output=True, text=True, check=True
+        )
+
+    report = json.loads(run("-m", "dice_op", "info", "--json").stdout)
+    assert report["driver"] == "535.183.01"
+    assert report["gpus"] == ["A (compute capability 7.0)", "B (compute capability 9.0)"]
+    reason = "no kernels for GPUs" if report["build_cuda"] is None else "A (7.0)|is too old"
+    assert re.search(reason.replace("(", r"\(").replace(")", r"\)"), report["gpu_kernels"])
+    code = """
+        import tensorflow as tf
+        tf.test.is_built_with_cuda = lambda: {}
+        import dice_op.losses, dice_op.metrics
+    """
+    warned = run("-c", textwrap.dedent(code).format(True)).stderr
+    assert warned.count("RuntimeWarning") == 1 and report["gpu_kernels"] in warned
+    # a TensorFlow without GPUs leaves them idle anyway
+    assert "RuntimeWarning" not in run("-c", textwrap.dedent(code).format(False)).stderr

@@ -13,7 +13,7 @@ import pytest
 from dice_op import core
 
 BUILD = pathlib.Path(__file__).parent.parent / "build"
-LIBRARY = pathlib.Path(core.__file__).parent / "dice_op.so"
+LIBRARY = pathlib.Path(core.__file__).parent / "dice_op_kernels.so"
 INFO = core.build_info()
 pytestmark = pytest.mark.skipif(
     INFO["cuda"] is None, reason="built without CUDA kernels: DICE_OP_CUDA=on asks for them"
@@ -153,7 +153,7 @@ def test_both_ops_have_gpu_kernels():
     import tensorflow as tf
     from tensorflow.python.framework import kernels
 
-    tf.load_op_library(str(LIBRARY))
+    tf.load_op_library(str(LIBRARY.with_name("dice_op.so")))
     for op in ("DiceSums", "DiceSumsGrad"):
         devices = {k.device_type for k in kernels.get_registered_kernels_for_op(op).kernel}
         assert {"CPU", "GPU"} <= devices

@@ -104,6 +104,9 @@ struct BadLabel {
   int64_t voxel = -1;
 };
 
+// What follows is what dice_op_kernels.so exports.
+#pragma GCC visibility push(default)
+
 namespace cpu {
 
 // Runs body(begin, end) over disjoint ranges that cover [0, count), on any threads it likes.
@@ -221,11 +224,13 @@ struct Handler {
 };
 
 // Of the platforms that this build serves.
-__attribute__((visibility("default"))) const std::vector<Handler>& Handlers();
+const std::vector<Handler>& Handlers();
 
 // Bytes of the workspace on that platform; or what is wrong, in words.
-__attribute__((visibility("default"))) std::string DiceSumsWorkspace(const Problem& problem,
-                                                                     const std::string& platform, size_t* bytes);
+std::string DiceSumsWorkspace(const Problem& problem, const std::string& platform, size_t* bytes);
 
 }  // namespace ffi
+
+#pragma GCC visibility pop
+
 }  // namespace dice_op

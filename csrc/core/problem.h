@@ -8,6 +8,8 @@
 
 #include "core/dice_op.h"
 
+#pragma GCC visibility push(default)  // dice_op_kernels.so exports all of it
+
 namespace dice_op {
 
 using Dims = std::vector<int64_t>;  // -1: not known yet
@@ -42,3 +44,5 @@ const char* Name(DType dtype);
 std::string Show(const Dims& dims);
 
 }  // namespace dice_op
+
+#pragma GCC visibility pop

@@ -1,0 +1,257 @@
+"""Proves wheels in clean environments, as a user would meet them.
+
+    make check-wheels                    all in dist/
+    python build_tools/check_wheel.py dist/dice_op-0.1.0+tf2.21.cpu-*.whl
+
+Of each wheel: size, contents, tag, licence, symbols, and that no library of the build machine is named.
+Then, in a new virtual environment that holds the wheel, its TensorFlow and nothing else, from an empty
+folder: import and its time, values and gradients against double precision, a Keras model trained with
+and without XLA, `python -m dice_op info`. At last with another TensorFlow: what it says then.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from wheels import EXCLUDED, MATRIX, ROOT, WORK, interpreter
+
+MOST_BYTES = 5_000_000
+MOST_IMPORT_SECONDS = 0.05
+LIBRARIES = ["dice_op.so", "dice_op_kernels.so", "dice_op_xla.so"]
+# What every Linux has. (manylinux allows a few more, but nothing here should need these.)
+SYSTEM = re.compile(r"lib(c|m|dl|rt|pthread|gcc_s)\.so\.\d+|ld-linux-x86-64\.so\.2")
+# The API that the kernels give to the other libraries, and what the loader looks for.
+EXPORTS = {
+    "dice_op.so": r"(?!)",
+    "dice_op_kernels.so": r"(vtable for |typeinfo (name )?for )?dice_op::.*",
+    "dice_op_xla.so": r"dice_op_xla_refusal",
+    "core": r"PyInit_core",
+}
+
+# Three lines in a Keras script, with a model and data around them.
+TRAIN = """
+import os
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+import keras
+import numpy as np
+rng = np.random.default_rng(0)
+labels = rng.integers(0, 3, (4, 8, 8, 8)).astype("uint8")
+images = (labels[..., None] - 1 + 0.1 * rng.standard_normal((4, 8, 8, 8, 1))).astype("float32")
+for jit_compile in (False, True):
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.layers.Conv3D(8, 1, activation="relu"), keras.layers.Conv3D(3, 1)])
+    import dice_op
+    loss = dice_op.losses.DiceLoss()
+    model.compile(keras.optimizers.Adam(0.05), loss=loss, jit_compile=jit_compile)
+    losses = model.fit(images, labels, epochs=30, batch_size=4, verbose=0).history["loss"]
+    assert losses[-1] < 0.2 < 0.4 < losses[0], losses
+    print(losses[0], losses[-1])
+"""
+
+VALUES = """
+import os
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+import numpy as np
+import tensorflow as tf
+import dice_op
+rng = np.random.default_rng(0)
+for classes in (2, 3, 14, 104):
+    x = 3 * rng.standard_normal((2, 9, 10, 11, classes))
+    y = rng.integers(0, classes, x.shape[:-1])
+
+    def loss(x):  # of MONAI's documentation, in double precision, or complex for derivatives
+        e = np.exp(x - x.real.max(-1, keepdims=True))
+        p, t = e / e.sum(-1, keepdims=True), np.eye(classes)[y]
+        sums = [v.sum((1, 2, 3)) for v in (p * t, p, t)]
+        return np.mean(1 - (2 * sums[0] + 1e-5) / (sums[1] + sums[2] + 1e-5))
+
+    logits = tf.constant(x, tf.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(logits)
+        value = dice_op.losses.DiceLoss(smooth_nr=1e-5, smooth_dr=1e-5)(y.astype("uint8"), logits)
+    direction = rng.standard_normal(x.shape)
+    along = np.sum(direction * tape.gradient(value, logits).numpy().astype(float))
+    wanted = loss(x + 1e-30j * direction).imag / 1e-30
+    assert abs(value - loss(x)) < 1e-6 * loss(x), (classes, float(value), loss(x))
+    assert abs(along - wanted) < 1e-4 * abs(wanted), (classes, along, wanted)
+    theory, numeric = tf.test.compute_gradient(
+        lambda z: dice_op.losses.DiceLoss()(y[:1, :1, :2, :2].astype("uint8"), z),
+        [tf.constant(x[:1, :1, :2, :2])],
+    )
+    np.testing.assert_allclose(theory[0], numeric[0], rtol=1e-4, atol=1e-9)
+"""
+
+IMPORT_TIME = """
+import os, time
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+import tensorflow, keras
+keras.losses.Dice, tensorflow.function
+start = time.perf_counter()
+import dice_op.losses
+print(time.perf_counter() - start)
+"""
+
+MISMATCH = """
+import os
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+import tensorflow
+try:
+    import dice_op.losses
+except ImportError as error:
+    print(error)
+"""
+
+
+class Failure(Exception):
+    """What is wrong with a wheel."""
+
+
+def require(condition, what):
+    if not condition:
+        raise Failure(what)
+
+
+def run(command, **options):
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
+    require(done.returncode == 0, f"{command[:4]} failed:\n{done.stdout}\n{done.stderr}")
+    return done.stdout
+
+
+def check_file(wheel, tensorflow, variant):
+    """The file itself: nothing of it is run."""
+    require(wheel.stat().st_size < MOST_BYTES, f"{wheel.stat().st_size} bytes, at most {MOST_BYTES}")
+    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
+        names = archive.namelist()
+        archive.extractall(folder)
+        package = {n.removeprefix("dice_op/") for n in names if n.startswith("dice_op/")}
+        binaries = {n for n in package if n.endswith(".so")}
+        (core,) = [n for n in binaries if n.startswith("core.")]
+        require(binaries == {core, *LIBRARIES}, f"its libraries are {sorted(binaries)}")
+        sources = {p.name for p in (ROOT / "dice_op").glob("*.py")}
+        require(package - binaries == sources, f"its files are {sorted(package)}")
+        others = [n for n in names if not n.startswith("dice_op/") and ".dist-info/" not in n]
+        require(not others, f"it holds {others}")
+        for notice in ("LICENSE", "NOTICE"):
+            require(any(n.endswith(f"licenses/{notice}") for n in names), f"{notice} is missing")
+        (metadata,) = [n for n in names if n.endswith(".dist-info/METADATA")]
+        text = archive.read(metadata).decode()
+        minor = int(tensorflow.split(".")[1])
+        for name in ("tensorflow", "tensorflow-cpu"):
+            fits = rf'Requires-Dist: {name}<2.{minor + 1},>={tensorflow}; extra == "{name}"'
+            require(fits in text, f"no {fits!r} in its metadata")
+        for name in binaries:
+            check_library(Path(folder, "dice_op", name), variant)
+    platform = wheel.stem.rpartition("-")[2].split(".")
+    tag = f"manylinux_{MATRIX['glibc'].replace('.', '_')}_x86_64"
+    require(tag in platform, f"its tag is {platform}, not {tag}")
+
+
+def check_library(library, variant):
+    dynamic = run(["readelf", "-d", library])
+    for needed in re.findall(r"NEEDED.*\[(.*)\]", dynamic):
+        known = SYSTEM.fullmatch(needed) or needed in EXCLUDED or needed == "dice_op_kernels.so"
+        require(known, f"{library.name} needs {needed}")
+    paths = re.findall(r"(?:RPATH|RUNPATH).*\[(.*)\]", dynamic)
+    require(all(path == "$ORIGIN" for path in paths), f"{library.name} looks in {paths}")
+    exports = EXPORTS["core" if library.name.startswith("core.") else library.name]
+    symbols = run(["nm", "-D", "--demangle", "--defined-only", library]).splitlines()
+    for symbol in (line.split(maxsplit=2)[2] for line in symbols):
+        require(re.fullmatch(exports, symbol), f"{library.name} exports {symbol}")
+    versions = re.findall(r"GLIBC_(2\.\d+)", run(["objdump", "-T", library]))
+    newest = max((int(v.split(".")[1]) for v in versions), default=0)
+    require(newest <= int(MATRIX["glibc"].split(".")[1]), f"{library.name} needs glibc 2.{newest}")
+    content = library.read_bytes()
+    require(str(ROOT).encode() not in content, f"{library.name} names {ROOT}")
+    if library.name == "dice_op_kernels.so":
+        has = b"nv_fatbin" in content
+        require(has == (variant != "cpu"), f"{library.name} has CUDA kernels: {has}")
+
+
+def check_installed(wheel, tensorflow, variant, python, folder):
+    """In a new environment. Returns how to call its pip and its Python, and the seconds of an import."""
+    run([interpreter(python), "-m", "venv", folder / "venv"])
+    inside = folder / "venv" / "bin" / "python"
+    pip = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    run([*pip, f"dice-op[tensorflow-cpu] @ {wheel.resolve().as_uri()}"])
+    empty = folder / "empty"
+    empty.mkdir()
+
+    def ask(code):
+        return run([inside, "-c", code], cwd=empty)
+
+    report = json.loads(run([inside, "-m", "dice_op", "info", "--json"], cwd=empty))
+    require(report["op"].startswith("loaded"), f"the op is {report['op']}")
+    require(report["xla"].startswith("loaded"), f"the op in XLA is {report['xla']}")
+    require(report["tensorflow"].startswith(tensorflow + "."), f"info: {report}")
+    wanted = MATRIX["variants"][variant]
+    archs = wanted["archs"].split(",") if "archs" in wanted else []
+    require(report["build_cuda_archs"] == archs, f"info: {report}")
+    cuda = report["build_cuda"] and report["build_cuda"].split(".")[0]
+    require(cuda == wanted.get("cuda"), f"info: {report}")
+    ask(VALUES)
+    ask(TRAIN)
+    seconds = [float(ask(IMPORT_TIME)) for _ in range(5)]
+    return pip, ask, statistics.median(seconds)
+
+
+def check_mismatch(others, pip, ask, tensorflow):
+    """Another TensorFlow's wheels in this environment: the message must name both and the way out."""
+    for wheel, built_for in others:
+        run([*pip, "--no-deps", "--force-reinstall", wheel])
+        words = ask(MISMATCH)
+        for expected in (f"is for TensorFlow {built_for}", f"TensorFlow {tensorflow}.", "pip install"):
+            require(expected in words, f"with {wheel.name}: no {expected!r} in {words!r}")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("wheels", nargs="*", type=Path)
+    options = parser.parse_args()
+    wheels = options.wheels or sorted((ROOT / "dist").glob("*.whl"))
+    if not wheels:
+        sys.exit("check_wheel.py: there is no wheel in dist/; make wheels builds them")
+    known = {}
+    for wheel in wheels:
+        match = re.match(r"dice_op-[\d.]+\+tf([\d.]+)\.(\w+)-cp(\d)(\d+)-", wheel.name)
+        if not match:
+            sys.exit(f"check_wheel.py: {wheel} is not named as make wheels names them")
+        known[wheel] = match[1], match[2], f"{match[3]}.{match[4]}"
+    failed = 0
+    for wheel, (tensorflow, variant, python) in known.items():
+        others = [
+            (other, of)
+            for other, (of, its, its_python) in known.items()
+            if of != tensorflow and (its, its_python) == (variant, python)
+        ]
+        with tempfile.TemporaryDirectory(dir=WORK) as folder:
+            try:
+                check_file(wheel, tensorflow, variant)
+                pip, ask, seconds = check_installed(
+                    wheel, tensorflow, variant, python, Path(folder)
+                )
+                require(seconds < MOST_IMPORT_SECONDS, f"its import takes {1000 * seconds:.0f} ms")
+                check_mismatch(others, pip, ask, tensorflow)
+            except Failure as failure:
+                failed += 1
+                print(f"{wheel.name}: {failure}", flush=True)
+                continue
+        megabytes = wheel.stat().st_size / 1e6
+        print(
+            f"{wheel.name}: good; {megabytes:.2f} MB, import {1000 * seconds:.0f} ms, "
+            f"refused by {len(others)} other TensorFlow version(s)",
+            flush=True,
+        )
+    sys.exit(f"{failed} of {len(wheels)} wheels failed" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
