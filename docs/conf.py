@@ -1,8 +1,8 @@
 """How Sphinx makes these pages: `make docs`. The API reference is made of the docstrings."""
 
 import os
+import re
 import sys
-import tomllib
 from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -11,7 +11,7 @@ sys.path.insert(0, str(root))
 
 project = "dice_op"
 author = "the authors of dice_op"
-release = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+release = re.search(r'^version = "(.*)"', (root / "pyproject.toml").read_text(), re.MULTILINE)[1]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3

@@ -119,12 +119,12 @@ struct Block {
   using I = Pack<typename IntFor<R>::type, W>;
   using Classes = ClassesOfTile<kCount>;
   static constexpr bool kInRegisters = kCount > 0 && kCount <= kMaxInRegisters;
+  static constexpr int kHeld = kInRegisters ? kCount : 1;
   static constexpr int kTogether = kCount ? std::min(kCount, kSideBySide) : kSideBySide;
   static constexpr bool kAsks = std::is_same_v<R, double>;  // at run time, whether a cross-entropy is wanted
 
   struct Scratch {  // of Add
-    Row<P, kCount> p;
-    Row<P, 0> scales, weights;
+    Row<P, 0> p, scales, weights;
     Scratch(int classes, int groups) : p(classes), scales(groups), weights(groups) {}
   };
 
@@ -152,8 +152,11 @@ struct Block {
     const int groups = tile.groups();
     for (int group = 0; group < groups; ++group) {
       k.ahead = tile.NextTile(group);
-      P* const z = reinterpret_cast<P*>(tile.logits(group));
-      P* const p = kCrossEntropy ? scratch.p.values : z;
+      P* const stored = reinterpret_cast<P*>(tile.logits(group));
+      P held_z[kHeld], held_p[kHeld];
+      P* const z = kInRegisters ? held_z : stored;
+      P* const p = kInRegisters ? held_p : kCrossEntropy ? scratch.p.values : stored;
+      for (int i = 0; kInRegisters && i < kCount; ++i) z[i] = stored[i];
       const P m = P::Load(tile.weight(group));
       const auto norm = Activate<Activation>(k, z, p, m, terms);
       scales[group] = norm.scale;
@@ -164,7 +167,9 @@ struct Block {
           CrossEntropy<Activation>(k, z, p, norm, LabelOf<R, kDense, P, I>(tile, group), terms,
                                    [&](int i, P loss, P) { sums.cross_entropy[i] = sums.cross_entropy[i] + m * loss; });
         }
-        std::copy(p, p + k.size(), z);
+      }
+      if (p != stored) {
+        for (int i = 0; i < k.size(); ++i) stored[i] = p[i];
       }
     }
     for (int c = 0; c < k.size(); c += kTogether) {
@@ -205,7 +210,7 @@ struct Block {
       for (int group = 0; group < tile.groups(); ++group) {
         k.ahead = tile.NextTile(group);
         P* const stored = reinterpret_cast<P*>(tile.logits(group));
-        P held[kInRegisters ? kCount : 1], *const z = kInRegisters ? held : stored;
+        P held[kHeld], *const z = kInRegisters ? held : stored;
         for (int i = 0; kInRegisters && i < kCount; ++i) held[i] = stored[i];
         // z is read for the last time before the gradient takes its place
         VoxelGrad<Activation, kCrossEntropy>(k, z, p.values, h.values, z, LabelOf<R, kDense, P, I>(tile, group),
