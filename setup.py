@@ -14,6 +14,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 LITTLE_SPACE = 100  # MB: a build has filled the disk
+# Of a wheel to be given away: what it is built for, such as +tf2.21.cpu.
+LOCAL_VERSION = os.environ.get("DICE_OP_LOCAL_VERSION", "")
 
 
 def stop(why):
@@ -34,13 +36,17 @@ def check_requirements():
     """Stops where a build would only fail later, and less clearly."""
     if subprocess.run(["sh", ROOT / "build_tools" / "check_compiler.sh"]).returncode:
         sys.exit(1)  # it has said why
-    missing = [name for name in ("cmake", "ninja", "pybind11") if not importlib.util.find_spec(name)]
+    missing = [
+        name for name in ("cmake", "ninja", "pybind11") if not importlib.util.find_spec(name)
+    ]
     if missing:
         stop(
             f"a build without isolation needs {' and '.join(missing)} in this environment: "
             f"{sys.executable} -m pip install {' '.join(missing)}"
         )
-    if not tensorflow() and "-DDICE_OP_WITH_TENSORFLOW=OFF" not in os.environ.get("CMAKE_ARGS", ""):
+    if not importlib.util.find_spec(
+        "tensorflow"
+    ) and "-DDICE_OP_WITH_TENSORFLOW=OFF" not in os.environ.get("CMAKE_ARGS", ""):
         stop(
             "a build without isolation is for the TensorFlow of its environment, and here is none: "
             f"{sys.executable} -m pip install tensorflow (or tensorflow-cpu)"
@@ -64,6 +70,7 @@ class CMakeBuild(build_ext):
             *("-S", ROOT, "-B", build, "-G", "Ninja", "--log-level=WARNING"),
             f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR, 'ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DDICE_OP_LOCAL_VERSION={LOCAL_VERSION}",
             f"-DDICE_OP_CUDA={os.environ.get('DICE_OP_CUDA') or 'auto'}",
             f"-DDICE_OP_CUDA_ARCHS={os.environ.get('DICE_OP_CUDA_ARCHS', '')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
@@ -77,7 +84,8 @@ class CMakeBuild(build_ext):
                 stdout=subprocess.DEVNULL,
             )
         except subprocess.CalledProcessError:
-            free = shutil.disk_usage(build).free >> 20
+            existing = next(f for f in (build, *build.parents) if f.exists())
+            free = shutil.disk_usage(existing).free >> 20
             if free < LITTLE_SPACE:
                 stop(f"the build failed as the disk is full: {free} MB are left at {build}")
             stop("the C++ build failed; its first error is above.")
@@ -93,8 +101,8 @@ def tensorflow_extras():
 
 
 options = {"build": {"build_base": "build/wheel"}}  # out of the way of CMake's build/
-if os.environ.get("DICE_OP_LOCAL_VERSION"):  # of a wheel to be given away: what it is built for
-    options["egg_info"] = {"tag_build": "+" + os.environ["DICE_OP_LOCAL_VERSION"]}
+if LOCAL_VERSION:
+    options["egg_info"] = {"tag_build": LOCAL_VERSION}
 
 setup(
     # Named only so that the wheel is one for this Python and platform: CMake knows the sources.

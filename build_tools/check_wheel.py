@@ -81,11 +81,12 @@ for classes in (2, 3, 14, 104):
     wanted = loss(x + 1e-30j * direction).imag / 1e-30
     assert abs(value - loss(x)) < 1e-6 * loss(x), (classes, float(value), loss(x))
     assert abs(along - wanted) < 1e-4 * abs(wanted), (classes, along, wanted)
+    small = dice_op.losses.DiceLoss(dtype="float64")
     theory, numeric = tf.test.compute_gradient(
-        lambda z: dice_op.losses.DiceLoss()(y[:1, :1, :2, :2].astype("uint8"), z),
-        [tf.constant(x[:1, :1, :2, :2])],
+        lambda z: small(y[:1, :1, :2, :2].astype("uint8"), z), [tf.constant(x[:1, :1, :2, :2])], 1e-5
     )
-    np.testing.assert_allclose(theory[0], numeric[0], rtol=1e-4, atol=1e-9)
+    off = np.abs(theory[0] - numeric[0]).max() / np.abs(numeric[0]).max()
+    assert off < 1e-6, (classes, off)
 """
 
 IMPORT_TIME = """
@@ -126,13 +127,15 @@ def run(command, **options):
 
 def check_file(wheel, tensorflow, variant):
     """The file itself: nothing of it is run."""
-    require(wheel.stat().st_size < MOST_BYTES, f"{wheel.stat().st_size} bytes, at most {MOST_BYTES}")
+    require(
+        wheel.stat().st_size < MOST_BYTES, f"{wheel.stat().st_size} bytes, at most {MOST_BYTES}"
+    )
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
-        names = archive.namelist()
+        names = [name for name in archive.namelist() if not name.endswith("/")]
         archive.extractall(folder)
         package = {n.removeprefix("dice_op/") for n in names if n.startswith("dice_op/")}
         binaries = {n for n in package if n.endswith(".so")}
-        (core,) = [n for n in binaries if n.startswith("core.")]
+        core = next((n for n in binaries if n.startswith("core.")), "core.*.so")
         require(binaries == {core, *LIBRARIES}, f"its libraries are {sorted(binaries)}")
         sources = {p.name for p in (ROOT / "dice_op").glob("*.py")}
         require(package - binaries == sources, f"its files are {sorted(package)}")
@@ -167,8 +170,16 @@ def check_library(library, variant):
     versions = re.findall(r"GLIBC_(2\.\d+)", run(["objdump", "-T", library]))
     newest = max((int(v.split(".")[1]) for v in versions), default=0)
     require(newest <= int(MATRIX["glibc"].split(".")[1]), f"{library.name} needs glibc 2.{newest}")
+    # What it needs of others is theirs by a version, by TensorFlow's or Python's name, or dice_op's own.
+    for line in run(["nm", "-D", "--undefined-only", library]).splitlines():
+        kind, _, symbol = line.strip().partition(" ")
+        known = re.search(r"@(GLIBC|GCC)_", symbol) or kind in "wv"
+        known = known or re.match(
+            r"_?Py|_Z\w*(dice_op|tensorflow|tsl|xla|absl|Eigen|stream_executor)", symbol
+        )
+        require(known, f"{library.name} needs {symbol}")
     content = library.read_bytes()
-    require(str(ROOT).encode() not in content, f"{library.name} names {ROOT}")
+    require(f"{ROOT}/".encode() not in content, f"{library.name} names {ROOT}")
     if library.name == "dice_op_kernels.so":
         has = b"nv_fatbin" in content
         require(has == (variant != "cpu"), f"{library.name} has CUDA kernels: {has}")
@@ -176,6 +187,7 @@ def check_library(library, variant):
 
 def check_installed(wheel, tensorflow, variant, python, folder):
     """In a new environment. Returns how to call its pip and its Python, and the seconds of an import."""
+    require(interpreter(python), f"this machine has no Python {python} to try it with")
     run([interpreter(python), "-m", "venv", folder / "venv"])
     inside = folder / "venv" / "bin" / "python"
     pip = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
@@ -206,7 +218,11 @@ def check_mismatch(others, pip, ask, tensorflow):
     for wheel, built_for in others:
         run([*pip, "--no-deps", "--force-reinstall", wheel])
         words = ask(MISMATCH)
-        for expected in (f"is for TensorFlow {built_for}", f"TensorFlow {tensorflow}.", "pip install"):
+        for expected in (
+            f"is for TensorFlow {built_for}",
+            f"TensorFlow {tensorflow}.",
+            "pip install",
+        ):
             require(expected in words, f"with {wheel.name}: no {expected!r} in {words!r}")
 
 
@@ -225,6 +241,7 @@ def main():
         if not match:
             sys.exit(f"check_wheel.py: {wheel} is not named as make wheels names them")
         known[wheel] = match[1], match[2], f"{match[3]}.{match[4]}"
+    WORK.mkdir(parents=True, exist_ok=True)
     failed = 0
     for wheel, (tensorflow, variant, python) in known.items():
         others = [

@@ -68,15 +68,15 @@ def interpreter(python):
 def environment(python, tensorflow):
     """The python of a virtual environment with that TensorFlow and all that a build needs."""
     folder = WORK / f"python{python}-tf{tensorflow}"
-    inside = folder / "bin" / "python"
-    if not (folder / "ready").exists():
+    inside, ready = folder / "bin" / "python", folder / "ready"
+    groups = PROJECT["dependency-groups"]
+    packages = [f"tensorflow-cpu=={tensorflow}.*", *groups["build"], *TOOLS]
+    if tensorflow == "2.19":
+        packages += groups["tensorflow_2_19"]
+    if not ready.exists() or ready.read_text() != repr(packages):
         run([interpreter(python), "-m", "venv", "--clear", folder])
-        groups = PROJECT["dependency-groups"]
-        packages = [f"tensorflow-cpu=={tensorflow}.*", *groups["build"], *TOOLS]
-        if tensorflow == "2.19":
-            packages += groups["tensorflow_2_19"]
         run([inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages])
-        (folder / "ready").touch()
+        ready.write_text(repr(packages))
     return inside
 
 
@@ -87,7 +87,7 @@ def nvcc(version):
         shutil.which("nvcc"),
         shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME')}/bin"),
     ]
-    for candidate in filter(None, candidates):
+    for candidate in filter(shutil.which, filter(None, candidates)):
         words = subprocess.run([candidate, "--version"], capture_output=True, text=True).stdout
         if re.search(rf"release {version}\.", words):
             return candidate
@@ -119,7 +119,7 @@ def build(tensorflow, variant, python, to):
         "DICE_OP_CUDA": "on" if "cuda" in wanted else "off",
         "DICE_OP_CUDA_ARCHS": wanted.get("archs", ""),
         "DICE_OP_BUILD": str(folder),
-        "DICE_OP_LOCAL_VERSION": local_version(tensorflow, variant),
+        "DICE_OP_LOCAL_VERSION": "+" + local_version(tensorflow, variant),
         "CMAKE_ARGS": f"-DDICE_OP_GLIBC={MATRIX['glibc']}",
     }
     if "cuda" in wanted:
@@ -153,7 +153,9 @@ def main():
         for wheel in every
         if all(w in getattr(options, n) for w, n in zip(wheel, ("tensorflow", "variant", "python")))
     ]
-    missing = sorted({python for *_, python in chosen if not interpreter(python)})
+    if not chosen:
+        parser.error("there is no such wheel in wheels.toml")
+    missing = {python for *_, python in chosen if not interpreter(python)}
     for tensorflow, variant, python in chosen:
         name = f"{local_version(tensorflow, variant)}, Python {python}"
         if python in missing or options.list:
@@ -163,8 +165,8 @@ def main():
         wheel = build(tensorflow, variant, python, options.to)
         size = wheel.stat().st_size / 1e6
         print(f"{wheel.name}: {size:.2f} MB, {time.monotonic() - start:.0f} s", flush=True)
-    if len(missing) == len({python for *_, python in chosen}):
-        sys.exit(f"wheels.py: none of these Pythons is on PATH: {', '.join(missing)}")
+    if not options.list and missing == {python for *_, python in chosen}:
+        sys.exit(f"wheels.py: none of these Pythons is on PATH: {', '.join(sorted(missing))}")
 
 
 if __name__ == "__main__":

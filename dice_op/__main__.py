@@ -17,12 +17,12 @@ def info():
     report["python"] = platform.python_version()
     report["platform"] = platform.platform()
     report["processors"] = os.cpu_count()
-    driver, gpus = _gpu.driver_and_gpus()
-    report["driver"] = driver
-    report["gpus"] = [f"{name} (compute capability {capability})" for name, capability in gpus]
-    report["gpu_kernels"] = _gpu.problem(
-        report["build_cuda"], report["build_cuda_archs"], driver, gpus
-    ) or ("fit" if gpus and report["build_cuda"] else None)
+    machine = _gpu.machine()
+    newest = f" (CUDA {machine.cuda[0]}.{machine.cuda[1]})"
+    report["driver"] = machine.driver and machine.driver + newest
+    report["gpus"] = list(map(str, machine.gpus))
+    problem = _gpu.problem(report["build_cuda"], report["build_cuda_archs"], machine)
+    report["gpu_kernels"] = problem or ("fit" if machine.gpus and report["build_cuda"] else None)
     report["tensorflow"] = report["keras"] = None
     report["op"] = report["xla"] = "not loaded: TensorFlow is not installed"
     if importlib.util.find_spec("tensorflow"):

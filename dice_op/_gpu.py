@@ -5,84 +5,119 @@ Asked of NVML, the driver's library for management: that starts no CUDA in this 
 
 import ctypes
 import os
+import re
+import typing
 
-# The first driver that runs a major version of CUDA.
-DRIVERS = {12: 525, 13: 580}
+DRIVERS = {12: 525, 13: 580}  # the first one for a major version of CUDA
+FIRST = (7, 5)  # compute capability that the kernels are written for
 
 
-def driver_and_gpus():
-    """The driver's version, and (name, compute capability) of each GPU: "580.65", [("H200", "9.0")].
+class Machine(typing.NamedTuple):
+    """driver: its version, or None; cuda: the newest that it runs, (13, 0); gpus: see `Gpu`."""
 
-    None and an empty list where there is no driver, or none that answers.
-    """
+    driver: str | None = None
+    cuda: tuple = (0, 0)
+    gpus: tuple = ()
+
+
+class Gpu(typing.NamedTuple):
+    """capability: compute capability, (9, 0)."""
+
+    name: str
+    capability: tuple
+
+    def __str__(self):
+        return f"{self.name} (compute capability {_dotted(self.capability)})"
+
+
+def _dotted(version):
+    return ".".join(map(str, version))
+
+
+def machine():
+    """The `Machine`; one without GPUs where there is no driver, or none that answers."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None, []
-    if nvml.nvmlInit_v2():
-        return None, []
+        if nvml.nvmlInit_v2():
+            return Machine()
+    except (OSError, AttributeError):
+        return Machine()
+    text, number = ctypes.create_string_buffer(96), ctypes.c_int(0)
     try:
-        text = ctypes.create_string_buffer(96)
-        driver = None if nvml.nvmlSystemGetDriverVersion(text, 96) else text.value.decode()
+        nvml.nvmlSystemGetDriverVersion(text, 96)
+        driver = text.value.decode()
+        nvml.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(number))
+        cuda = (number.value // 1000, number.value % 1000 // 10)
         count, gpus = ctypes.c_uint(0), []
         nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
         for index in range(count.value):
             device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
-            if (
+            failed = (
                 nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device))
                 or nvml.nvmlDeviceGetName(device, text, 96)
                 or nvml.nvmlDeviceGetCudaComputeCapability(
                     device, ctypes.byref(major), ctypes.byref(minor)
                 )
-            ):
-                continue  # such as one that belongs to another container
-            gpus.append((text.value.decode(), f"{major.value}.{minor.value}"))
-        return driver, gpus
+            )
+            if not failed:  # as for one that belongs to another container
+                gpus.append(Gpu(text.value.decode(), (major.value, minor.value)))
+        return Machine(driver, cuda, tuple(gpus))
+    except AttributeError:  # another library of that name
+        return Machine()
     finally:
         nvml.nvmlShutdown()
 
 
-def covers(archs, capability):
-    """Whether code for `archs` ("80", "90") runs on a GPU of that compute capability ("8.6").
+def covers(archs, capability, portable=True):
+    """Whether code for `archs` ("80", "90a", "100f") runs on a GPU of a compute capability (8, 6).
 
-    Machine code runs on the same major version's later minors, and the last architecture is there as
-    portable code as well, which the driver compiles for all that came after.
+    Machine code runs on the same major version's later minors. portable: whether the driver can
+    compile the last architecture's portable code, which is there for all that came after.
     """
-    major, minor = map(int, capability.split("."))
-    known = [divmod(int(arch), 10) for arch in archs]
-    same_major = any(a == major and b <= minor for a, b in known)
-    return same_major or (major, minor) >= max(known)
+    known = []
+    for arch in archs:
+        digits, kind = re.fullmatch(r"(\d+)([af]?)", arch).groups()
+        known.append(divmod(int(digits), 10))
+        if capability == known[-1]:
+            return True
+        if kind != "a" and capability[0] == known[-1][0] and capability[1] > known[-1][1]:
+            return True
+    return portable and bool(archs) and archs[-1].isdigit() and capability >= known[-1]
 
 
-def problem(cuda, archs, driver, gpus):
-    """Why a build (its CUDA, "13.0" or None, and architectures) cannot use these GPUs, and what to do.
+def problem(cuda, archs, found):
+    """Why a build (its CUDA, "13.0" or None, and architectures) cannot use the GPUs of a `Machine`.
 
-    None if it can use them all, or there is none.
+    With what to do. None if it can use them all, or there is none.
     """
-    if not gpus or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not found.gpus or visible in ("", "-1"):
         return None
-    names = ", ".join(sorted({f"{name} (compute capability {c})" for name, c in gpus}))
+    build = "DICE_OP_CUDA=on pip install --no-build-isolation --force-reinstall --no-deps ."
+    names = ", ".join(sorted({str(gpu) for gpu in found.gpus}))
     if cuda is None:
         return (
             f"there is {names}, but this build of dice_op has no kernels for GPUs: the loss is computed "
-            "on the CPU. Install a wheel for CUDA (its version ends in .cu12 or .cu13), or build one "
-            "from source: DICE_OP_CUDA=on pip install ."
+            "on the CPU. Install a wheel whose version ends in .cu12 or .cu13, or build from source, in "
+            f"dice_op's source folder: {build}"
         )
-    major = int(cuda.split(".")[0])
-    needed = DRIVERS.get(major)
-    if driver and needed and int(driver.split(".")[0]) < needed:
-        older = [f".cu{m}" for m, d in DRIVERS.items() if d <= int(driver.split(".")[0])]
-        other = f" Install a wheel whose version ends in {older[-1]}, or a" if older else " Install a"
+    version = tuple(map(int, cuda.split(".")))
+    if found.cuda[0] < version[0]:
+        other = f" or dice_op's wheel that ends in .cu{found.cuda[0]}" * (found.cuda[0] in DRIVERS)
         return (
-            f"the driver {driver} of {names} is too old for this build of dice_op, whose CUDA {cuda} "
-            f"needs {needed} or later.{other} newer driver"
+            f"the driver {found.driver} of {names} runs CUDA up to {_dotted(found.cuda)}, but this build of "
+            f"dice_op has {cuda}: install a newer driver ({DRIVERS.get(version[0], 'the latest')} or "
+            f"later){other}"
         )
-    left_out = sorted({f"{name} ({c})" for name, c in gpus if not covers(archs, c)})
-    if not left_out:
+    portable = found.cuda >= version
+    left_out = [gpu for gpu in found.gpus if not covers(archs, gpu.capability, portable)]
+    # Which ones a list makes visible is CUDA's to say: it may count them in another order.
+    if not left_out or (visible and len(left_out) < len(found.gpus)):
         return None
-    built = ", ".join(f"{arch[:-1]}.{arch[-1]}" for arch in archs)
+    names = ", ".join(sorted({str(gpu) for gpu in left_out}))
+    if max(gpu.capability for gpu in left_out) < FIRST:
+        return f"dice_op's kernels are for compute capability {_dotted(FIRST)} and later, not for {names}"
     return (
-        f"this build of dice_op has kernels for the compute capabilities {built} and later, "
-        f"none for {', '.join(left_out)}. Build it from source on this machine: DICE_OP_CUDA=on "
-        "DICE_OP_CUDA_ARCHS= pip install ."
+        f"this build of dice_op has no kernels for {names}, only for architecture {', '.join(archs)} (CUDA "
+        f"{cuda}). Build from source on this machine, in dice_op's source folder: {build}"
     )

@@ -68,7 +68,7 @@ def library():
         raise ImportError(f"dice_op cannot load: {problem}")
     if tf.test.is_built_with_cuda():
         info = core.build_info()
-        problem = _gpu.problem(info["cuda"], info["cuda_archs"], *_gpu.driver_and_gpus())
+        problem = _gpu.problem(info["cuda"], info["cuda_archs"], _gpu.machine())
         if problem is not None:
             warnings.warn(problem, RuntimeWarning, stacklevel=2)
     try:

@@ -122,7 +122,9 @@ def test_build_info():
     info = core.build_info()
     import tensorflow as tf
 
-    assert f'version = "{info["version"]}"' in (ROOT / "pyproject.toml").read_text()
+    assert (
+        f'version = "{info["version"].partition("+")[0]}"' in (ROOT / "pyproject.toml").read_text()
+    )
     assert info["tensorflow"] == tf.__version__
     assert info["simd_level"] in info["simd_levels"]
     assert (info["cuda"] is None) == (info["cuda_archs"] == [])
@@ -244,40 +246,68 @@ def test_the_gpu_check_says_what_is_missing():
 
 
 @pytest.mark.parametrize(
-    ("archs", "capability", "covered"),
+    ("archs", "capability", "portable", "covered"),
     [
-        (["75", "80", "90"], "7.5", True),
-        (["75", "80", "90"], "8.9", True),  # a later minor of 8.0
-        (["75", "80", "90"], "7.0", False),
-        (["75", "80", "90"], "12.0", True),  # by the last one's portable code
-        (["80", "90"], "7.5", False),
-        (["86"], "8.0", False),
-        (["75", "100", "120"], "9.0", False),
-        (["75", "80", "90", "100", "120"], "10.3", True),
+        ("75,80,90", (7, 5), True, True),
+        ("75,80,90", (8, 9), False, True),  # a later minor of 8.0
+        ("75,80,90", (7, 0), True, False),
+        ("75,80,90", (12, 0), True, True),  # by the last one's portable code
+        ("75,80,90", (12, 0), False, False),
+        ("80,90", (7, 5), True, False),
+        ("86", (8, 0), True, False),
+        ("75,100,120", (9, 0), True, False),
+        ("75,80,90,100,120", (10, 3), False, True),
+        ("90a", (9, 0), False, True),
+        ("90a", (10, 0), True, False),
+        ("100f", (10, 3), True, True),
+        ("100f", (12, 0), True, False),
     ],
 )
-def test_which_gpus_code_runs_on(archs, capability, covered):
-    assert _gpu.covers(archs, capability) == covered
+def test_which_gpus_code_runs_on(archs, capability, portable, covered):
+    assert _gpu.covers(archs.split(","), capability, portable) == covered
+
+
+H200, A100, V100 = (
+    _gpu.Gpu(n, c) for n, c in (("H200", (9, 0)), ("A100", (8, 0)), ("V100", (7, 0)))
+)
 
 
 @pytest.mark.parametrize(
     ("cuda", "archs", "driver", "gpus", "says"),
     [
-        ("13.0", ["80", "90"], "580.65", [("H200", "9.0")], None),
-        ("13.0", ["80", "90"], None, [], None),
-        (None, [], "580.65", [], None),
-        (None, [], "580.65", [("H200", "9.0")], r"H200 .*no kernels for GPUs.*\.cu12 or \.cu13"),
-        ("13.0", ["90"], "535.10", [("H200", "9.0")], r"driver 535.10 .* needs 580 .*\.cu12"),
-        ("12.4", ["90"], "470.1", [("H200", "9.0")], r"needs 525 or later\. Install a newer driver"),
-        ("12.4", ["80", "90"], "580.1", [("V100", "7.0"), ("A100", "8.0")], r"8\.0, 9\.0.*V100"),
+        ("13.0", "80,90", (13, 0), [H200], None),
+        ("13.0", "80,90", (0, 0), [], None),
+        (None, "", (13, 0), [], None),
+        (None, "", (13, 0), [H200], r"H200 .*no kernels for GPUs.*\.cu12 or \.cu13"),
+        (
+            "13.0",
+            "90",
+            (12, 2),
+            [H200],
+            r"driver 1.2 of H200 .* up to 12.2, .*\(580 or later\) or .*\.cu12$",
+        ),
+        ("12.4", "90", (11, 4), [H200], r"\(525 or later\)$"),
+        (
+            "12.4",
+            "80,90",
+            (13, 0),
+            [V100, A100],
+            r"for compute capability 7.5 and later, not for V100",
+        ),
+        ("12.4", "90", (13, 0), [A100, H200], r"no kernels for A100 .*Build from source"),
     ],
 )
 def test_what_a_build_says_about_the_gpus(cuda, archs, driver, gpus, says, monkeypatch):
+    def problem():
+        found = _gpu.Machine("1.2", driver, tuple(gpus))
+        return _gpu.problem(cuda, archs.split(",") if archs else [], found)
+
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    problem = _gpu.problem(cuda, archs, driver, gpus)
-    assert problem is None if says is None else re.search(says, problem), problem
+    assert problem() is None if says is None else re.search(says, problem()), problem()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # of two, perhaps the one that is covered
+    assert (problem() is None) == (says is None or len(gpus) > 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert _gpu.problem(cuda, archs, driver, gpus) is None
+    assert problem() is None
 
 
 NVML = """
@@ -285,6 +315,7 @@ NVML = """
 int nvmlInit_v2(void) { return 0; }
 int nvmlShutdown(void) { return 0; }
 int nvmlSystemGetDriverVersion(char* to, unsigned n) { strncpy(to, "535.183.01", n); return 0; }
+int nvmlSystemGetCudaDriverVersion_v2(int* version) { *version = 13010; return 0; }
 int nvmlDeviceGetCount_v2(unsigned* n) { *n = 3; return 0; }
 int nvmlDeviceGetHandleByIndex_v2(unsigned i, void** to) { *to = (void*)(long)(i + 1); return i == 1; }
 int nvmlDeviceGetName(void* d, char* to, unsigned n) { strncpy(to, d == (void*)1 ? "A" : "B", n); return 0; }
@@ -310,10 +341,10 @@ def test_a_gpu_that_the_build_has_no_code_for(tmp_path):
         )
 
     report = json.loads(run("-m", "dice_op", "info", "--json").stdout)
-    assert report["driver"] == "535.183.01"
+    assert report["driver"] == "535.183.01 (CUDA 13.1)"
     assert report["gpus"] == ["A (compute capability 7.0)", "B (compute capability 9.0)"]
-    reason = "no kernels for GPUs" if report["build_cuda"] is None else "A (7.0)|is too old"
-    assert re.search(reason.replace("(", r"\(").replace(")", r"\)"), report["gpu_kernels"])
+    reason = "no kernels for GPUs" if report["build_cuda"] is None else "7.5 and later, not for A"
+    assert reason in report["gpu_kernels"]
     code = """
         import tensorflow as tf
         tf.test.is_built_with_cuda = lambda: {}
