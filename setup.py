@@ -36,17 +36,15 @@ def check_requirements():
     """Stops where a build would only fail later, and less clearly."""
     if subprocess.run(["sh", ROOT / "build_tools" / "check_compiler.sh"]).returncode:
         sys.exit(1)  # it has said why
-    missing = [
-        name for name in ("cmake", "ninja", "pybind11") if not importlib.util.find_spec(name)
-    ]
+    needs = ("cmake", "ninja", "pybind11")
+    missing = [name for name in needs if not importlib.util.find_spec(name)]
     if missing:
         stop(
             f"a build without isolation needs {' and '.join(missing)} in this environment: "
             f"{sys.executable} -m pip install {' '.join(missing)}"
         )
-    if not importlib.util.find_spec(
-        "tensorflow"
-    ) and "-DDICE_OP_WITH_TENSORFLOW=OFF" not in os.environ.get("CMAKE_ARGS", ""):
+    wanted = "-DDICE_OP_WITH_TENSORFLOW=OFF" not in os.environ.get("CMAKE_ARGS", "")
+    if wanted and not importlib.util.find_spec("tensorflow"):
         stop(
             "a build without isolation is for the TensorFlow of its environment, and here is none: "
             f"{sys.executable} -m pip install tensorflow (or tensorflow-cpu)"
@@ -61,7 +59,7 @@ class CMakeBuild(build_ext):
         import ninja
 
         in_place = self.inplace or self.editable_mode
-        # In place: kept, so that the next build is incremental. DICE_OP_BUILD: another that is to be kept.
+        # In place: kept, so that the next build is incremental. DICE_OP_BUILD: another to be kept.
         build = ROOT / "build" if in_place else Path(self.build_temp).resolve()
         build = Path(os.environ.get("DICE_OP_BUILD", build))
         prefix = ROOT if in_place else Path(self.build_lib).resolve()

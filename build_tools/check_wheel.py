@@ -3,16 +3,15 @@
     make check-wheels                    all in dist/
     python build_tools/check_wheel.py dist/dice_op-0.1.0+tf2.21.cpu-*.whl
 
-Of each wheel: size, contents, tag, licence, symbols, and that no library of the build machine is named.
-Then, in a new virtual environment that holds the wheel, its TensorFlow and nothing else, from an empty
-folder: import and its time, values and gradients against double precision, a Keras model trained with
-and without XLA, `python -m dice_op info`. At last with another TensorFlow: what it says then.
+Of each wheel: size, contents, tag, licences, and of its libraries what they need and export. Then, in
+a new virtual environment that holds the wheel, its TensorFlow and nothing else, from an empty folder:
+import and its time, values and gradients against double precision, a Keras model trained with and
+without XLA, `python -m dice_op info`. At last with another TensorFlow: what it says then.
 """
 
 import argparse
 import json
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ MOST_IMPORT_SECONDS = 0.05
 LIBRARIES = ["dice_op.so", "dice_op_kernels.so", "dice_op_xla.so"]
 # What every Linux has. (manylinux allows a few more, but nothing here should need these.)
 SYSTEM = re.compile(r"lib(c|m|dl|rt|pthread|gcc_s)\.so\.\d+|ld-linux-x86-64\.so\.2")
+THEIRS = re.compile(r"_?Py|_Z\w*(dice_op|tensorflow|tsl|xla|absl|Eigen|stream_executor)")
 # The API that the kernels give to the other libraries, and what the loader looks for.
 EXPORTS = {
     "dice_op.so": r"(?!)",
@@ -46,7 +46,8 @@ labels = rng.integers(0, 3, (4, 8, 8, 8)).astype("uint8")
 images = (labels[..., None] - 1 + 0.1 * rng.standard_normal((4, 8, 8, 8, 1))).astype("float32")
 for jit_compile in (False, True):
     keras.utils.set_random_seed(1)
-    model = keras.Sequential([keras.layers.Conv3D(8, 1, activation="relu"), keras.layers.Conv3D(3, 1)])
+    hidden, logits = keras.layers.Conv3D(8, 1, activation="relu"), keras.layers.Conv3D(3, 1)
+    model = keras.Sequential([hidden, logits])
     import dice_op
     loss = dice_op.losses.DiceLoss()
     model.compile(keras.optimizers.Adam(0.05), loss=loss, jit_compile=jit_compile)
@@ -82,9 +83,8 @@ for classes in (2, 3, 14, 104):
     assert abs(value - loss(x)) < 1e-6 * loss(x), (classes, float(value), loss(x))
     assert abs(along - wanted) < 1e-4 * abs(wanted), (classes, along, wanted)
     small = dice_op.losses.DiceLoss(dtype="float64")
-    theory, numeric = tf.test.compute_gradient(
-        lambda z: small(y[:1, :1, :2, :2].astype("uint8"), z), [tf.constant(x[:1, :1, :2, :2])], 1e-5
-    )
+    few, their = tf.constant(x[:1, :1, :2, :2]), y[:1, :1, :2, :2].astype("uint8")
+    theory, numeric = tf.test.compute_gradient(lambda z: small(their, z), [few], 1e-5)
     off = np.abs(theory[0] - numeric[0]).max() / np.abs(numeric[0]).max()
     assert off < 1e-6, (classes, off)
 """
@@ -110,13 +110,13 @@ except ImportError as error:
 """
 
 
-class Failure(Exception):
+class WheelError(Exception):
     """What is wrong with a wheel."""
 
 
 def require(condition, what):
     if not condition:
-        raise Failure(what)
+        raise WheelError(what)
 
 
 def run(command, **options):
@@ -170,10 +170,10 @@ def check_library(library, variant):
     versions = re.findall(r"GLIBC_(2\.\d+)", run(["objdump", "-T", library]))
     newest = max((int(v.split(".")[1]) for v in versions), default=0)
     require(newest <= int(MATRIX["glibc"].split(".")[1]), f"{library.name} needs glibc 2.{newest}")
-    # What it needs of others is theirs by a version, by TensorFlow's or Python's name, or dice_op's own.
+    # What it needs: the system's, with a version; TensorFlow's, Python's, dice_op's by name.
     for line in run(["nm", "-D", "--undefined-only", library]).splitlines():
         kind, _, symbol = line.strip().partition(" ")
-        known = re.search(r"@(GLIBC|GCC)_", symbol) or kind in "wv"
+        known = re.search(r"@(GLIBC|GCC)_", symbol) or THEIRS.match(symbol) or kind in "wv"
         known = known or re.match(
             r"_?Py|_Z\w*(dice_op|tensorflow|tsl|xla|absl|Eigen|stream_executor)", symbol
         )
@@ -186,7 +186,7 @@ def check_library(library, variant):
 
 
 def check_installed(wheel, tensorflow, variant, python, folder):
-    """In a new environment. Returns how to call its pip and its Python, and the seconds of an import."""
+    """In a new environment. Returns how to call its pip, its Python; seconds of an import."""
     require(interpreter(python), f"this machine has no Python {python} to try it with")
     run([interpreter(python), "-m", "venv", folder / "venv"])
     inside = folder / "venv" / "bin" / "python"
@@ -214,7 +214,7 @@ def check_installed(wheel, tensorflow, variant, python, folder):
 
 
 def check_mismatch(others, pip, ask, tensorflow):
-    """Another TensorFlow's wheels in this environment: the message must name both and the way out."""
+    """Another TensorFlow's wheels here: the message must name both versions and the way out."""
     for wheel, built_for in others:
         run([*pip, "--no-deps", "--force-reinstall", wheel])
         words = ask(MISMATCH)
@@ -257,7 +257,7 @@ def main():
                 )
                 require(seconds < MOST_IMPORT_SECONDS, f"its import takes {1000 * seconds:.0f} ms")
                 check_mismatch(others, pip, ask, tensorflow)
-            except Failure as failure:
+            except WheelError as failure:
                 failed += 1
                 print(f"{wheel.name}: {failure}", flush=True)
                 continue

