@@ -3,10 +3,11 @@
     make check-wheels                    all in dist/
     python build_tools/check_wheel.py dist/dice_op-0.1.0+tf2.21.cpu-*.whl
 
-Of each wheel: size, contents, tag, licences, and of its libraries what they need and export. Then, in
-a new virtual environment that holds the wheel, its TensorFlow and nothing else, from an empty folder:
-import and its time, values and gradients against double precision, a Keras model trained with and
-without XLA, `python -m dice_op info`. At last with another TensorFlow: what it says then.
+Of each wheel: size, contents, tag, licences, and of its libraries what they need and export.
+Then, in a new virtual environment that holds the wheel, its TensorFlow and nothing else, from an
+empty folder: import and its time, values and gradients against double precision, a Keras model
+trained with and without XLA, `python -m dice_op info`. At last with another TensorFlow: what it
+says then.
 """
 
 import argparse

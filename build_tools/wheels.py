@@ -4,10 +4,11 @@
     make wheels WHEELS="--variant cpu --tensorflow 2.21"
     make wheels WHEELS="--list"
 
-A wheel is named dice_op-0.1.0+tf2.21.cu13: one project, so that pip replaces one build by another
-and never mixes two, and what it is built for in the version, where `pip list` and a requirements file
-show it. CUDA is compiled with CUDACXX_12 or CUDACXX_13, the path of an nvcc, else with the one on PATH
-or under CUDA_HOME if it is of that version, else with pip's (which has none for CUDA 12).
+A wheel is named dice_op-0.1.0+tf2.21.cu13: one project, so that pip replaces one build by
+another and never mixes two, and what it is built for in the version, where `pip list` and a
+requirements file show it. CUDA is compiled with CUDACXX_12 or CUDACXX_13, the path of an nvcc,
+else with the one on PATH or under CUDA_HOME if it is of that version, else with pip's (which has
+none for CUDA 12).
 """
 
 import argparse
