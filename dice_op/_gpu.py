@@ -119,6 +119,6 @@ def problem(cuda, archs, found):
         first = _dotted(FIRST)
         return f"dice_op's kernels are for compute capability {first} and later, not for {names}"
     return (
-        f"this build of dice_op (CUDA {cuda}) has kernels for {', '.join(archs)}, none for {names}. "
+        f"this build of dice_op (CUDA {cuda}) is for {', '.join(archs)}, not for {names}. "
         f"Build from source on this machine, in dice_op's source folder: {build}"
     )

@@ -294,7 +294,7 @@ H200, A100, V100 = (
             [V100, A100],
             r"7.5 and later, not for V100",
         ),
-        ("12.4", "90", (13, 0), [A100, H200], r"none for A100 .*Build from source"),
+        ("12.4", "90", (13, 0), [A100, H200], r"not for A100 .*Build from source"),
     ],
 )
 def test_what_a_build_says_about_the_gpus(cuda, archs, driver, gpus, says, monkeypatch):
