@@ -242,6 +242,76 @@ def test_the_gpu_check_says_what_is_missing():
     assert len(result.stderr.splitlines()) == 1 and "GPU" in result.stderr
 
 
+# --- building from source, and what is missing then -----------------------------------------------
+
+
+def setup(*before, **variables):
+    """What `setup.py build_ext` says, in one line, where it cannot even begin."""
+    code = "; ".join((*before, "import runpy, sys", "sys.argv[1:] = ['--quiet', 'build_ext']"))
+    done = subprocess.run(
+        [sys.executable, "-c", code + "; runpy.run_path('setup.py', run_name='__main__')"],
+        env={**os.environ, **variables},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if "dice_op:" in line]
+    return line
+
+
+def without(*modules):
+    return (
+        "import importlib.util as u; real = u.find_spec; "
+        f"u.find_spec = lambda name, *a: None if name in {modules!r} else real(name, *a)"
+    )
+
+
+def test_a_build_names_what_is_missing():
+    assert "compiler CXX=/no/compiler does not exist" in setup(CXX="/no/compiler")
+    assert "pip install cmake ninja" in setup(without("cmake", "ninja"))
+    assert "pip install tensorflow" in setup(without("tensorflow"))
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        (
+            "echo Cuda compilation tools, release 11.8, V11.8.89",
+            "is of CUDA 11.8, but dice_op needs 12",
+        ),
+        ("exit 1", "nvcc does not run"),
+    ],
+)
+def test_a_cuda_that_does_not_do_is_named(says, message, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\n{says}\n")
+    nvcc.chmod(0o755)
+    command = [sys.executable, "-m", "cmake", "-S", ROOT, "-B", tmp_path / "build"]
+    options = ["-DDICE_OP_WITH_TENSORFLOW=OFF", "-DDICE_OP_CUDA=on"]
+    done = subprocess.run(
+        [*command, *options, f"-DPython_EXECUTABLE={sys.executable}"],
+        env={**os.environ, "CUDACXX": str(nvcc)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert message in " ".join(done.stderr.split())
+
+
+def test_the_matrix_of_wheels():
+    listed = subprocess.run(
+        [sys.executable, ROOT / "build_tools" / "wheels.py", "--list"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for tensorflow in ("2.19", "2.20", "2.21"):
+        for variant in ("cpu", "cu12", "cu13"):
+            assert f"tf{tensorflow}.{variant}, Python 3.12" in listed
+    assert len(listed.splitlines()) == 33  # 3 variants of 3 + 4 + 4
+
+
 # --- GPUs, and whether a build has code for them --------------------------------------------------
 
 
