@@ -174,9 +174,6 @@ def check_library(library, variant):
     for line in run(["nm", "-D", "--undefined-only", library]).splitlines():
         kind, _, symbol = line.strip().partition(" ")
         known = re.search(r"@(GLIBC|GCC)_", symbol) or THEIRS.match(symbol) or kind in "wv"
-        known = known or re.match(
-            r"_?Py|_Z\w*(dice_op|tensorflow|tsl|xla|absl|Eigen|stream_executor)", symbol
-        )
         require(known, f"{library.name} needs {symbol}")
     content = library.read_bytes()
     require(f"{ROOT}/".encode() not in content, f"{library.name} names {ROOT}")

@@ -34,6 +34,10 @@ def _dotted(version):
     return ".".join(map(str, version))
 
 
+def _named(gpus):
+    return ", ".join(sorted(set(map(str, gpus))))
+
+
 def machine():
     """The `Machine`; one without GPUs where there is no driver, or none that answers."""
     try:
@@ -94,7 +98,7 @@ def problem(cuda, archs, found):
     if not found.gpus or visible in ("", "-1"):
         return None
     build = "DICE_OP_CUDA=on pip install --no-build-isolation --force-reinstall --no-deps ."
-    names = ", ".join(sorted({str(gpu) for gpu in found.gpus}))
+    names = _named(found.gpus)
     if cuda is None:
         return (
             f"there is {names}, but this build of dice_op has no kernels for GPUs: the loss is "
@@ -114,7 +118,7 @@ def problem(cuda, archs, found):
     # Which ones a list makes visible is CUDA's to say: it may count them in another order.
     if not left_out or (visible and len(left_out) < len(found.gpus)):
         return None
-    names = ", ".join(sorted({str(gpu) for gpu in left_out}))
+    names = _named(left_out)
     if max(gpu.capability for gpu in left_out) < FIRST:
         first = _dotted(FIRST)
         return f"dice_op's kernels are for compute capability {first} and later, not for {names}"

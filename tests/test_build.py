@@ -84,6 +84,16 @@ def test_binaries_hold_no_path_of_the_machine_that_built_them():
         assert os.fsencode(ROOT) not in library.read_bytes(), library.name
 
 
+def exported(library):
+    symbols = subprocess.run(
+        ["nm", "-D", "--demangle", "--defined-only", PACKAGE / library],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return {line.split(maxsplit=2)[2] for line in symbols.splitlines()}
+
+
 @pytest.mark.parametrize(
     ("library", "exports"),
     [
@@ -93,24 +103,11 @@ def test_binaries_hold_no_path_of_the_machine_that_built_them():
 )
 def test_the_libraries_export_nothing_else(library, exports):
     """Their symbols must not meet those of another library in the same process."""
-    symbols = subprocess.run(
-        ["nm", "-D", "--demangle", "--defined-only", PACKAGE / library],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    names = {line.split(maxsplit=2)[2].partition("(")[0] for line in symbols.splitlines()}
-    assert names == exports
+    assert {name.partition("(")[0] for name in exported(library)} == exports
 
 
 def test_the_kernels_export_what_the_headers_declare():
-    symbols = subprocess.run(
-        ["nm", "-D", "--demangle", "--defined-only", PACKAGE / "dice_op_kernels.so"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    names = {line.split(maxsplit=2)[2] for line in symbols.splitlines()}
+    names = exported("dice_op_kernels.so")
     declared = "".join((ROOT / "csrc" / "core" / f).read_text() for f in ("dice_op.h", "problem.h"))
     for name in names:
         last = re.search(r"(\w+)(\[abi:cxx11\])?(\(|$)", name)[1]
