@@ -114,7 +114,7 @@ struct Focal {
     const R rest = Max(R(1) - p, R(0));
     const R weight = Exp(R(gamma) * Log(rest));
     // p log(p) / (1-p), which tends to -1 as p does to 1, and to 0 with p
-    const R ratio = Select(p > R(0), Select(rest > R(0), p * log_p / rest, R(-1)), R(0));
+    const R ratio = Select(p > R(0), Select(rest > R(0), p * log_p * Reciprocal(rest), R(-1)), R(0));
     return {-(weight * log_p), weight * (R(gamma) * ratio - R(1))};
   }
 };
@@ -255,7 +255,7 @@ struct Identity : Unscaled {
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       R total = g(i);
-      if constexpr (kCrossEntropy) total = total + Select(p[i] < R(kEpsilon), R(0), h(i) / p[i]);
+      if constexpr (kCrossEntropy) total = total + Select(p[i] < R(kEpsilon), R(0), h(i) * Reciprocal(p[i]));
       d[i] = m * total;
     }
   }

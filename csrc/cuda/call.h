@@ -17,16 +17,17 @@ struct Call {
   void* d_logits;         // gradient only
   double* partials;       // [N, blocks_per_sample, PartialWidth]; sums only
   int64_t voxels;         // V
-  int64_t tiles;          // of a sample
   int64_t ignore_label;
   double gamma, keep, spread, threshold;  // as in Terms
   int blocks_per_sample;
+  int tiles;        // of a sample
+  int last_voxels;  // in the last of them, which may not be full
   int classes;  // C
   int first_class;
   int label_limit;  // labels below it are classes; no more than the labels' type can hold
   int label_bytes;
   int row_padding;                    // bytes between the rows of a staged tile, so that they start at other banks
-  uint32_t row_magic;                 // (word * row_magic) >> 20 is the row of a staged tile's 16-byte word
+  uint32_t row_magic;                 // (x * row_magic) >> 20 is the row of a tile's 16-byte word, or element, x
   int source_bytes, shared_per_warp;  // shared memory of a warp: the source's, then the sums'
   DType logits_dtype, labels_dtype, weight_dtype;
   bool planar;  // channels first
@@ -36,7 +37,7 @@ struct Call {
   bool squared, cross_entropy, has_ignore_label;
 };
 
-// What a block leaves: intersection, label_sum, cross_entropy, pred_sum of each class, the sum of the
+// What a block leaves: intersection, label_sum, pred_sum, cross_entropy of each class, the sum of the
 // weights, and how many warps saw a label that is no class.
 DICE_OP_INLINE constexpr int PartialWidth(int classes) { return 4 * classes + 2; }
 
@@ -50,10 +51,9 @@ struct Variant {
   uint32_t row_magic = 0;
 };
 
-// The kernel of a family for the sums (d_logits null) or the gradient; none if the problem is not for it.
-Variant FindFloat(const Problem& problem, const void* d_logits);
-Variant FindHalf(const Problem& problem, const void* d_logits);
-Variant FindBFloat16(const Problem& problem, const void* d_logits);
+// The kernel for the sums (d_logits null) or the gradient: a specialised one, if the problem is for one, and the one
+// that does everything.
+Variant FindPlain(const Problem& problem, const void* d_logits);
 Variant FindGeneral(const Problem& problem, const void* d_logits);
 
 }  // namespace cuda

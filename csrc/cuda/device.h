@@ -9,9 +9,11 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define DICE_OP_DEVICE __device__ __forceinline__
+#define DICE_OP_SHARED __device__ __noinline__  // once for all kernels
 #else
 #include "cuda_emulator.h"
 #define DICE_OP_DEVICE inline __attribute__((always_inline))
+#define DICE_OP_SHARED inline
 #endif
 
 #include <cmath>
@@ -40,9 +42,9 @@ DICE_OP_DEVICE double Max(double a, double b) { return fmax(a, b); }
 DICE_OP_DEVICE float Abs(float x) { return fabsf(x); }
 DICE_OP_DEVICE double Abs(double x) { return fabs(x); }
 DICE_OP_DEVICE float Log(float x) { return logf(x); }
-DICE_OP_DEVICE double Log(double x) { return log(x); }
+DICE_OP_SHARED double Log(double x) { return log(x); }
 DICE_OP_DEVICE float Log1p(float x) { return log1pf(x); }
-DICE_OP_DEVICE double Log1p(double x) { return log1p(x); }
+DICE_OP_SHARED double Log1p(double x) { return log1p(x); }
 
 constexpr float kLog2E = 1.4426950408889634f;
 
@@ -57,12 +59,12 @@ DICE_OP_DEVICE float Exp2(float x) {
 #endif
 }
 DICE_OP_DEVICE float Exp(float x) { return Exp2(x * kLog2E); }
-DICE_OP_DEVICE double Exp(double x) { return exp(x); }
+DICE_OP_SHARED double Exp(double x) { return exp(x); }
 
 // In one fused multiply-add. The rounding of b * log2(e) is a factor that all classes share, close to
 // one: it cancels where the exponentials are normalised.
 DICE_OP_DEVICE float ExpOfDifference(float a, float b) { return Exp2(fmaf(a, kLog2E, -(b * kLog2E))); }
-DICE_OP_DEVICE double ExpOfDifference(double a, double b) { return exp(a - b); }
+DICE_OP_DEVICE double ExpOfDifference(double a, double b) { return Exp(a - b); }
 DICE_OP_DEVICE float ExpOfDifferenceToItself(float a) { return ExpOfDifference(a, a); }
 DICE_OP_DEVICE double ExpOfDifferenceToItself(double) { return 1; }
 
@@ -170,15 +172,13 @@ DICE_OP_DEVICE void WaitForCopies() {
 // --- the launch -------------------------------------------------------------------------------------------
 
 template <class Argument>
-cudaError_t Launch(void (*kernel)(Argument), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
+cudaError_t Launch(void (*kernel)(Argument), dim3 blocks, int threads, size_t shared_bytes, cudaStream_t stream,
                    Argument argument) {
 #ifdef __CUDACC__
   void* arguments[] = {&argument};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(threads),
-                          arguments, shared_bytes, stream);
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, dim3(threads), arguments, shared_bytes, stream);
 #else
-  return cuda_emulator::Launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), shared_bytes, stream,
-                               argument);
+  return cuda_emulator::Launch(kernel, blocks, dim3(threads), shared_bytes, stream, argument);
 #endif
 }
 
@@ -191,35 +191,39 @@ DICE_OP_DEVICE R FromPartner(R x, int distance) {
   return __shfl_xor_sync(0xffffffffu, x, distance);
 }
 
-// Which of the sums that AddOverLanes was given a lane holds afterwards: values[i] is that of number
-// first + i, as far as that is less than end.
-struct Share {
-  int first, end;
-};
+// The sums of kCount values, each over those lanes of a warp whose numbers are equal modulo kLanes, dealt out: Add
+// leaves the sums of the numbers First(), First() + 1, ... in the first kHeld of `values`, as far as they are less than
+// kCount, if Holds(). `values` has kPadded elements, those from kCount on zero.
+//
+// Each step halves the number of values: partners give each other the half that the other keeps. That takes about
+// kCount shuffles in all; adding up one value after the other takes five times that.
+template <int kLanes, int kCount>
+struct LaneSums {
+  static constexpr int PowerOfTwo(int count) { return count <= 1 ? 1 : 2 * PowerOfTwo((count + 1) / 2); }
+  static constexpr int kGroups = kWarp / kLanes, kPadded = PowerOfTwo(kCount);
+  static constexpr int kHeld = kPadded > kGroups ? kPadded / kGroups : 1;
+  static constexpr int kSharers = kPadded < kGroups ? kGroups / kPadded : 1;  // the first of them holds
 
-// Sums each of kCount values over those lanes of a warp whose numbers are equal modulo kLanes.
-// Each step halves the number of values: partners give each other the half that the other keeps. That
-// takes about kCount shuffles in all; adding up one value after the other takes five times that.
-template <int kLanes, int kDistance = kWarp / 2, int kCount, class R>
-DICE_OP_DEVICE Share AddOverLanes(R* values, Share share = {0, kCount}) {
-  if constexpr (kDistance < kLanes) {
-    return share;
-  } else {
-    constexpr int kHalf = (kCount + 1) / 2;
-    const bool upper = Lane() & kDistance;
+  DICE_OP_DEVICE static int First() { return Lane() / kLanes / kSharers * kHeld; }
+  DICE_OP_DEVICE static bool Holds() { return Lane() / kLanes % kSharers == 0; }
+
+  template <int kDistance = kWarp / 2, int kLeft = kPadded, class R>
+  DICE_OP_DEVICE static void Add(R* values) {
+    if constexpr (kDistance >= kLanes) {
+      const bool upper = Lane() & kDistance;
+      if constexpr (kLeft == 1) {
+        values[0] = values[0] + FromPartner(values[0], kDistance);
+      } else {
 #pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      const R low = values[i], high = i + kHalf < kCount ? values[i + kHalf] : R(0);
-      values[i] = (upper ? high : low) + FromPartner(upper ? low : high, kDistance);
+        for (int i = 0; i < kLeft / 2; ++i) {
+          const R low = values[i], high = values[i + kLeft / 2];
+          values[i] = (upper ? high : low) + FromPartner(upper ? low : high, kDistance);
+        }
+      }
+      Add<kDistance / 2, (kLeft + 1) / 2>(values);
     }
-    if (upper) {
-      share.first += kHalf;
-    } else if (share.first + kHalf < share.end) {
-      share.end = share.first + kHalf;
-    }
-    return AddOverLanes<kLanes, kDistance / 2, kHalf>(values, share);
   }
-}
+};
 
 }  // namespace
 }  // namespace dice_op

@@ -21,6 +21,9 @@ constexpr int kThreads = kWarps * kWarp;
 // the workspace is known without a GPU: XLA asks for it when it compiles.
 constexpr int64_t kMaxBlocks = 4096;
 
+// So that kernels count the tiles of a sample in 32 bits. No GPU has the memory for more.
+constexpr int64_t kMaxTiles = int64_t{1} << 30;
+
 // --- errors -------------------------------------------------------------------------------------------
 
 std::string Describe(cudaError_t error, const char* what) {
@@ -50,7 +53,7 @@ std::string Describe(cudaError_t error, const char* what) {
 struct Plan {
   void (*kernel)(Call) = nullptr;
   Call call = {};
-  int64_t blocks = 0;  // 0: nothing to do
+  dim3 blocks = dim3(0);  // none: nothing to do
   int threads = 0;
   size_t shared_bytes = 0;
 };
@@ -69,10 +72,7 @@ std::string CheckClasses(const Problem& problem) {
 std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   if (std::string error = CheckClasses(problem); !error.empty()) return error;
   if (problem.logits_count() == 0) return "";
-  Variant variant;
-  if (problem.logits_dtype == DType::kFloat) variant = FindFloat(problem, d_logits);
-  if (problem.logits_dtype == DType::kHalf) variant = FindHalf(problem, d_logits);
-  if (problem.logits_dtype == DType::kBFloat16) variant = FindBFloat16(problem, d_logits);
+  Variant variant = FindPlain(problem, d_logits);
   if (!variant.kernel) variant = FindGeneral(problem, d_logits);
   plan->kernel = variant.kernel;
   plan->threads = variant.warps * kWarp;
@@ -101,13 +101,19 @@ std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   call.labels = problem.labels;
   call.weight = problem.voxel_weight;
   call.voxels = problem.voxels;
-  call.tiles = (problem.voxels + variant.tile - 1) / variant.tile;
+  const int64_t tiles = (problem.voxels + variant.tile - 1) / variant.tile;
+  if (tiles > kMaxTiles) {
+    return "a sample has " + std::to_string(problem.voxels) + " voxels, but the GPU kernels take at most " +
+           std::to_string(kMaxTiles * variant.tile) + " of " + std::to_string(problem.classes) + " classes";
+  }
+  call.tiles = static_cast<int>(tiles);
+  call.last_voxels = static_cast<int>(problem.voxels - (tiles - 1) * variant.tile);
   // All blocks at once, each with its share of the tiles: no second wave that fills the GPU in part.
   const int64_t at_once = std::min(kMaxBlocks, static_cast<int64_t>(multiprocessors) * std::max(1, resident));
-  const int64_t useful = (call.tiles + variant.warps - 1) / variant.warps;
+  const int64_t useful = (tiles + variant.warps - 1) / variant.warps;
   call.blocks_per_sample = static_cast<int>(std::max<int64_t>(1, std::min(useful, at_once / problem.batch)));
-  plan->blocks = problem.batch * call.blocks_per_sample;
-  if (plan->blocks > 0x7fffffff) return "the batch has more samples than a GPU can take in one call";
+  plan->blocks = dim3(static_cast<unsigned>(problem.batch), static_cast<unsigned>(call.blocks_per_sample));
+  if (problem.batch > 0x7fffffff) return "the batch has more samples than a GPU can take in one call";
   call.ignore_label = problem.options.ignore_label;
   call.gamma = problem.options.focal_gamma;
   call.keep = 1 - problem.options.label_smoothing;
@@ -144,7 +150,7 @@ struct Partials {
   int64_t voxels;  // the weight's sum where no voxel has one
   int blocks_per_sample, classes;
   bool weighted;
-  void* outputs[5];  // intersection, label_sum, cross_entropy or null, pred_sum, weight_sum
+  void* outputs[5];  // intersection, label_sum, pred_sum, cross_entropy or null, weight_sum
 };
 
 // A warp for each number: the lanes add every 32nd block's share, then each other's. A label that is no
@@ -248,7 +254,7 @@ std::string DiceSums(const Problem& problem, const Sums& sums, void* workspace, 
   const auto queue = static_cast<cudaStream_t>(stream);
   Plan plan;
   if (std::string error = MakePlan(problem, nullptr, &plan); !error.empty()) return error;
-  if (plan.blocks > 0) {
+  if (plan.blocks.x > 0) {
     plan.call.partials = static_cast<double*>(workspace);
     DICE_OP_RETURN_IF_ERROR(Launch(plan.kernel, plan.blocks, plan.threads, plan.shared_bytes, queue, plan.call),
                             "the launch of the sums' kernel");
@@ -257,21 +263,21 @@ std::string DiceSums(const Problem& problem, const Sums& sums, void* workspace, 
   partials.values = static_cast<const double*>(workspace);
   partials.batch = problem.batch;
   partials.voxels = problem.voxels;
-  partials.blocks_per_sample = plan.blocks ? plan.call.blocks_per_sample : 0;
+  partials.blocks_per_sample = plan.blocks.x > 0 ? plan.call.blocks_per_sample : 0;
   partials.classes = static_cast<int>(problem.classes);
   partials.weighted = IsWeighted(problem);
-  void* const outputs[5] = {sums.intersection, sums.label_sum, sums.cross_entropy, sums.pred_sum, sums.weight_sum};
+  void* const outputs[5] = {sums.intersection, sums.label_sum, sums.pred_sum, sums.cross_entropy, sums.weight_sum};
   std::copy(outputs, outputs + 5, partials.outputs);
   const int64_t blocks = (problem.batch * (4 * problem.classes + 1) + kWarps - 1) / kWarps;
   const auto combine = problem.sums_dtype() == DType::kDouble ? CombineKernel<double> : CombineKernel<float>;
-  DICE_OP_RETURN_IF_ERROR(Launch(combine, blocks, kThreads, 0, queue, partials), "the launch of the combining kernel");
+  DICE_OP_RETURN_IF_ERROR(Launch(combine, dim3(static_cast<unsigned>(blocks)), kThreads, 0, queue, partials), "the launch of the combining kernel");
   return "";
 }
 
 std::string DiceSumsGrad(const Problem& problem, const SumsGrad& grad, void* stream) {
   Plan plan;
   if (std::string error = MakePlan(problem, grad.d_logits, &plan); !error.empty()) return error;
-  if (plan.blocks == 0) return "";
+  if (plan.blocks.x == 0) return "";
   plan.call.d_sums[0] = grad.d_intersection;
   plan.call.d_sums[1] = grad.d_pred_sum;
   plan.call.d_sums[2] = grad.d_cross_entropy;
@@ -303,7 +309,7 @@ std::string FindBadLabel(const Problem& problem, void* workspace, void* stream, 
   DICE_OP_RETURN_IF_ERROR(cudaMemsetAsync(workspace, 0xff, sizeof(first), queue), "cudaMemsetAsync");
   const int64_t blocks = std::min<int64_t>(4096, (problem.batch * problem.voxels + kThreads - 1) / kThreads);
   if (blocks > 0) {
-    DICE_OP_RETURN_IF_ERROR(Launch(CheckLabelsKernel, blocks, kThreads, 0, queue, check),
+    DICE_OP_RETURN_IF_ERROR(Launch(CheckLabelsKernel, dim3(static_cast<unsigned>(blocks)), kThreads, 0, queue, check),
                             "the launch of the kernel that checks labels");
   }
   if (std::string error = CopyToHost(&first, workspace, sizeof(first), stream); !error.empty()) return error;

@@ -1,5 +1,5 @@
-// Which kernel a problem gets. CMake compiles this file once per family: one for each
-// DICE_OP_CUDA_STORAGE, and the general one without.
+// Which kernel a problem gets. One source: in a wheel the machine code of an architecture is compressed as a whole, and
+// kernels have much in common.
 #include "cuda/kernels.h"
 // dispatch.h needs what kernels.h brings
 #include "core/dispatch.h"
@@ -7,15 +7,13 @@
 namespace dice_op {
 namespace {
 
-#ifdef DICE_OP_CUDA_STORAGE
-
-using T = DICE_OP_CUDA_STORAGE;
+// --- class indices and no options: a kernel for each number of classes ----------------------------------
 
 // More than 16 classes: the smallest tile that holds them.
-template <class Activation>
+template <class T, class Activation>
 Variant Shared(const Problem& problem, bool grad) {
   const auto of = [&](auto source) {
-    return VariantOf<typename decltype(source)::type, Activation, true>(problem, grad);
+    return VariantOf<typename decltype(source)::type, Activation, Loss::kAsked>(problem, grad);
   };
   const int64_t c = problem.classes;
   if (c <= 24) return of(Type<Staged<T, 12, 2, 8>>{});
@@ -29,22 +27,21 @@ Variant Shared(const Problem& problem, bool grad) {
   return {};
 }
 
-template <class Activation, bool kCrossEntropy>
+template <class T, class Activation, Loss kLoss>
 Variant Plain(const Problem& problem, bool grad) {
   constexpr bool kSoftmax = std::is_same_v<Activation, Softmax>;
-  constexpr bool kNone = std::is_same_v<Activation, Identity>;  // a model's own softmax gives floats
-  if constexpr (kNone && sizeof(T) == 2) return {};
-  constexpr int kMostPlanar = kSoftmax ? 4 : kNone ? 0 : 3;
+  constexpr int kMost = kSoftmax ? 16 : std::is_same_v<Activation, Sigmoid> ? 1 : 4;
+  constexpr int kMostPlanar = kSoftmax ? 4 : 0;
   const bool planar = problem.options.data_format == DataFormat::kChannelsFirst && problem.classes > 1;
-  return WithCount<kSoftmax ? 16 : 4>(problem.classes, [&](auto count) -> Variant {
+  return WithCount<kMost>(problem.classes, [&](auto count) -> Variant {
     constexpr int kCount = count.value;
     const auto of = [&](auto source) {
-      return VariantOf<typename decltype(source)::type, Activation, kCrossEntropy>(problem, grad);
+      return VariantOf<typename decltype(source)::type, Activation, kLoss>(problem, grad);
     };
     if (planar) {
       if constexpr (kCount > 1 && kCount <= kMostPlanar) return of(Type<Direct<T, kCount, true>>{});
     } else if constexpr (kCount == 0) {
-      if constexpr (kSoftmax) return Shared<Activation>(problem, grad);
+      if constexpr (kSoftmax) return Shared<T, Activation>(problem, grad);
     } else if constexpr (kCount == 1 && kSoftmax) {  // p = 1 everywhere
     } else if constexpr (kCount == 1 || kCount == 2 || kCount == 4) {
       return of(Type<Direct<T, kCount, false>>{});
@@ -57,16 +54,21 @@ Variant Plain(const Problem& problem, bool grad) {
   });
 }
 
-Variant Find(const Problem& problem, const void* d_logits) {
+template <class T>
+Variant PlainOf(const Problem& problem, const void* d_logits) {
   if (!IsPlain<T>(problem, d_logits)) return {};
-  return WithActivation(problem.options.activation, [&](auto activation) {
-    return WithBool(problem.options.cross_entropy, [&](auto cross_entropy) {
-      return Plain<decltype(activation), cross_entropy.value>(problem, d_logits != nullptr);
-    });
-  });
+  const bool grad = d_logits != nullptr;
+  const Activation activation = problem.options.activation;
+  if (activation == Activation::kSigmoid) return Plain<T, Sigmoid, Loss::kAsked>(problem, grad);
+  if constexpr (sizeof(T) == 4) {  // a model's own softmax gives floats
+    if (activation == Activation::kNone) return Plain<T, Identity, Loss::kAsked>(problem, grad);
+  }
+  if (activation != Activation::kSoftmax) return {};
+  return problem.options.cross_entropy ? Plain<T, Softmax, Loss::kWith>(problem, grad)
+                                       : Plain<T, Softmax, Loss::kWithout>(problem, grad);
 }
 
-#else
+// --- everything else ----------------------------------------------------------------------------------------
 
 // Every kernel here does with and without cross-entropy. Where a label stands for each class, so may an index: double,
 // for tests mostly, and scores do without kernels for indices alone.
@@ -75,17 +77,30 @@ Variant OfAnyCount(const Problem& problem, bool grad) {
   constexpr bool kDouble = std::is_same_v<R, double>;
   constexpr bool kDense = kPerClass || kDouble || Activation::kHard;
   const auto of = [&](auto source) {
-    return VariantOf<typename decltype(source)::type, Activation, !Activation::kHard>(problem, grad);
+    return VariantOf<typename decltype(source)::type, Activation, Activation::kHard ? Loss::kWithout : Loss::kAsked>(problem, grad);
   };
   if constexpr (!kDouble) {
     if (problem.classes <= 4) return of(Type<General<R, kDense, 4, 1>>{});
-    if (problem.classes <= 16) return of(Type<General<R, kDense, 4, 4>>{});
+    if constexpr (!Activation::kHard) {
+      if (problem.classes <= 16) return of(Type<General<R, kDense, 4, 4>>{});
+    }
   }
   if (problem.classes <= cuda::kMaxClasses) return of(Type<General<R, kDense, 8, 32>>{});
   return {};
 }
 
-Variant Find(const Problem& problem, const void* d_logits) {
+}  // namespace
+
+namespace cuda {
+
+Variant FindPlain(const Problem& problem, const void* d_logits) {
+  if (problem.logits_dtype == DType::kFloat) return PlainOf<float>(problem, d_logits);
+  if (problem.logits_dtype == DType::kHalf) return PlainOf<Half>(problem, d_logits);
+  if (problem.logits_dtype == DType::kBFloat16) return PlainOf<BFloat16>(problem, d_logits);
+  return {};
+}
+
+Variant FindGeneral(const Problem& problem, const void* d_logits) {
   const bool grad = d_logits != nullptr;
   const auto find = [&](auto activation) {
     using A = decltype(activation);
@@ -98,11 +113,5 @@ Variant Find(const Problem& problem, const void* d_logits) {
   return grad ? WithActivation(activation, find) : WithAnyActivation(activation, find);
 }
 
-#endif
-
-}  // namespace
-
-namespace cuda {
-Variant DICE_OP_CUDA_FIND(const Problem& problem, const void* d_logits) { return Find(problem, d_logits); }
 }  // namespace cuda
 }  // namespace dice_op

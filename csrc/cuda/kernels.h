@@ -60,8 +60,10 @@ struct Accumulators {
       if constexpr (kLossRows) cross_entropy[i] = R(0);
     }
     if constexpr (kBins) {
+#pragma unroll 1
       for (int i = 0; i < Kinds() * kItems; ++i) bins[i * kWarp] = R(0);
     }
+#pragma unroll 1
     for (int i = Lane(); i < kTotals; i += kWarp) totals[i] = 0;
     __syncwarp();
   }
@@ -81,38 +83,49 @@ struct Accumulators {
   }
 
  private:
-  // Kinds 0 to 3 are intersection, label_sum, cross_entropy, pred_sum.
+  // Kinds 0 to 3 are intersection, label_sum, pred_sum, cross_entropy.
   DICE_OP_DEVICE void Flush() {
     if constexpr (kBins) {
+      using Dealt = LaneSums<kLanes, kItems>;
 #pragma unroll 1
-      for (int kind = 0; kind < Kinds(); ++kind) {
-        R values[kItems];
+      for (int kind = 0; kind <= Kinds(); ++kind) {
+        R values[Dealt::kPadded] = {};
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) values[i] = Take(&bins[(kind * kItems + i) * kWarp]);
-        AddToTotals<kItems>(kind, values);
+        for (int i = 0; i < kItems; ++i) {
+          values[i] = kind == 2 ? pred_sum[i] : Take(&bins[((kind < 2 ? kind : 2) * kItems + i) * kWarp]);
+        }
+        AddToTotals<Dealt, kItems>(kind * kItems, values);
       }
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) pred_sum[i] = R(0);
     } else {
-      AddToTotals<kItems>(0, intersection);
-      AddToTotals<kItems>(1, label_sum);
+      constexpr int kCount = (kLossRows ? 4 : 3) * kItems;
+      using Dealt = LaneSums<kLanes, kCount>;
+      R values[Dealt::kPadded] = {};
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        values[i] = Take(&intersection[i]);
+        values[kItems + i] = Take(&label_sum[i]);
+        values[2 * kItems + i] = Take(&pred_sum[i]);
+        if constexpr (kLossRows) values[3 * kItems + i] = Take(&cross_entropy[i]);
+      }
+      AddToTotals<Dealt, kCount>(0, values);
     }
-    if constexpr (kLossRows) AddToTotals<kItems>(2, cross_entropy);
-    AddToTotals<kItems>(3, pred_sum);
-    if constexpr (Source::kWeighted) AddToTotals<1>(4, &weight_sum);
+    if constexpr (Source::kWeighted) {
+      R value = Take(&weight_sum);
+      LaneSums<kLanes, 1>::Add(&value);
+      if (Lane() == 0) totals[kWeight] += static_cast<double>(value);
+    }
     added = 0;
   }
-  template <int kCount>
-  DICE_OP_DEVICE void AddToTotals(int kind, R* values) {
-    R taken[kCount];
+  // `first`: the row of totals that values[0] belongs to. It is always the same lane for the same total: no other waits.
+  template <class Dealt, int kCount>
+  DICE_OP_DEVICE void AddToTotals(int first, R* values) {
+    Dealt::Add(values);
+    double* const mine = totals + (first + Dealt::First()) * kLanes + Lane() % kLanes;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) taken[i] = Take(&values[i]);
-    const Share share = AddOverLanes<kLanes, kWarp / 2, kCount>(taken);
-    constexpr int kShare = (kCount + kWarp / kLanes - 1) / (kWarp / kLanes);
-#pragma unroll
-    for (int i = 0; i < kShare; ++i) {  // always the same lane for the same total: no other waits for it
-      const int value = share.first + i;
-      if (value < share.end && (kCount > 1 || Lane() == 0)) {
-        totals[(kind * kItems + value) * kLanes + Lane() % kLanes] += static_cast<double>(taken[i]);
-      }
+    for (int i = 0; i < Dealt::kHeld; ++i) {
+      if (Dealt::Holds() && Dealt::First() + i < kCount) mine[i * kLanes] += static_cast<double>(values[i]);
     }
   }
   DICE_OP_DEVICE static R Take(R* from) {
@@ -122,22 +135,30 @@ struct Accumulators {
   }
 };
 
-template <class Source, class Activation, bool kCrossEntropy>
+// The cross-entropy is settled when compiling, where few instructions count, or asked for when running.
+enum class Loss { kWithout, kWith, kAsked };
+template <Loss kLoss, class R>
+DICE_OP_DEVICE Terms<R> Settled(Terms<R> terms) {
+  if constexpr (kLoss != Loss::kAsked) terms.cross_entropy = kLoss == Loss::kWith;
+  return terms;
+}
+
+template <class Source, class Activation, Loss kLoss>
 __global__ void __launch_bounds__(kThreads<Source>, kBlocks<Source>) SumsKernel(const __grid_constant__ Call call) {
   using R = typename Source::Number;
+  constexpr bool kCrossEntropy = kLoss != Loss::kWithout;
   using Sums = Accumulators<Source, Activation, kCrossEntropy>;
-  const int warp = threadIdx.x / kWarp;
-  const int64_t sample = blockIdx.x / call.blocks_per_sample;
-  const int64_t block = blockIdx.x % call.blocks_per_sample;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarp, 0);  // the compiler sees that lanes agree
+  const int64_t sample = blockIdx.x;
   char* const memory = SharedMemory();
 
   Source source(call, sample, memory + warp * call.shared_per_warp);
   Sums sums(call, memory + warp * call.shared_per_warp + call.source_bytes);
   source.template Run<false>(
-      block * kWarps<Source> + warp, static_cast<int64_t>(call.blocks_per_sample) * kWarps<Source>,
+      blockIdx.y * kWarps<Source> + warp, call.blocks_per_sample * kWarps<Source>,
       [&](const auto& classes, R* z, const auto& label, R m, const Terms<R>& terms) {
         R p[Source::kItems];
-        AddVoxel<Activation, kCrossEntropy>(classes, z, p, label, m, terms, sums);
+        AddVoxel<Activation, kCrossEntropy>(classes, z, p, label, m, Settled<kLoss>(terms), sums);
         if constexpr (Source::kWeighted) sums.weight_sum += m;
       },
       [&](int voxels, bool last) { sums.Done(voxels, last); });
@@ -147,26 +168,29 @@ __global__ void __launch_bounds__(kThreads<Source>, kBlocks<Source>) SumsKernel(
 
   // The block's sums, in the order that cuda::PartialWidth tells.
   const int width = cuda::PartialWidth(call.classes);
-  for (int entry = threadIdx.x; entry < width; entry += kThreads<Source>) {
-    const int kind = entry / call.classes, c = entry % call.classes;
-    const int at = kind < 4 ? (kind * Source::kItems + c / Source::kLanes) * Source::kLanes + c % Source::kLanes
-                            : Sums::kWeight + entry - 4 * call.classes;
+  double* const partials = call.partials + (sample * call.blocks_per_sample + blockIdx.y) * width;
+#pragma unroll 1
+  for (int entry = threadIdx.x, kind = 0, c = entry; entry < width; entry += kThreads<Source>, c += kThreads<Source>) {
+    while (kind < 4 && c >= call.classes) c -= call.classes, ++kind;
+    const int row = kind * Source::kItems + c / Source::kLanes;
+    const int at = kind < 4 ? row * Source::kLanes + c % Source::kLanes : Sums::kWeight + c;
     double total = 0;
+#pragma unroll
     for (int w = 0; w < kWarps<Source>; ++w) {
       total += reinterpret_cast<const double*>(memory + w * call.shared_per_warp + call.source_bytes)[at];
     }
-    call.partials[blockIdx.x * static_cast<int64_t>(width) + entry] = total;
+    partials[entry] = total;
   }
 }
 
-template <class Source, class Activation, bool kCrossEntropy>
+template <class Source, class Activation, Loss kLoss>
 __global__ void __launch_bounds__(kThreads<Source>, kBlocks<Source>) GradKernel(const __grid_constant__ Call call) {
   using R = typename Source::Number;
   constexpr int kItems = Source::kItems;
+  constexpr bool kCrossEntropy = kLoss != Loss::kWithout;
   constexpr bool kLossOfHeld = kCrossEntropy && (Activation::kBinary || !Source::kSingle);
-  const int warp = threadIdx.x / kWarp;
-  const int64_t sample = blockIdx.x / call.blocks_per_sample;
-  const int64_t block = blockIdx.x % call.blocks_per_sample;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarp, 0);  // the compiler sees that lanes agree
+  const int64_t sample = blockIdx.x;
   const auto of_sample = [&](int which) {
     return call.d_sums[which] ? static_cast<const R*>(call.d_sums[which]) + sample * call.classes : nullptr;
   };
@@ -183,12 +207,12 @@ __global__ void __launch_bounds__(kThreads<Source>, kBlocks<Source>) GradKernel(
     if constexpr (kLossOfHeld) e[i] = there && d_loss ? d_loss[c] : R(0);
   }
   source.template Run<true>(
-      block * kWarps<Source> + warp, static_cast<int64_t>(call.blocks_per_sample) * kWarps<Source>,
+      blockIdx.y * kWarps<Source> + warp, call.blocks_per_sample * kWarps<Source>,
       [&](const auto& classes, R* z, const auto& label, R m, const Terms<R>& terms) {
         R p[kItems], h[kLossOfHeld ? kItems : 1];
         // z is read for the last time before the gradient takes its place
-        VoxelGrad<Activation, kCrossEntropy>(classes, z, p, h, z, label, m, terms, Source::kSingle ? d_intersection : a,
-                                             b, kLossOfHeld ? e : d_loss);
+        VoxelGrad<Activation, kCrossEntropy>(classes, z, p, h, z, label, m, Settled<kLoss>(terms),
+                                             Source::kSingle ? d_intersection : a, b, kLossOfHeld ? e : d_loss);
       },
       [](int, bool) {});
 }
@@ -214,27 +238,30 @@ int BankConflicts(int row) {
   return conflicts;
 }
 
-template <class Source, class Activation, bool kCrossEntropy_>
+template <class Source, class Activation, Loss kWish>
 Variant VariantOf(const Problem& problem, bool grad) {
-  // one kernel does with and without
-  constexpr bool kCrossEntropy = kCrossEntropy_ || (Source::kSingle && !Activation::kBinary);
+  constexpr Loss kLoss = Source::kSingle && !Activation::kHard ? Loss::kAsked : kWish;
   constexpr int kElement = sizeof(typename Source::Storage);
   const int classes = static_cast<int>(problem.classes), row = classes * kElement;
   Variant variant;
   variant.warps = kWarps<Source>;
   variant.tile = Source::kTile;
-  if (Source::kLanes > 1 && row % 16 == 0) {
-    variant.row_magic = (1u << 20) / (row / 16) + 1;
+  const auto magic = [](int parts) { return (1u << 20) / parts + 1; };
+  if (Source::kWeighted) {
+    variant.row_magic = magic(classes);
+  } else if (Source::kLanes > 1 && row % 16 == 0) {
+    variant.row_magic = magic(row / 16);
     if (BankConflicts<Source>(row + 16) < BankConflicts<Source>(row)) variant.row_padding = 16;
   }
   variant.source_bytes = Source::Bytes(classes, variant.row_padding);
   variant.shared_per_warp = variant.source_bytes;
   if constexpr (!Activation::kHard) {
-    if (grad) variant.kernel = GradKernel<Source, Activation, kCrossEntropy>;
+    if (grad) variant.kernel = GradKernel<Source, Activation, kLoss>;
   }
   if (!grad) {
-    variant.kernel = SumsKernel<Source, Activation, kCrossEntropy>;
-    variant.shared_per_warp += Accumulators<Source, Activation, kCrossEntropy>::Bytes(problem.options.cross_entropy);
+    variant.kernel = SumsKernel<Source, Activation, kLoss>;
+    using Sums = Accumulators<Source, Activation, kLoss != Loss::kWithout>;
+    variant.shared_per_warp += Sums::Bytes(problem.options.cross_entropy);
   }
   return variant;
 }

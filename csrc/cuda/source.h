@@ -65,34 +65,42 @@ DICE_OP_DEVICE constexpr Terms<R> PlainTerms(bool cross_entropy) {
 
 // --- labels and weights -------------------------------------------------------------------------------
 
-// Integer labels, kCount at once and that kTimes, `stride` apart. Four widths serve all types: read as
-// unsigned, negative ones lie beyond every class. *largest keeps the largest label seen.
+// Integer labels, kCount at once and that kTimes, `stride` apart, as far as they begin before `limit`. Four widths serve
+// all types: read as unsigned, negative ones lie beyond every class. *largest keeps the largest label seen.
 template <int kCount, int kTimes>
-DICE_OP_DEVICE void ReadLabels(const Call& call, int64_t at, int stride, uint32_t (*labels)[kCount],
+DICE_OP_DEVICE void ReadLabels(const Call& call, int64_t at, int stride, int limit, uint32_t (*labels)[kCount],
                                uint32_t* largest) {
+  const char* const first = static_cast<const char*>(call.labels) + at * call.label_bytes;
   const auto read = [&](auto zero) {
     using T = decltype(zero);
-    const T* const from = static_cast<const T*>(call.labels) + at;
+    const T* const from = reinterpret_cast<const T*>(first);
 #pragma unroll
     for (int t = 0; t < kTimes; ++t) {
-      const auto several = *reinterpret_cast<const Vector<T, kCount>*>(from + t * stride);
+      if (t * stride < limit) {
+        const auto several = *reinterpret_cast<const Vector<T, kCount>*>(from + t * stride);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const T label = several.elements[i];
-        labels[t][i] = sizeof(T) == 8 && label > UINT32_MAX ? UINT32_MAX : static_cast<uint32_t>(label);
-        *largest = *largest < labels[t][i] ? labels[t][i] : *largest;
+        for (int i = 0; i < kCount; ++i) {
+          const T label = several.elements[i];
+          labels[t][i] = sizeof(T) == 8 && label > UINT32_MAX ? UINT32_MAX : static_cast<uint32_t>(label);
+        }
       }
     }
   };
-  switch (call.label_bytes) {
-    case 1:
-      return read(uint8_t{});
-    case 2:
-      return read(uint16_t{});
-    case 4:
-      return read(uint32_t{});
-    default:
-      return read(uint64_t{});
+  if (call.label_bytes == 1) {
+    read(uint8_t{});
+  } else if (call.label_bytes == 4) {
+    read(uint32_t{});
+  } else if (call.label_bytes == 8) {
+    read(uint64_t{});
+  } else {
+    read(uint16_t{});
+  }
+#pragma unroll
+  for (int t = 0; t < kTimes; ++t) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (t * stride < limit) *largest = *largest < labels[t][i] ? labels[t][i] : *largest;
+    }
   }
 }
 
@@ -123,13 +131,15 @@ class Direct {
   DICE_OP_DEVICE bool bad() const { return largest_ >= static_cast<uint32_t>(call_.label_limit); }
 
   template <bool kStore, class Voxel, class Done>
-  DICE_OP_DEVICE void Run(int64_t first, int64_t step, Voxel&& voxel, Done&& done) {
-    for (int64_t t = first; t < call_.tiles; t += step) {
-      const int64_t begin = (kStore ? call_.tiles - 1 - t : t) * kTile;
-      if (begin + kTile <= call_.voxels) {
-        Units<kStore>(begin / kVoxels + Lane(), voxel);
+  DICE_OP_DEVICE void Run(int first, int step, Voxel&& voxel, Done&& done) {
+    for (int t = first; t < call_.tiles; t += step) {
+      const int tile = kStore ? call_.tiles - 1 - t : t;
+      if (tile < call_.tiles - 1 || call_.last_voxels == kTile) {
+        Units<kStore>(tile * static_cast<int64_t>(kTile / kVoxels) + Lane(), voxel);
       } else {
-        for (int64_t v = begin + Lane(); v < call_.voxels; v += kWarp) One<kStore>(v, voxel);
+        for (int64_t v = tile * static_cast<int64_t>(kTile) + Lane(); v < call_.voxels; v += kWarp) {
+          One<kStore>(v, voxel);
+        }
       }
       done(kUnits * kVoxels, t + step >= call_.tiles);
     }
@@ -148,7 +158,8 @@ class Direct {
 #pragma unroll
       for (int w = 0; w < kWords; ++w) words[u][w] = logits[first + u * kWarp + w * plane];
     }
-    ReadLabels<kVoxels, kUnits>(call_, voxel_offset_ + first * kVoxels, kWarp * kVoxels, labels, &largest_);
+    constexpr int kStride = kWarp * kVoxels;
+    ReadLabels<kVoxels, kUnits>(call_, voxel_offset_ + first * kVoxels, kStride, kUnits * kStride, labels, &largest_);
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
@@ -156,7 +167,7 @@ class Direct {
         float z[kCount];
 #pragma unroll
         for (int c = 0; c < kCount; ++c) z[c] = Read<float>(Element(words[u], v, c));
-        voxel(Classes{}, z, LabelOf(labels[u][v]), 1.0f, PlainTerms<float>(true));
+        voxel(Classes{}, z, LabelOf(labels[u][v]), 1.0f, PlainTerms<float>(call_.cross_entropy));
         if constexpr (kStore) {
 #pragma unroll
           for (int c = 0; c < kCount; ++c) Element(words[u], v, c) = Write<T>(z[c]);
@@ -181,9 +192,9 @@ class Direct {
     const auto at = [&](int c) { return offset_ + (kPlanar ? c * call_.voxels + v : v * kCount + c); };
     float z[kCount];
     uint32_t label[1][1];
-    ReadLabels<1, 1>(call_, voxel_offset_ + v, 0, label, &largest_);
+    ReadLabels<1, 1>(call_, voxel_offset_ + v, 1, 1, label, &largest_);
     for (int c = 0; c < kCount; ++c) z[c] = Read<float>(static_cast<const T*>(call_.logits)[at(c)]);
-    voxel(Classes{}, z, LabelOf(label[0][0]), 1.0f, PlainTerms<float>(true));
+    voxel(Classes{}, z, LabelOf(label[0][0]), 1.0f, PlainTerms<float>(call_.cross_entropy));
     if constexpr (kStore) {
       for (int c = 0; c < kCount; ++c) static_cast<T*>(call_.d_logits)[at(c)] = Write<T>(z[c]);
     }
@@ -229,8 +240,7 @@ class Staged {
   DICE_OP_DEVICE bool bad() const { return largest_ >= static_cast<uint32_t>(call_.label_limit); }
 
   template <bool kStore, class Voxel, class Done>
-  DICE_OP_DEVICE void Run(int64_t first, int64_t step, Voxel&& voxel, Done&& done) {
-    const auto begin_of = [&](int64_t t) { return (kStore ? call_.tiles - 1 - t : t) * kTile; };
+  DICE_OP_DEVICE void Run(int first, int step, Voxel&& voxel, Done&& done) {
     if constexpr (kLanes > 1) {  // no NaN may stand where the last tile has no voxel
 #pragma unroll 1
       for (int w = Lane(); w < kStages * kTile * row_bytes() / 16; w += kWarp) {
@@ -238,32 +248,29 @@ class Staged {
       }
       __syncwarp();
     }
-    int64_t ahead = first;
-    int stage = 0;
-#pragma unroll
-    for (int s = 0; s < kStages - 1; ++s, ahead += step) {
-      if (ahead < call_.tiles) Fetch(begin_of(ahead), s);
-      EndCopies();
-    }
-    uint32_t labels[kLabels], next_labels[kLabels];
-    FetchLabels(begin_of(first), next_labels);
-    for (int64_t t = first; t < call_.tiles; t += step, ahead += step) {
+    const auto tile_of = [&](int t) { return kStore ? call_.tiles - 1 - t : t; };
+    uint32_t labels[kLabels], next_labels[kLabels] = {};
+    int stage = 1;
+    // Ahead of the first tile, the pipeline fills.
+    for (int t = first - (kStages - 1) * step; t < call_.tiles; t += step) {
       WaitForCopies<kStages - 2>();
       __syncwarp();  // all lanes' copies are there, and no lane is at the stage before
-      if (ahead < call_.tiles) Fetch(begin_of(ahead), stage == 0 ? kStages - 1 : stage - 1);
+      const int ahead = t + (kStages - 1) * step;
+      if (ahead < call_.tiles) Fetch(tile_of(ahead), stage == 0 ? kStages - 1 : stage - 1);
       EndCopies();
 #pragma unroll
       for (int i = 0; i < kLabels; ++i) labels[i] = next_labels[i];
-      FetchLabels(begin_of(t + step), next_labels);
-      const int64_t begin = begin_of(t);
-      const int64_t left = call_.voxels - begin;
-      Compute<kStore>(stage, left < kTile ? static_cast<int>(left) : kTile, labels, voxel);
-      if constexpr (kStore) {
-        __syncwarp();  // the whole tile is computed
-        Put(begin, stage);
+      FetchLabels(tile_of(t + step), next_labels);
+      if (t >= first) {
+        const int tile = tile_of(t);
+        Compute<kStore>(stage, Voxels(tile), labels, voxel);
+        if constexpr (kStore) {
+          __syncwarp();  // the whole tile is computed
+          Put(tile, stage);
+        }
+        done(kRounds, t + step >= call_.tiles);
       }
       stage = stage == kStages - 1 ? 0 : stage + 1;
-      done(kRounds, t + step >= call_.tiles);
     }
   }
 
@@ -280,44 +287,54 @@ class Staged {
     if constexpr (kLanes > 1) at += static_cast<int>(word * call_.row_magic >> 20) * call_.row_padding;
     return at;
   }
-  // Elements of the tile from `begin`, and those of them in whole words.
-  DICE_OP_DEVICE int Elements(int64_t begin) const {
-    const int64_t left = call_.voxels - begin;
-    return static_cast<int>(left < kTile ? left : kTile) * classes();
+  DICE_OP_DEVICE int Voxels(int tile) const { return tile == call_.tiles - 1 ? call_.last_voxels : kTile; }
+
+  // Calls fn(word, at) for this lane's words of a tile, whose first is word 0 and lies at `at` of the sample; then
+  // rest(element, at) for the elements after the last whole word.
+  template <class Fn, class Rest>
+  DICE_OP_DEVICE void ForEachWord(int tile, Fn&& fn, Rest&& rest) const {
+    constexpr int kMost = kLanes == 1 ? (kTile * kItems / kPerWord + kWarp - 1) / kWarp : 0;  // known when compiling
+    const int64_t begin = tile * (static_cast<int64_t>(kTile) * classes());
+    const int elements = Voxels(tile) * classes(), words = elements / kPerWord;
+    if constexpr (kLanes == 1) {
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) {
+        if (i * kWarp + Lane() < words) fn(i * kWarp + Lane(), begin + (i * kWarp + Lane()) * kPerWord);
+      }
+    } else {
+#pragma unroll 2
+      for (int w = Lane(); w < words; w += kWarp) fn(w, begin + w * kPerWord);
+    }
+    // rows are padded only where they are whole words, and then nothing is left
+#pragma unroll 1
+    for (int e = words * kPerWord + Lane(); e < elements; e += kWarp) rest(e, begin + e);
   }
   static constexpr int kPerWord = 16 / sizeof(T);
 
-  DICE_OP_DEVICE void Fetch(int64_t begin, int stage) {
-    const T* from = logits_ + begin * classes();
-    const int elements = Elements(begin), words = elements / kPerWord;
-#pragma unroll 2
-    for (int w = Lane(); w < words; w += kWarp) CopyWord(WordAt(stage, w), from + w * kPerWord);
-    // rows are padded only where they are whole words, and then nothing is left
-#pragma unroll 1
-    for (int e = words * kPerWord + Lane(); e < elements; e += kWarp) Row(stage, 0)[e] = from[e];
+  DICE_OP_DEVICE void Fetch(int tile, int stage) {
+    ForEachWord(tile, [&](int w, int64_t at) { CopyWord(WordAt(stage, w), logits_ + at); },
+                [&](int e, int64_t at) { Row(stage, 0)[e] = logits_[at]; });
   }
-  DICE_OP_DEVICE void Put(int64_t begin, int stage) {
-    T* to = d_logits_ + begin * classes();
-    const int elements = Elements(begin), words = elements / kPerWord;
-#pragma unroll 2
-    for (int w = Lane(); w < words; w += kWarp) {
-      StoreStreaming<T>(reinterpret_cast<Word<T>*>(to) + w, *reinterpret_cast<const Word<T>*>(WordAt(stage, w)));
-    }
-#pragma unroll 1
-    for (int e = words * kPerWord + Lane(); e < elements; e += kWarp) to[e] = Row(stage, 0)[e];
+  DICE_OP_DEVICE void Put(int tile, int stage) {
+    ForEachWord(tile,
+                [&](int w, int64_t at) {
+                  StoreStreaming<T>(reinterpret_cast<Word<T>*>(d_logits_ + at),
+                                    *reinterpret_cast<const Word<T>*>(WordAt(stage, w)));
+                },
+                [&](int e, int64_t at) { d_logits_[at] = Row(stage, 0)[e]; });
   }
-  // Lane l reads the label of the tile's voxel l (and l + 32). `begin` may lie outside the sample.
-  DICE_OP_DEVICE void FetchLabels(int64_t begin, uint32_t* labels) {
+  // Lane l reads the label of the tile's voxel l (and l + 32). There may be no such tile.
+  DICE_OP_DEVICE void FetchLabels(int tile, uint32_t* labels) {
+    uint32_t read[kLabels][1];
 #pragma unroll
-    for (int i = 0; i < kLabels; ++i) {
-      const int in_tile = i * kWarp + Lane();
-      const int64_t v = begin + in_tile;
-      uint32_t label[1][1] = {{UINT32_MAX}};
-      if (v >= 0 && v < call_.voxels && in_tile < kTile) {
-        ReadLabels<1, 1>(call_, voxel_offset_ + v, 0, label, &largest_);
-      }
-      labels[i] = label[0][0];
+    for (int i = 0; i < kLabels; ++i) read[i][0] = UINT32_MAX;
+    const int left = static_cast<uint32_t>(tile) < static_cast<uint32_t>(call_.tiles) ? Voxels(tile) - Lane() : 0;
+    if (left > 0) {
+      const int64_t at = voxel_offset_ + tile * static_cast<int64_t>(kTile) + Lane();
+      ReadLabels<1, kLabels>(call_, at, kWarp, left, read, &largest_);
     }
+#pragma unroll
+    for (int i = 0; i < kLabels; ++i) labels[i] = read[i][0];
   }
 
   template <bool kStore, class Voxel>
@@ -329,7 +346,7 @@ class Staged {
           T* row = Row(stage, VoxelOf(r));
           float z[kItems];
           ReadRow(row, z);
-          voxel(Classes{}, z, LabelOf(row, labels[r]), 1.0f, terms());
+          voxel(Classes{}, z, LabelOf(row, labels[r]), 1.0f, PlainTerms<float>(call_.cross_entropy));
           if constexpr (kStore) WriteRow(row, z);
         }
       }
@@ -343,7 +360,7 @@ class Staged {
 #pragma unroll
         for (int i = 0; i < kItems; ++i) z[i] = Holds(i, lane) ? Read<float>(row[i * kLanes + lane]) : -INFINITY;
         const Label label = LabelOf(row, __shfl_sync(0xffffffffu, labels[0], VoxelOf(r)));
-        voxel(Classes{{}, there}, z, label, 1.0f, terms());
+        voxel(Classes{{}, there}, z, label, 1.0f, PlainTerms<float>(call_.cross_entropy));
         if constexpr (kStore) {
 #pragma unroll
           for (int i = 0; i < kItems; ++i) {
@@ -353,7 +370,6 @@ class Staged {
       }
     }
   }
-  DICE_OP_DEVICE Terms<float> terms() const { return PlainTerms<float>(!kSingle || call_.cross_entropy); }
   DICE_OP_DEVICE bool Holds(int i, int lane) const { return i < kSure || i * kLanes + lane < call_.classes; }
   DICE_OP_DEVICE Label LabelOf(const T* row, uint32_t label) const {
     if constexpr (kSingle) {
@@ -408,7 +424,7 @@ class General {
   using Label = std::conditional_t<kDense, DenseLabel<R>, SingleLabel<R>>;
   static constexpr int kItems = kItems_, kLanes = kLanes_;
   static constexpr bool kSingle = !kDense, kWeighted = true;
-  static constexpr int kRegisters = sizeof(R) == 8 ? 255 : 128;
+  static constexpr int kRegisters = sizeof(R) == 8 ? 255 : kDense && kItems > 4 ? 168 : 128;
   static constexpr int kGroups = kWarp / kLanes;
   static constexpr int kRounds = kGroups == 1 ? 4 : kGroups < 8 ? 8 / kGroups : 1;
   static constexpr int kTile = kGroups * kRounds;
@@ -423,19 +439,25 @@ class General {
         offset_(sample * call.voxels * call.classes),
         voxel_offset_(sample * call.voxels),
         tile_(reinterpret_cast<R*>(memory)),
-        label_tile_(tile_ + kTile * Pitch(call.classes)) {}
+        label_tile_(tile_ + kTile * Pitch(call.classes)),
+        first_voxel_(call.planar ? Lane() % kTile : Lane() * call.row_magic >> 20),
+        first_class_(call.planar ? Lane() / kTile : Lane() - first_voxel_ * call.classes),
+        voxel_step_(call.planar ? 0 : kWarp * call.row_magic >> 20),
+        class_step_(call.planar ? kWarp / kTile : kWarp - voxel_step_ * call.classes) {}
   DICE_OP_DEVICE bool bad() const { return bad_; }
 
   template <bool kStore, class Voxel, class Done>
-  DICE_OP_DEVICE void Run(int64_t first, int64_t step, Voxel&& voxel, Done&& done) {
+  DICE_OP_DEVICE void Run(int first, int step, Voxel&& voxel, Done&& done) {
     const bool masked = call_.weight || call_.has_ignore_label;
-    for (int64_t t = first; t < call_.tiles; t += step) {
-      const int64_t begin = (kStore ? call_.tiles - 1 - t : t) * kTile;
-      const int count = static_cast<int>(call_.voxels - begin < kTile ? call_.voxels - begin : kTile);
+    for (int t = first; t < call_.tiles; t += step) {
+      const int tile = kStore ? call_.tiles - 1 - t : t;
+      const int64_t begin = tile * static_cast<int64_t>(kTile);
+      const int count = tile == call_.tiles - 1 ? call_.last_voxels : kTile;
       __syncwarp();  // no lane is at the tile before any more
       FetchLogits(begin, count);
       if (kDense && call_.dense_labels) FetchLabels(begin, count);
       __syncwarp();
+#pragma unroll 1
       for (int r = 0; r < kRounds; ++r) {
         const int v = r * kGroups + Lane() / kLanes;
         const bool there = v < count;
@@ -469,74 +491,70 @@ class General {
   DICE_OP_DEVICE bool Holds(int i) const { return Classes::Class(i) < call_.classes; }
 
   // fn(place in the tile, place in the sample) for this lane's share of a tile, in the order of memory.
-  template <class Fn>
+  template <int kUnroll, class Fn>
   DICE_OP_DEVICE void ForEachElement(int64_t begin, int count, Fn&& fn) const {
-    const bool planar = call_.planar;
     const int classes = call_.classes, pitch = Pitch(classes);
-    const int64_t voxel_step = planar ? 1 : classes, class_step = planar ? call_.voxels : 1;
-    int v = planar ? Lane() % kTile : Lane() / classes, c = planar ? Lane() / kTile : Lane() % classes;
-#pragma unroll 2
+    const int64_t step = call_.planar ? class_step_ * call_.voxels : kWarp;
+    int64_t at = call_.planar ? first_class_ * call_.voxels + begin + first_voxel_ : begin * classes + Lane();
+    int v = first_voxel_, c = first_class_;
+#pragma unroll kUnroll
     while (v < count && c < classes) {
-      fn(v * pitch + c, (begin + v) * voxel_step + c * class_step);
-      c += planar ? kWarp / kTile : kWarp % classes;
-      if (!planar) {
-        v += kWarp / classes;
-        if (c >= classes) {
-          c -= classes;
-          ++v;
-        }
+      fn(v * pitch + c, at);
+      at += step;
+      v += voxel_step_;
+      c += class_step_;
+      if (c >= classes && !call_.planar) {
+        c -= classes;
+        ++v;
       }
     }
   }
-  // fn(Type<T>{}) with the logits' type: half and bfloat16 are computed in float, double in double.
-  template <class Fn>
-  DICE_OP_DEVICE void WithLogitsType(Fn&& fn) const {
-    if constexpr (std::is_same_v<R, double>) {
-      fn(Type<double>{});
-    } else if (call_.logits_dtype == DType::kHalf) {
-      fn(Type<Half>{});
-    } else if (call_.logits_dtype == DType::kBFloat16) {
-      fn(Type<BFloat16>{});
-    } else {
-      fn(Type<float>{});
-    }
-  }
+  // Half and bfloat16 are computed in float, double in double.
   DICE_OP_DEVICE void FetchLogits(int64_t begin, int count) const {
-    WithLogitsType([&](auto type) {
-      using T = typename decltype(type)::type;
-      const T* const sample = static_cast<const T*>(call_.logits) + offset_;
-      ForEachElement(begin, count, [&](int to, int64_t at) { tile_[to] = Read<R>(sample[at]); });
-    });
-  }
-  // What one-hot encoders give has a loop of its own; of the other types each element asks.
-  DICE_OP_DEVICE void FetchLabels(int64_t begin, int count) const {
-    const auto fetch = [&](auto read) {
-      ForEachElement(begin, count, [&](int to, int64_t at) { label_tile_[to] = read(offset_ + at); });
+    const auto fetch = [&](auto type, auto read) {
+      const auto* const sample = static_cast<const decltype(type)*>(call_.logits) + offset_;
+      ForEachElement<2>(begin, count, [&](int to, int64_t at) { tile_[to] = read(sample[at]); });
     };
-    if (call_.labels_dtype == DType::kFloat) {
-      fetch([&](int64_t at) { return static_cast<R>(static_cast<const float*>(call_.labels)[at]); });
-    } else if (call_.labels_dtype <= DType::kUint8) {
-      fetch([&](int64_t at) { return static_cast<R>(static_cast<const uint8_t*>(call_.labels)[at]); });
+    const bool half = call_.logits_dtype == DType::kHalf;
+    if (std::is_same_v<R, double> || call_.logits_dtype == DType::kFloat) {
+      fetch(R{}, [](R value) { return value; });
     } else {
-      fetch([&](int64_t at) { return ReadNumber<R>(call_.labels, call_.labels_dtype, at); });
+      fetch(uint16_t{}, [&](uint16_t bits) { return half ? Read<R>(Half{bits}) : Read<R>(BFloat16{bits}); });
     }
   }
   DICE_OP_DEVICE void Put(int64_t begin, int count) const {
-    WithLogitsType([&](auto type) {
-      using T = typename decltype(type)::type;
-      T* const sample = static_cast<T*>(call_.d_logits) + offset_;
-      ForEachElement(begin, count, [&](int from, int64_t at) { sample[at] = Write<T>(tile_[from]); });
-    });
+    const auto put = [&](auto type, auto write) {
+      auto* const sample = static_cast<decltype(type)*>(call_.d_logits) + offset_;
+      ForEachElement<2>(begin, count, [&](int from, int64_t at) { sample[at] = write(tile_[from]); });
+    };
+    const bool half = call_.logits_dtype == DType::kHalf;
+    if (std::is_same_v<R, double> || call_.logits_dtype == DType::kFloat) {
+      put(R{}, [](R value) { return value; });
+    } else {
+      put(uint16_t{}, [&](R value) { return half ? Write<Half>(value).bits : Write<BFloat16>(value).bits; });
+    }
+  }
+  // What one-hot encoders give has a loop of its own; of the other types each element asks.
+  DICE_OP_DEVICE void FetchLabels(int64_t begin, int count) const {
+    if (call_.labels_dtype == DType::kFloat) {
+      const auto* const sample = static_cast<const float*>(call_.labels) + offset_;
+      ForEachElement<2>(begin, count, [&](int to, int64_t at) { label_tile_[to] = static_cast<R>(sample[at]); });
+    } else if (call_.labels_dtype <= DType::kUint8) {
+      const auto* const sample = static_cast<const uint8_t*>(call_.labels) + offset_;
+      ForEachElement<2>(begin, count, [&](int to, int64_t at) { label_tile_[to] = static_cast<R>(sample[at]); });
+    } else {
+      ForEachElement<1>(begin, count, [&](int to, int64_t at) {
+        label_tile_[to] = ReadNumber<R>(call_.labels, call_.labels_dtype, offset_ + at);
+      });
+    }
   }
   // The voxel's weight, and its class if it has one: `index` stays as it is otherwise.
   DICE_OP_DEVICE R ReadVoxel(int64_t at, int* index) {
     R m = R(1);
     if (call_.weight) m = ReadNumber<R>(call_.weight, call_.weight_dtype, at);
     if (!kDense || !call_.dense_labels) {
-      WithType(call_.labels_dtype, [&](auto type) {
-        using T = typename decltype(type)::type;
-        using Wide = std::conditional_t<std::is_integral_v<T>, int64_t, double>;
-        const Wide label = Read<Wide>(static_cast<const T*>(call_.labels)[at]);
+      const auto take = [&](auto label) {
+        using Wide = decltype(label);
         if (call_.has_ignore_label && label == static_cast<Wide>(call_.ignore_label)) {
           m = R(0);
         } else if (IsClass(label, static_cast<Wide>(call_.label_limit))) {
@@ -544,27 +562,34 @@ class General {
         } else {
           bad_ = true;
         }
-      });
+      };
+      if (call_.labels_dtype <= DType::kInt64) {
+        take(ReadNumber<int64_t>(call_.labels, call_.labels_dtype, at));
+      } else {
+        take(ReadNumber<double>(call_.labels, call_.labels_dtype, at));
+      }
     }
     return m;
   }
   // v: voxel of the tile; index: its class, or negative. A voxel of weight 0 has no label.
   DICE_OP_DEVICE Label LabelOf(int v, int index, R m, R* labels) {
     if constexpr (kDense) {
-      const bool soft = call_.labels_dtype >= DType::kHalf;
+      if (call_.dense_labels) {
+        const bool soft = call_.labels_dtype >= DType::kHalf;
+        const R* row = label_tile_ + v * Pitch(call_.classes);
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        R t = R(0);
-        if (!call_.dense_labels) {
-          const int c = Classes::Class(i);
-          const bool inside =
-              call_.region_labels ? index >= 0 && c < call_.classes && call_.regions[index] >> c & 1 : index == c;
-          t = inside ? R(1) : R(0);
-        } else if (Holds(i) && m != R(0)) {
-          t = label_tile_[v * Pitch(call_.classes) + Classes::Class(i)];
-          bad_ |= !IsSoftLabel(t, soft);
+        for (int i = 0; i < kItems; ++i) {
+          labels[i] = Holds(i) && m != R(0) ? row[Classes::Class(i)] : R(0);
+          bad_ |= !IsSoftLabel(labels[i], soft);
         }
-        labels[i] = t;
+      } else {
+        const uint32_t regions = call_.region_labels && index >= 0 ? call_.regions[index] : 0;
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+          const int c = Classes::Class(i);
+          const bool inside = call_.region_labels ? c < call_.classes && regions >> c & 1 : index == c;
+          labels[i] = inside ? R(1) : R(0);
+        }
       }
       return {labels};
     } else {
@@ -577,6 +602,8 @@ class General {
   const int64_t offset_, voxel_offset_;
   R* const tile_;        // [kTile] rows, channels last
   R* const label_tile_;  // the same of dense labels
+  // This lane's first element of a tile, and from each to the next.
+  const int first_voxel_, first_class_, voxel_step_, class_step_;
   bool bad_ = false;
 };
 
