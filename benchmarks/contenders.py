@@ -9,7 +9,7 @@ import importlib.util
 
 IN_PLACE = "dice_op.core, in place"
 LEVELS = {  # contender, in place too, to level, for DICE_OP_SIMD
-    f"dice_op.core, {level}": level for level in ("portable", "x86-64-v2", "x86-64-v3", "x86-64-v4")
+    f"dice_op.core, {level}": level for level in ("portable", "x86-64-v3", "x86-64-v4")
 }
 SMOOTH = 1e-5
 EPSILON = 1e-6  # of the snippets

@@ -73,20 +73,22 @@ def machine():
 
 
 def covers(archs, capability, portable=True):
-    """Whether code for `archs` ("80", "90a", "100f") runs on a GPU of a compute capability (8, 6).
+    """Whether code for `archs` ("80", "90a", "100f", "120+PTX") runs on a GPU of a compute
+    capability (8, 6).
 
-    Machine code runs on the same major version's later minors. portable: whether the driver can
-    compile the last architecture's portable code, which is there for all that came after.
+    Machine code runs on the same major version's later minors, portable code (PTX) on all that came
+    later. portable: whether the driver can compile that.
     """
-    known = []
     for arch in archs:
-        digits, kind = re.fullmatch(r"(\d+)([af]?)", arch).groups()
-        known.append(divmod(int(digits), 10))
-        if capability == known[-1]:
+        digits, kind, has_portable = re.fullmatch(r"(\d+)([af]?)(\+PTX)?", arch).groups()
+        known = divmod(int(digits), 10)
+        if capability == known:
             return True
-        if kind != "a" and capability[0] == known[-1][0] and capability[1] > known[-1][1]:
+        if kind != "a" and capability[0] == known[0] and capability[1] > known[1]:
             return True
-    return portable and bool(archs) and archs[-1].isdigit() and capability >= known[-1]
+        if portable and has_portable and not kind and capability > known:
+            return True
+    return False
 
 
 def problem(cuda, archs, found):
@@ -122,7 +124,8 @@ def problem(cuda, archs, found):
     if max(gpu.capability for gpu in left_out) < FIRST:
         first = _dotted(FIRST)
         return f"dice_op's kernels are for compute capability {first} and later, not for {names}"
+    newer = "Install dice_op's wheel that ends in .cu13, or build" * (version[0] < 13)
     return (
         f"this build of dice_op (CUDA {cuda}) is for {', '.join(archs)}, not for {names}. "
-        f"Build from source on this machine, in dice_op's source folder: {build}"
+        f"{newer or 'Build'} from source on this machine, in dice_op's source folder: {build}"
     )

@@ -20,12 +20,6 @@ FLAGS = {
     "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-fsanitize=thread"],
 }
-FAMILIES = {  # as in CMakeLists.txt
-    "Float": ["-DDICE_OP_CUDA_STORAGE=float"],
-    "Half": ["-DDICE_OP_CUDA_STORAGE=Half"],
-    "BFloat16": ["-DDICE_OP_CUDA_STORAGE=BFloat16"],
-    "General": [],
-}
 # As the enumerations in csrc/core/dice_op.h count them.
 DTYPES = "bool uint8 int8 uint16 int16 int32 int64 float16 bfloat16 float32 float64".split()
 ACTIVATIONS = "softmax sigmoid none argmax threshold".split()
@@ -62,17 +56,14 @@ def build(kind, few=False):
         return program
     folder.mkdir(parents=True, exist_ok=True)
     flags = _flags(kind, csrc)
+    kernels = EMULATOR / "few_kernels.cc" if few else csrc / "cuda" / "kernels.cu"
     tasks = [  # the engine speaks to the sanitizers and must not be compiled with them
+        (kernels, "kernels.o", flags),
         (EMULATOR / "cuda_emulator.cc", "engine.o", [*_flags("plain", csrc)]),
         (csrc / "cuda" / "dice_op_cuda.cu", "dice_op_cuda.o", flags),
         (csrc / "core" / "problem.cc", "problem.o", flags),
         (EMULATOR / "run_cases.cc", "run_cases.o", flags),
     ]
-    if few:
-        tasks.insert(0, (EMULATOR / "few_kernels.cc", "kernels.o", flags))
-    for family, define in () if few else FAMILIES.items():
-        defines = [f"-DDICE_OP_CUDA_FIND=Find{family}", *define]
-        tasks.insert(0, (csrc / "cuda" / "kernels.cu", f"{family}.o", [*flags, *defines]))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for done in [pool.submit(_compile, s, folder / o, f) for s, o, f in tasks]:
             done.result()

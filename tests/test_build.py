@@ -317,9 +317,11 @@ def test_the_matrix_of_wheels():
     [
         ("75,80,90", (7, 5), True, True),
         ("75,80,90", (8, 9), False, True),  # a later minor of 8.0
-        ("75,80,90", (7, 0), True, False),
-        ("75,80,90", (12, 0), True, True),  # by the last one's portable code
-        ("75,80,90", (12, 0), False, False),
+        ("75,80,90+PTX", (7, 0), True, False),
+        ("75,80,90+PTX", (12, 0), True, True),
+        ("75,80,90+PTX", (12, 0), False, False),
+        ("75,80,90", (12, 0), True, False),
+        ("75,80+PTX,90", (12, 0), True, True),
         ("80,90", (7, 5), True, False),
         ("86", (8, 0), True, False),
         ("75,100,120", (9, 0), True, False),
@@ -361,7 +363,8 @@ H200, A100, V100 = (
             [V100, A100],
             r"7.5 and later, not for V100",
         ),
-        ("12.4", "90", (13, 0), [A100, H200], r"not for A100 .*Build from source"),
+        ("12.4", "90", (13, 0), [A100, H200], r"not for A100 .*\.cu13, or build from source"),
+        ("13.0", "90", (13, 0), [A100, H200], r"not for A100 .*Build from source"),
     ],
 )
 def test_what_a_build_says_about_the_gpus(cuda, archs, driver, gpus, says, monkeypatch):

@@ -167,9 +167,8 @@ def is_specialised(x, planar, activation):
     if activation == "none" and x.itemsize == 2:
         return False
     if planar and c > 1:
-        most = {"softmax": 4, "sigmoid": 3, "none": 0}[activation]
-        return c <= most and v * x.itemsize % 16 == 0
-    return (c <= 4 or activation == "softmax") and (n == 1 or v * c * x.itemsize % 16 == 0)
+        return activation == "softmax" and c <= 4 and v * x.itemsize % 16 == 0
+    return c <= {"softmax": 256, "sigmoid": 1, "none": 4}[activation] and (n == 1 or v * c * x.itemsize % 16 == 0)
 
 
 @pytest.fixture(scope="session")

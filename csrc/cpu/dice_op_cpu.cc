@@ -48,7 +48,6 @@ int64_t PartialSize(const Problem& problem) { return 4 * problem.classes + 1; }
 
 bool Supported(const Kernels& kernels) {
 #if defined(DICE_OP_X86_LEVELS)
-  if (&kernels == &kX86V2) return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
   if (&kernels == &kX86V3) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
            __builtin_cpu_supports("f16c");
@@ -65,7 +64,7 @@ bool Supported(const Kernels& kernels) {
 // Best first.
 const Kernels* const kLevels[] = {
 #if defined(DICE_OP_X86_LEVELS)
-    &kX86V4, &kX86V3, &kX86V2,
+    &kX86V4, &kX86V3,
 #endif
     &kPortable};
 
@@ -160,7 +159,7 @@ void DiceSumsGrad(const Problem& problem, const SumsGrad& grad, const ParallelFo
 
 const char* SimdLevels() {
 #if defined(DICE_OP_X86_LEVELS)
-  return "portable,x86-64-v2,x86-64-v3,x86-64-v4";
+  return "portable,x86-64-v3,x86-64-v4";
 #else
   return "portable";
 #endif

@@ -19,7 +19,7 @@ struct Kernels {
 };
 
 extern const Kernels kPortable;
-extern const Kernels kX86V2, kX86V3, kX86V4;  // where DICE_OP_X86_LEVELS is defined
+extern const Kernels kX86V3, kX86V4;  // where DICE_OP_X86_LEVELS is defined
 
 }  // namespace cpu
 }  // namespace dice_op

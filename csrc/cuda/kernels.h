@@ -88,16 +88,20 @@ struct Accumulators {
     if constexpr (kBins) {
       using Dealt = LaneSums<kLanes, kItems>;
 #pragma unroll 1
-      for (int kind = 0; kind <= Kinds(); ++kind) {
+      for (int kind = 0; kind < (kLossRows ? 4 : Kinds() + 1); ++kind) {
         R values[Dealt::kPadded] = {};
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
-          values[i] = kind == 2 ? pred_sum[i] : Take(&bins[((kind < 2 ? kind : 2) * kItems + i) * kWarp]);
+          if (kind == 2) {
+            values[i] = Take(&pred_sum[i]);
+          } else if (kLossRows && kind == 3) {
+            values[i] = Take(&cross_entropy[kLossRows ? i : 0]);
+          } else {
+            values[i] = Take(&bins[((kind < 2 ? kind : 2) * kItems + i) * kWarp]);
+          }
         }
         AddToTotals<Dealt, kItems>(kind * kItems, values);
       }
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) pred_sum[i] = R(0);
     } else {
       constexpr int kCount = (kLossRows ? 4 : 3) * kItems;
       using Dealt = LaneSums<kLanes, kCount>;

@@ -6,19 +6,23 @@ namespace {
 
 template <class Source, class Activation = Softmax>
 cuda::Variant Of(const Problem& problem, const void* d_logits) {
-  const auto of = [&](auto cross_entropy) {
-    constexpr bool kCrossEntropy = cross_entropy.value && !Activation::kHard;
-    return VariantOf<Source, Activation, kCrossEntropy>(problem, d_logits != nullptr);
-  };
-  return problem.options.cross_entropy ? of(std::true_type{}) : of(std::false_type{});
+  const bool grad = d_logits != nullptr;
+  if constexpr (Activation::kHard) return VariantOf<Source, Activation, Loss::kWithout>(problem, grad);
+  if constexpr (Source::kWeighted) return VariantOf<Source, Activation, Loss::kAsked>(problem, grad);
+  return problem.options.cross_entropy ? VariantOf<Source, Activation, Loss::kWith>(problem, grad)
+                                       : VariantOf<Source, Activation, Loss::kWithout>(problem, grad);
 }
 
 }  // namespace
 
 namespace cuda {
 
-Variant FindFloat(const Problem& problem, const void* d_logits) {
-  if (!IsPlain<float>(problem, d_logits)) return {};
+Variant FindPlain(const Problem& problem, const void* d_logits) {
+  if (problem.logits_dtype == DType::kBFloat16) {
+    if (!IsPlain<BFloat16>(problem, d_logits) || problem.classes != 5) return {};
+    return Of<Staged<BFloat16, 5, 1, 5>>(problem, d_logits);
+  }
+  if (problem.logits_dtype != DType::kFloat || !IsPlain<float>(problem, d_logits)) return {};
   const bool planar = problem.options.data_format == DataFormat::kChannelsFirst;
   if (planar) return problem.classes == 2 ? Of<Direct<float, 2, true>>(problem, d_logits) : Variant{};
   if (problem.classes == 3) return Of<Staged<float, 3, 1, 3>>(problem, d_logits);
@@ -27,13 +31,6 @@ Variant FindFloat(const Problem& problem, const void* d_logits) {
   if (problem.classes == 48) return Of<Staged<float, 12, 4, 8>>(problem, d_logits);
   if (problem.classes == 104) return Of<Staged<float, 14, 8, 12>>(problem, d_logits);
   return {};
-}
-
-Variant FindHalf(const Problem&, const void*) { return {}; }
-
-Variant FindBFloat16(const Problem& problem, const void* d_logits) {
-  if (!IsPlain<BFloat16>(problem, d_logits) || problem.classes != 5) return {};
-  return Of<Staged<BFloat16, 5, 1, 5>>(problem, d_logits);
 }
 
 Variant FindGeneral(const Problem& problem, const void* d_logits) {

@@ -113,12 +113,8 @@ void Run(const Header& header, FILE* in, FILE* out) {
   if (error.empty() && differentiable) check(cuda::DiceSumsGrad(problem, grad, nullptr));
 
   // whether a specialised kernel takes the call
-  const auto find = problem.logits_dtype == DType::kFloat      ? cuda::FindFloat
-                    : problem.logits_dtype == DType::kHalf     ? cuda::FindHalf
-                    : problem.logits_dtype == DType::kBFloat16 ? cuda::FindBFloat16
-                                                               : nullptr;
-  const int64_t specialised[2] = {find && find(problem, nullptr).kernel,
-                                  find && differentiable && find(problem, d_logits.data()).kernel};
+  const int64_t specialised[2] = {cuda::FindPlain(problem, nullptr).kernel != nullptr,
+                                  differentiable && cuda::FindPlain(problem, d_logits.data()).kernel};
   std::fwrite(specialised, sizeof(specialised), 1, out);
   for (const std::string& text : {error, complaint}) {
     const int64_t length = text.size();
