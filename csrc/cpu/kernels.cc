@@ -202,8 +202,7 @@ struct Block {
     const R *a = of_sample(grad.d_intersection), *b = of_sample(grad.d_pred_sum), *e = of_sample(grad.d_cross_entropy);
     Tile<R, W> tile(problem);
     Classes k{{static_cast<int>(problem.classes)}, tile.numbers(), {}};
-    const bool stream =
-        grad.d_logits != problem.logits && problem.logits_count() * SizeOf(problem.logits_dtype) >= kStreamBytes;
+    const bool stream = grad.d_logits != problem.logits && LogitsBytes(problem) >= kStreamBytes;
     Row<P, kCount> p(k.size()), h(k.size());
     for (int64_t v = begin; v < end; v += tile.capacity()) {
       tile.Load(sample, v, static_cast<int>(std::min<int64_t>(tile.capacity(), end - v)));

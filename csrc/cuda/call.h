@@ -22,7 +22,7 @@ struct Call {
   int blocks_per_sample;
   int tiles;        // of a sample
   int last_voxels;  // in the last of them, which may not be full
-  int classes;  // C
+  int classes;      // C
   int first_class;
   int label_limit;  // labels below it are classes; no more than the labels' type can hold
   int label_bytes;

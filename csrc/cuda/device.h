@@ -9,7 +9,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define DICE_OP_DEVICE __device__ __forceinline__
-#define DICE_OP_SHARED __device__ __noinline__  // once for all kernels
+#define DICE_OP_SHARED __device__ __noinline__  // once in a kernel, not at every use
 #else
 #include "cuda_emulator.h"
 #define DICE_OP_DEVICE inline __attribute__((always_inline))
@@ -176,7 +176,8 @@ cudaError_t Launch(void (*kernel)(Argument), dim3 blocks, int threads, size_t sh
                    Argument argument) {
 #ifdef __CUDACC__
   void* arguments[] = {&argument};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, dim3(threads), arguments, shared_bytes, stream);
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, dim3(threads), arguments, shared_bytes,
+                          stream);
 #else
   return cuda_emulator::Launch(kernel, blocks, dim3(threads), shared_bytes, stream, argument);
 #endif

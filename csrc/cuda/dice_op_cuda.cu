@@ -270,7 +270,8 @@ std::string DiceSums(const Problem& problem, const Sums& sums, void* workspace, 
   std::copy(outputs, outputs + 5, partials.outputs);
   const int64_t blocks = (problem.batch * (4 * problem.classes + 1) + kWarps - 1) / kWarps;
   const auto combine = problem.sums_dtype() == DType::kDouble ? CombineKernel<double> : CombineKernel<float>;
-  DICE_OP_RETURN_IF_ERROR(Launch(combine, dim3(static_cast<unsigned>(blocks)), kThreads, 0, queue, partials), "the launch of the combining kernel");
+  DICE_OP_RETURN_IF_ERROR(Launch(combine, dim3(static_cast<unsigned>(blocks)), kThreads, 0, queue, partials),
+                          "the launch of the combining kernel");
   return "";
 }
 

@@ -12,9 +12,7 @@ namespace {
 // More than 16 classes: the smallest tile that holds them.
 template <class T, class Activation>
 Variant Shared(const Problem& problem, bool grad) {
-  const auto of = [&](auto source) {
-    return VariantOf<typename decltype(source)::type, Activation, Loss::kAsked>(problem, grad);
-  };
+  const auto of = [&](auto source) { return VariantOf<typename decltype(source)::type, Activation>(problem, grad); };
   const int64_t c = problem.classes;
   if (c <= 24) return of(Type<Staged<T, 12, 2, 8>>{});
   if (c <= 32) return of(Type<Staged<T, 16, 2, 12>>{});
@@ -76,9 +74,7 @@ template <class R, class Activation, bool kPerClass>
 Variant OfAnyCount(const Problem& problem, bool grad) {
   constexpr bool kDouble = std::is_same_v<R, double>;
   constexpr bool kDense = kPerClass || kDouble || Activation::kHard;
-  const auto of = [&](auto source) {
-    return VariantOf<typename decltype(source)::type, Activation, Activation::kHard ? Loss::kWithout : Loss::kAsked>(problem, grad);
-  };
+  const auto of = [&](auto source) { return VariantOf<typename decltype(source)::type, Activation>(problem, grad); };
   if constexpr (!kDouble) {
     if (problem.classes <= 4) return of(Type<General<R, kDense, 4, 1>>{});
     if constexpr (!Activation::kHard) {

@@ -122,7 +122,8 @@ struct Accumulators {
     }
     added = 0;
   }
-  // `first`: the row of totals that values[0] belongs to. It is always the same lane for the same total: no other waits.
+  // `first`: the row of totals that values[0] belongs to. It is always the same lane for the same total: no other
+  // waits.
   template <class Dealt, int kCount>
   DICE_OP_DEVICE void AddToTotals(int first, R* values) {
     Dealt::Add(values);
@@ -242,9 +243,11 @@ int BankConflicts(int row) {
   return conflicts;
 }
 
-template <class Source, class Activation, Loss kWish>
+template <class Source, class Activation, Loss kWish = Loss::kAsked>
 Variant VariantOf(const Problem& problem, bool grad) {
-  constexpr Loss kLoss = Source::kSingle && !Activation::kHard ? Loss::kAsked : kWish;
+  constexpr Loss kLoss = Activation::kHard                      ? Loss::kWithout
+                         : Source::kSingle || Source::kWeighted ? Loss::kAsked
+                                                                : kWish;
   constexpr int kElement = sizeof(typename Source::Storage);
   const int classes = static_cast<int>(problem.classes), row = classes * kElement;
   Variant variant;

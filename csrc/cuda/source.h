@@ -65,8 +65,8 @@ DICE_OP_DEVICE constexpr Terms<R> PlainTerms(bool cross_entropy) {
 
 // --- labels and weights -------------------------------------------------------------------------------
 
-// Integer labels, kCount at once and that kTimes, `stride` apart, as far as they begin before `limit`. Four widths serve
-// all types: read as unsigned, negative ones lie beyond every class. *largest keeps the largest label seen.
+// Integer labels, kCount at once and that kTimes, `stride` apart, as far as they begin before `limit`. Four widths
+// serve all types: read as unsigned, negative ones lie beyond every class. *largest keeps the largest label seen.
 template <int kCount, int kTimes>
 DICE_OP_DEVICE void ReadLabels(const Call& call, int64_t at, int stride, int limit, uint32_t (*labels)[kCount],
                                uint32_t* largest) {
@@ -312,16 +312,18 @@ class Staged {
   static constexpr int kPerWord = 16 / sizeof(T);
 
   DICE_OP_DEVICE void Fetch(int tile, int stage) {
-    ForEachWord(tile, [&](int w, int64_t at) { CopyWord(WordAt(stage, w), logits_ + at); },
-                [&](int e, int64_t at) { Row(stage, 0)[e] = logits_[at]; });
+    ForEachWord(
+        tile, [&](int w, int64_t at) { CopyWord(WordAt(stage, w), logits_ + at); },
+        [&](int e, int64_t at) { Row(stage, 0)[e] = logits_[at]; });
   }
   DICE_OP_DEVICE void Put(int tile, int stage) {
-    ForEachWord(tile,
-                [&](int w, int64_t at) {
-                  StoreStreaming<T>(reinterpret_cast<Word<T>*>(d_logits_ + at),
-                                    *reinterpret_cast<const Word<T>*>(WordAt(stage, w)));
-                },
-                [&](int e, int64_t at) { d_logits_[at] = Row(stage, 0)[e]; });
+    ForEachWord(
+        tile,
+        [&](int w, int64_t at) {
+          StoreStreaming<T>(reinterpret_cast<Word<T>*>(d_logits_ + at),
+                            *reinterpret_cast<const Word<T>*>(WordAt(stage, w)));
+        },
+        [&](int e, int64_t at) { d_logits_[at] = Row(stage, 0)[e]; });
   }
   // Lane l reads the label of the tile's voxel l (and l + 32). There may be no such tile.
   DICE_OP_DEVICE void FetchLabels(int tile, uint32_t* labels) {

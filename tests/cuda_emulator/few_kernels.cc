@@ -7,8 +7,6 @@ namespace {
 template <class Source, class Activation = Softmax>
 cuda::Variant Of(const Problem& problem, const void* d_logits) {
   const bool grad = d_logits != nullptr;
-  if constexpr (Activation::kHard) return VariantOf<Source, Activation, Loss::kWithout>(problem, grad);
-  if constexpr (Source::kWeighted) return VariantOf<Source, Activation, Loss::kAsked>(problem, grad);
   return problem.options.cross_entropy ? VariantOf<Source, Activation, Loss::kWith>(problem, grad)
                                        : VariantOf<Source, Activation, Loss::kWithout>(problem, grad);
 }
