@@ -99,6 +99,8 @@ foreach(_entry IN LISTS _archs)
 endforeach()
 if(_cuda_version VERSION_GREATER_EQUAL 13)
   list(APPEND _cuda_flags --compress-mode=size) # CUDA 13's drivers can all unpack it
+else()
+  list(APPEND _cuda_flags -Xfatbin=-compress-all)
 endif()
 if(CMAKE_COMPILE_WARNING_AS_ERROR)
   list(APPEND _cuda_flags "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror")
