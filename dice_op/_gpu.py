@@ -9,6 +9,7 @@ import re
 import typing
 
 DRIVERS = {12: 525, 13: 580}  # the first one for a major version of CUDA
+FIRST_OF_13 = (10, 0)  # from this compute capability on, the wheels of CUDA 13 alone have code
 FIRST = (7, 5)  # compute capability that the kernels are written for
 
 
@@ -110,7 +111,10 @@ def problem(cuda, archs, found):
     version = tuple(map(int, cuda.split(".")))
     if found.cuda[0] < version[0]:
         newer = DRIVERS.get(version[0], "the latest")
-        older = f" or dice_op's wheel that ends in .cu{found.cuda[0]}" * (found.cuda[0] in DRIVERS)
+        runs_older = found.cuda[0] in DRIVERS and all(
+            g.capability < FIRST_OF_13 for g in found.gpus
+        )
+        older = f" or dice_op's wheel that ends in .cu{found.cuda[0]}" * runs_older
         return (
             f"the driver {found.driver} of {names} runs CUDA up to {_dotted(found.cuda)}, but this "
             f"build of dice_op has {cuda}: install a newer driver ({newer} or later){older}"
@@ -124,8 +128,13 @@ def problem(cuda, archs, found):
     if max(gpu.capability for gpu in left_out) < FIRST:
         first = _dotted(FIRST)
         return f"dice_op's kernels are for compute capability {first} and later, not for {names}"
-    newer = "Install dice_op's wheel that ends in .cu13, or build" * (version[0] < 13)
+    wheel = ".cu12"
+    if found.cuda[0] >= 13:
+        wheel = ".cu13"
+    elif any(gpu.capability >= FIRST_OF_13 for gpu in left_out):
+        wheel = f".cu13 (with driver {DRIVERS[13]} or later)"
     return (
-        f"this build of dice_op (CUDA {cuda}) is for {', '.join(archs)}, not for {names}. "
-        f"{newer or 'Build'} from source on this machine, in dice_op's source folder: {build}"
+        f"this build of dice_op (CUDA {cuda}) is for {', '.join(archs)}, not for {names}. Install "
+        f"dice_op's wheel that ends in {wheel}, or build from source on this machine, in dice_op's "
+        f"source folder: {build}"
     )

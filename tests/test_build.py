@@ -352,8 +352,9 @@ def test_which_gpus_code_runs_on(archs, capability, portable, covered):
     assert _gpu.covers(archs.split(","), capability, portable) == covered
 
 
-H200, A100, V100 = (
-    _gpu.Gpu(n, c) for n, c in (("H200", (9, 0)), ("A100", (8, 0)), ("V100", (7, 0)))
+B200, H200, A100, V100 = (
+    _gpu.Gpu(n, c)
+    for n, c in (("B200", (10, 0)), ("H200", (9, 0)), ("A100", (8, 0)), ("V100", (7, 0)))
 )
 
 
@@ -380,7 +381,16 @@ H200, A100, V100 = (
             r"7.5 and later, not for V100",
         ),
         ("12.4", "90", (13, 0), [A100, H200], r"not for A100 .*\.cu13, or build from source"),
-        ("13.0", "90", (13, 0), [A100, H200], r"not for A100 .*Build from source"),
+        ("12.4", "90", (12, 4), [A100, H200], r"not for A100 .*\.cu12, or build from source"),
+        # Blackwell: the wheel of CUDA 12 has no code for it
+        (
+            "12.4",
+            "75,80,90",
+            (12, 8),
+            [B200],
+            r"not for B200 .*\.cu13 \(with driver 580 or later\)",
+        ),
+        ("13.0", "120+PTX", (12, 8), [B200], r"newer driver \(580 or later\)$"),
     ],
 )
 def test_what_a_build_says_about_the_gpus(cuda, archs, driver, gpus, says, monkeypatch):

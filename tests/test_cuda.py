@@ -160,7 +160,7 @@ def regime_cases(dtype, data_format, brief=False):
 
 
 def is_specialised(x, planar, activation):
-    """Whether a kernel of the fast families takes class indices and no options."""
+    """Whether a kernel of its own takes class indices and no options."""
     n, v, c = (x.shape[0], x.shape[2], x.shape[1]) if planar else x.shape
     if x.dtype == np.float64 or (c == 1 and activation == "softmax"):
         return False

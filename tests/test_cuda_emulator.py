@@ -154,6 +154,18 @@ KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that
         "stage);",
         "plain",
     ),
+    "staged: computed before it is there": (
+        "source.h",
+        "      if (t >= first) {",
+        "      if (t >= first - step) {",
+        "plain",
+    ),
+    "staged: labels after the last": (
+        "source.h",
+        "? Voxels(tile) - Lane() : 0;",
+        "? kTile - Lane() : 0;",
+        "address",
+    ),
     "staged: stored before it is computed": (
         "source.h",
         "        __syncwarp();  // the whole tile is computed\n",
@@ -174,8 +186,8 @@ KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that
     ),
     "staged: a padded row that begins elsewhere": (
         "kernels.h",
-        "return (1u << 20) / parts + 1; };",
-        "return (1u << 20) / parts; };",
+        "variant.row_magic = magic(row / 16);",
+        "variant.row_magic = magic(row / 16) - 1;",
         "plain",
     ),
     "staged: rows that are not aligned": (
@@ -184,7 +196,7 @@ KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that
         "variant.row_padding = 8;",
         "plain",
     ),
-    "direct: a tile that is not there": (
+    "direct: the last tile taken for a full one": (
         "source.h",
         "if (tile < call_.tiles - 1 || call_.last_voxels == kTile) {",
         "if (tile < call_.tiles) {",
@@ -201,6 +213,12 @@ KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that
         "StoreStreaming<T>(d_logits + first +",
         "StoreStreaming<T>(d_logits + 1 + first +",
         "address",
+    ),
+    "general: an element of the next row": (
+        "kernels.h",
+        "variant.row_magic = magic(classes);",
+        "variant.row_magic = magic(classes) - 1;",
+        "plain",
     ),
     "general: a tile overwritten while others read it": (
         "source.h",
@@ -242,6 +260,12 @@ KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that
         "device.h",
         "if constexpr (kDistance >= kLanes) {",
         "if constexpr (kDistance > kLanes) {",
+        "plain",
+    ),
+    "sums: several lanes hold the same": (
+        "device.h",
+        "return Lane() / kLanes % kSharers == 0;",
+        "return true;",
         "plain",
     ),
     "sums: the last voxels never added": (

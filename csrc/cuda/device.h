@@ -9,11 +9,11 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define DICE_OP_DEVICE __device__ __forceinline__
-#define DICE_OP_SHARED __device__ __noinline__  // once in a kernel, not at every use
+#define DICE_OP_OUTLINED __device__ __noinline__  // once in a kernel, not at every use
 #else
 #include "cuda_emulator.h"
 #define DICE_OP_DEVICE inline __attribute__((always_inline))
-#define DICE_OP_SHARED inline
+#define DICE_OP_OUTLINED inline
 #endif
 
 #include <cmath>
@@ -42,9 +42,9 @@ DICE_OP_DEVICE double Max(double a, double b) { return fmax(a, b); }
 DICE_OP_DEVICE float Abs(float x) { return fabsf(x); }
 DICE_OP_DEVICE double Abs(double x) { return fabs(x); }
 DICE_OP_DEVICE float Log(float x) { return logf(x); }
-DICE_OP_SHARED double Log(double x) { return log(x); }
+DICE_OP_OUTLINED double Log(double x) { return log(x); }
 DICE_OP_DEVICE float Log1p(float x) { return log1pf(x); }
-DICE_OP_SHARED double Log1p(double x) { return log1p(x); }
+DICE_OP_OUTLINED double Log1p(double x) { return log1p(x); }
 
 constexpr float kLog2E = 1.4426950408889634f;
 
@@ -59,7 +59,7 @@ DICE_OP_DEVICE float Exp2(float x) {
 #endif
 }
 DICE_OP_DEVICE float Exp(float x) { return Exp2(x * kLog2E); }
-DICE_OP_SHARED double Exp(double x) { return exp(x); }
+DICE_OP_OUTLINED double Exp(double x) { return exp(x); }
 
 // In one fused multiply-add. The rounding of b * log2(e) is a factor that all classes share, close to
 // one: it cancels where the exponentials are normalised.

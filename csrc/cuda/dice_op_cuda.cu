@@ -20,8 +20,9 @@ constexpr int kThreads = kWarps * kWarp;
 // A launch has no more blocks than these, which is more than a GPU holds at once, or one per sample. So the size of
 // the workspace is known without a GPU: XLA asks for it when it compiles.
 constexpr int64_t kMaxBlocks = 4096;
+static_assert(kMaxBlocks <= 65535, "a grid's second dimension");
 
-// So that kernels count the tiles of a sample in 32 bits. No GPU has the memory for more.
+// Kernels count the tiles of a sample in 32 bits. That is 4 billion voxels or more.
 constexpr int64_t kMaxTiles = int64_t{1} << 30;
 
 // --- errors -------------------------------------------------------------------------------------------
@@ -112,8 +113,10 @@ std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   const int64_t at_once = std::min(kMaxBlocks, static_cast<int64_t>(multiprocessors) * std::max(1, resident));
   const int64_t useful = (tiles + variant.warps - 1) / variant.warps;
   call.blocks_per_sample = static_cast<int>(std::max<int64_t>(1, std::min(useful, at_once / problem.batch)));
+  if (problem.batch > 0x7fffffff / (problem.classes + 1)) {
+    return "the batch has more samples than a GPU can take in one call";
+  }
   plan->blocks = dim3(static_cast<unsigned>(problem.batch), static_cast<unsigned>(call.blocks_per_sample));
-  if (problem.batch > 0x7fffffff) return "the batch has more samples than a GPU can take in one call";
   call.ignore_label = problem.options.ignore_label;
   call.gamma = problem.options.focal_gamma;
   call.keep = 1 - problem.options.label_smoothing;

@@ -69,8 +69,8 @@ struct Accumulators {
   }
   DICE_OP_DEVICE int Kinds() const { return kLossBins && wants_loss ? 3 : 2; }  // of bins
 
-  template <class Loss>
-  DICE_OP_DEVICE void AddLabel(int item, R pred, R label, const Loss& loss) {
+  template <class Term>
+  DICE_OP_DEVICE void AddLabel(int item, R pred, R label, const Term& loss) {
     R* const bin = bins + item * kWarp;
     bin[0] += pred;
     bin[kItems * kWarp] += label;

@@ -2,7 +2,7 @@
 //
 //   Direct   few classes that fill 16-byte words evenly: from memory to registers and back
 //   Staged   other class counts: tiles go through shared memory, copied in 16-byte words while the
-//            warp computes; above 16 classes several lanes share a voxel
+//            warp computes; above 16 classes, and for some below, several lanes share a voxel
 //   General  every type, layout, weight and option, at run time: tiles are converted on their way
 //
 // A source works for one warp and one sample. Run(first, step, voxel, done) visits the tiles first,
