@@ -4,8 +4,8 @@
     python build_tools/check_wheel.py dist/dice_op-0.1.0+tf2.21.cpu-*.whl
 
 Of each wheel: size, contents, tag, licences, and of its libraries what they need and export.
-Then, in a new virtual environment that holds the wheel, its TensorFlow and nothing else, from an
-empty folder: import and its time, values and gradients against double precision, a Keras model
+Then, in a new virtual environment that holds the wheel, its TensorFlow (tensorflow-cpu; for a build
+with CUDA tensorflow as well) and nothing else, from an empty folder: import and its time, values and gradients against double precision, a Keras model
 trained with and without XLA, `python -m dice_op info`. At last with another TensorFlow: what it
 says then.
 """
@@ -182,13 +182,14 @@ def check_library(library, variant):
         require(has == (variant != "cpu"), f"{library.name} has CUDA kernels: {has}")
 
 
-def check_installed(wheel, tensorflow, variant, python, folder):
-    """In a new environment. Returns how to call its pip, its Python; seconds of an import."""
+def check_installed(wheel, package, tensorflow, variant, python, folder):
+    """In a new environment with that package of TensorFlow's. Returns how to call its pip, its
+    Python; seconds of an import."""
     require(interpreter(python), f"this machine has no Python {python} to try it with")
     run([interpreter(python), "-m", "venv", folder / "venv"])
     inside = folder / "venv" / "bin" / "python"
     pip = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    run([*pip, f"dice-op[tensorflow-cpu] @ {wheel.resolve().as_uri()}"])
+    run([*pip, f"dice-op[{package}] @ {wheel.resolve().as_uri()}"])
     empty = folder / "empty"
     empty.mkdir()
 
@@ -246,21 +247,27 @@ def main():
             for other, (of, its, its_python) in known.items()
             if of != tensorflow and (its, its_python) == (variant, python)
         ]
-        with tempfile.TemporaryDirectory(dir=WORK) as folder:
-            try:
-                check_file(wheel, tensorflow, variant)
-                pip, ask, seconds = check_installed(
-                    wheel, tensorflow, variant, python, Path(folder)
-                )
-                require(seconds < MOST_IMPORT_SECONDS, f"its import takes {1000 * seconds:.0f} ms")
-                check_mismatch(others, pip, ask, tensorflow)
-            except WheelError as failure:
-                failed += 1
-                print(f"{wheel.name}: {failure}", flush=True)
-                continue
-        megabytes = wheel.stat().st_size / 1e6
+        # The package with CUDA exports a CUDA of its own; that without runs a CUDA build too.
+        packages = ("tensorflow-cpu",) if variant == "cpu" else ("tensorflow", "tensorflow-cpu")
+        try:
+            check_file(wheel, tensorflow, variant)
+            imports = []
+            for package in packages:
+                with tempfile.TemporaryDirectory(dir=WORK) as folder:
+                    pip, ask, seconds = check_installed(
+                        wheel, package, tensorflow, variant, python, Path(folder)
+                    )
+                    imports.append(f"{1000 * seconds:.0f} ms")
+                    require(seconds < MOST_IMPORT_SECONDS, f"its import takes {imports[-1]}")
+                    if package == packages[0]:
+                        check_mismatch(others, pip, ask, tensorflow)
+        except WheelError as failure:
+            failed += 1
+            print(f"{wheel.name}: {failure}", flush=True)
+            continue
         print(
-            f"{wheel.name}: good; {megabytes:.2f} MB, import {1000 * seconds:.0f} ms, "
+            f"{wheel.name}: good with {' and '.join(packages)}; "
+            f"{wheel.stat().st_size / 1e6:.2f} MB, import {' and '.join(imports)}, "
             f"refused by {len(others)} other TensorFlow version(s)",
             flush=True,
         )
