@@ -5,7 +5,7 @@
 
 Of each wheel: size, contents, tag, licences, and of its libraries what they need and export.
 Then, in a new virtual environment that holds the wheel, its TensorFlow (tensorflow-cpu; for a build
-with CUDA tensorflow as well) and nothing else, from an empty folder: import and its time, values and
+with CUDA tensorflow too) and nothing else, from an empty folder: import and its time, values and
 gradients against double precision, a Keras model trained with and without XLA,
 `python -m dice_op info`. At last with another TensorFlow: what it says then.
 """
