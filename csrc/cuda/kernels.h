@@ -86,10 +86,10 @@ struct Accumulators {
   // Kinds 0 to 3 are intersection, label_sum, pred_sum, cross_entropy.
   DICE_OP_DEVICE void Flush() {
     if constexpr (kBins) {
-      using Dealt = LaneSums<kLanes, kItems>;
+      using Shares = LaneSums<kLanes, kItems>;
 #pragma unroll 1
       for (int kind = 0; kind < (kLossRows ? 4 : Kinds() + 1); ++kind) {
-        R values[Dealt::kPadded] = {};
+        R values[Shares::kPadded] = {};
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
           if (kind == 2) {
@@ -100,12 +100,12 @@ struct Accumulators {
             values[i] = Take(&bins[((kind < 2 ? kind : 2) * kItems + i) * kWarp]);
           }
         }
-        AddToTotals<Dealt, kItems>(kind * kItems, values);
+        AddToTotals<Shares, kItems>(kind * kItems, values);
       }
     } else {
       constexpr int kCount = (kLossRows ? 4 : 3) * kItems;
-      using Dealt = LaneSums<kLanes, kCount>;
-      R values[Dealt::kPadded] = {};
+      using Shares = LaneSums<kLanes, kCount>;
+      R values[Shares::kPadded] = {};
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         values[i] = Take(&intersection[i]);
@@ -113,7 +113,7 @@ struct Accumulators {
         values[2 * kItems + i] = Take(&pred_sum[i]);
         if constexpr (kLossRows) values[3 * kItems + i] = Take(&cross_entropy[i]);
       }
-      AddToTotals<Dealt, kCount>(0, values);
+      AddToTotals<Shares, kCount>(0, values);
     }
     if constexpr (Source::kWeighted) {
       R value = Take(&weight_sum);
@@ -122,15 +122,14 @@ struct Accumulators {
     }
     added = 0;
   }
-  // `first`: the row of totals that values[0] belongs to. It is always the same lane for the same total: no other
-  // waits.
-  template <class Dealt, int kCount>
+  // `first`: the row of totals that values[0] belongs to. Each total has one lane that adds to it: no other waits.
+  template <class Shares, int kCount>
   DICE_OP_DEVICE void AddToTotals(int first, R* values) {
-    Dealt::Add(values);
-    double* const mine = totals + (first + Dealt::First()) * kLanes + Lane() % kLanes;
+    Shares::Add(values);
+    double* const mine = totals + (first + Shares::First()) * kLanes + Lane() % kLanes;
 #pragma unroll
-    for (int i = 0; i < Dealt::kHeld; ++i) {
-      if (Dealt::Holds() && Dealt::First() + i < kCount) mine[i * kLanes] += static_cast<double>(values[i]);
+    for (int i = 0; i < Shares::kHeld; ++i) {
+      if (Shares::Holds() && Shares::First() + i < kCount) mine[i * kLanes] += static_cast<double>(values[i]);
     }
   }
   DICE_OP_DEVICE static R Take(R* from) {
