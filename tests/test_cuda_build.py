@@ -94,13 +94,16 @@ __global__ void __launch_bounds__(1024, 2) Spills(float* x, const int* at) {
 """
 
 
+def compiler():
+    cache = (BUILD / "CMakeCache.txt").read_text()
+    return re.search(r"^(DICE_OP_NVCC|CMAKE_CUDA_COMPILER):\w+=(.+)$", cache, re.MULTILINE)[2]
+
+
 def test_a_planted_spill_is_noticed(tmp_path):
     (tmp_path / "spills.cu").write_text(SPILLS)
-    cache = (BUILD / "CMakeCache.txt").read_text()
-    nvcc = re.search(r"^(DICE_OP_NVCC|CMAKE_CUDA_COMPILER):\w+=(.+)$", cache, re.MULTILINE)[2]
     arch = f"-arch=sm_{ARCHS[-1]}"
     output = tmp_path / "spills.cubin"
-    subprocess.run([nvcc, arch, "-cubin", tmp_path / "spills.cu", "-o", output], check=True)
+    subprocess.run([compiler(), arch, "-cubin", tmp_path / "spills.cu", "-o", output], check=True)
     assert complaints(dump("-res-usage", output))
 
 
@@ -131,6 +134,16 @@ def test_words_of_16_bytes():
         pytest.skip("not built from this checkout")
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         assert sum(pool.map(wanting, ARCHS), []) == []
+
+
+def test_an_architecture_of_another_form_is_named(tmp_path):
+    wishes = ["DICE_OP_CUDA=on", "DICE_OP_CUDA_ARCHS=80,sm_90", f"CMAKE_CUDA_COMPILER={compiler()}"]
+    parts = ["DICE_OP_WITH_TENSORFLOW=OFF", "DICE_OP_WITH_PYTHON=OFF"]
+    options = [f"-D{o}" for o in (*wishes, *parts, f"Python_EXECUTABLE={sys.executable}")]
+    command = [sys.executable, "-m", "cmake", "-S", BUILD.parent, "-B", tmp_path, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "DICE_OP_CUDA_ARCHS has 'sm_90', but must list" in " ".join(done.stderr.split())
 
 
 def test_the_library_needs_no_cuda_of_others():
