@@ -150,7 +150,7 @@ def run(program, cases, folder, order="forward", seed=1, **environment):
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=600,
+        timeout=1200,  # the thread sanitizer, on every kernel, takes minutes
     )
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if "makecontext" not in line]
