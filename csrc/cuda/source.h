@@ -249,7 +249,7 @@ class Staged {
       __syncwarp();
     }
     const auto tile_of = [&](int t) { return kStore ? call_.tiles - 1 - t : t; };
-    uint32_t labels[kLabels], next_labels[kLabels] = {};
+    uint32_t labels[kLabels], next_labels[kLabels][1] = {};
     int stage = 1;
     // Ahead of the first tile, the pipeline fills.
     for (int t = first - (kStages - 1) * step; t < call_.tiles; t += step) {
@@ -259,7 +259,7 @@ class Staged {
       if (ahead < call_.tiles) Fetch(tile_of(ahead), stage == 0 ? kStages - 1 : stage - 1);
       EndCopies();
 #pragma unroll
-      for (int i = 0; i < kLabels; ++i) labels[i] = next_labels[i];
+      for (int i = 0; i < kLabels; ++i) labels[i] = next_labels[i][0];
       FetchLabels(tile_of(t + step), next_labels);
       if (t >= first) {
         const int tile = tile_of(t);
@@ -326,17 +326,14 @@ class Staged {
         [&](int e, int64_t at) { d_logits_[at] = Row(stage, 0)[e]; });
   }
   // Lane l reads the label of the tile's voxel l (and l + 32). There may be no such tile.
-  DICE_OP_DEVICE void FetchLabels(int tile, uint32_t* labels) {
-    uint32_t read[kLabels][1];
+  DICE_OP_DEVICE void FetchLabels(int tile, uint32_t (*labels)[1]) {
 #pragma unroll
-    for (int i = 0; i < kLabels; ++i) read[i][0] = UINT32_MAX;
+    for (int i = 0; i < kLabels; ++i) labels[i][0] = UINT32_MAX;
     const int left = static_cast<uint32_t>(tile) < static_cast<uint32_t>(call_.tiles) ? Voxels(tile) - Lane() : 0;
     if (left > 0) {
       const int64_t at = voxel_offset_ + tile * static_cast<int64_t>(kTile) + Lane();
-      ReadLabels<1, kLabels>(call_, at, kWarp, left, read, &largest_);
+      ReadLabels<1, kLabels>(call_, at, kWarp, left, labels, &largest_);
     }
-#pragma unroll
-    for (int i = 0; i < kLabels; ++i) labels[i] = read[i][0];
   }
 
   template <bool kStore, class Voxel>
@@ -538,12 +535,14 @@ class General {
   }
   // What one-hot encoders give has a loop of its own; of the other types each element asks.
   DICE_OP_DEVICE void FetchLabels(int64_t begin, int count) const {
+    const auto fetch = [&](auto type) {
+      const auto* const sample = static_cast<const decltype(type)*>(call_.labels) + offset_;
+      ForEachElement<2>(begin, count, [&](int to, int64_t at) { label_tile_[to] = static_cast<R>(sample[at]); });
+    };
     if (call_.labels_dtype == DType::kFloat) {
-      const auto* const sample = static_cast<const float*>(call_.labels) + offset_;
-      ForEachElement<2>(begin, count, [&](int to, int64_t at) { label_tile_[to] = static_cast<R>(sample[at]); });
+      fetch(0.0f);
     } else if (call_.labels_dtype <= DType::kUint8) {
-      const auto* const sample = static_cast<const uint8_t*>(call_.labels) + offset_;
-      ForEachElement<2>(begin, count, [&](int to, int64_t at) { label_tile_[to] = static_cast<R>(sample[at]); });
+      fetch(uint8_t{});
     } else {
       ForEachElement<1>(begin, count, [&](int to, int64_t at) {
         label_tile_[to] = ReadNumber<R>(call_.labels, call_.labels_dtype, offset_ + at);
