@@ -8,10 +8,10 @@ csrc := $(shell find csrc -type f)
 c++ := $(csrc) $(shell find tests benchmarks -name '*.cc' -o -name '*.h' -o -name '*.cu')
 export DICE_OP_CUDA DICE_OP_CUDA_ARCHS
 
-.PHONY: help demo test test-full bench build wheels check-wheels docs lint format clean FORCE
+.PHONY: help demo test test-full bench build wheels cuda12 check-wheels docs lint format clean FORCE
 
 help:  ## list these commands
-	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile
+	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1\t/p' Makefile
 
 demo: build  ## train a small 3D U-Net on a brain volume with the fused loss
 	$(python) examples/brain_segmentation.py
@@ -27,6 +27,9 @@ bench: build .venv/peers  ## measure beside the peers, half an hour; BENCH="--on
 
 wheels: .venv/ready  ## build the wheels of build_tools/wheels.toml; WHEELS="--variant cpu" for some
 	$(python) build_tools/wheels.py $(WHEELS)
+
+cuda12: .venv/ready  ## make a compiler for the wheels of CUDA 12, from Debian's and pip's packages
+	@sh build_tools/cuda12.sh
 
 check-wheels: .venv/ready  ## try those in dist/, each in a new environment
 	$(python) build_tools/check_wheel.py
