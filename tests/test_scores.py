@@ -157,6 +157,29 @@ def test_errors(prediction, labels, options, says):
         core.scores(prediction, labels, **options)
 
 
+@pytest.mark.parametrize("dtype", ["uint32", "uint64", ">u2", ">i2", ">i4", ">u8", ">f4", ">f8"])
+def test_types_and_byte_orders_that_are_converted(dtype):
+    wanted = core.scores(P, T, classes=3)
+    for prediction, labels in (
+        (P.astype(dtype), T),
+        (P, T.astype(dtype)),
+        (list(P.astype(dtype)), tuple(T.astype(dtype))),
+    ):
+        found = core.scores(prediction, labels, classes=3)
+        for name, value in wanted.items():
+            np.testing.assert_array_equal(found[name], value)
+    logits = np.eye(3, dtype=np.float32)[P]
+    found = core.scores(logits.astype(dtype) if "f" in dtype else logits, T.astype(dtype))
+    np.testing.assert_array_equal(found["dice"], wanted["dice"])
+
+
+def test_a_number_beyond_every_signed_type_is_no_class():
+    labels = T.astype(np.uint64)
+    labels[0, 0, 0, 0] = 2**64 - 1
+    with pytest.raises(ValueError, match=r"\[0, 0, 0, 0\] have the value 9223372036854775807"):
+        core.scores(P, labels, classes=3)
+
+
 def test_the_first_wrong_voxel_is_named_whichever_thread_finds_it():
     labels = np.zeros((2, 3 << 20), np.uint8)
     for place in ((1, 2**21 + 5), (0, 2**20 + 1), (0, 1023)):

@@ -65,11 +65,11 @@ struct Inputs {
   Tensor logits, labels, voxel_weight;
 };
 
-Inputs InputsOf(const py::object& logits, const py::object& labels, const std::string& activation, bool squared_pred,
+Inputs InputsOf(Tensor logits, Tensor labels, const std::string& activation, bool squared_pred,
                 const std::optional<py::object>& voxel_weight, const std::optional<int64_t>& ignore_label,
                 bool cross_entropy, double focal_gamma, double label_smoothing, double threshold,
                 const py::object& regions, const std::string& data_format) {
-  Inputs inputs{{}, TensorOf(logits, "logits"), TensorOf(labels, "labels"), {}};
+  Inputs inputs{{}, std::move(logits), std::move(labels), {}};
   Problem& problem = inputs.problem;
   Options& options = problem.options;
   Require(Parse(activation, &options.activation));
@@ -139,13 +139,13 @@ py::dict RunSums(const Inputs& inputs, int threads, uintptr_t stream) {
 #endif
     return result;
   }
-  BadLabel bad;
+  BadValue bad;
   {
     py::gil_scoped_release release;
     std::vector<double> workspace(cpu::DiceSumsWorkspace(problem) / sizeof(double));
     bad = cpu::DiceSums(problem, sums, workspace.data(), Threads(threads));
   }
-  if (bad.sample >= 0) throw py::value_error(DescribeBadLabel(problem, inputs.logits.dims, bad));
+  if (bad.sample >= 0) throw py::value_error(DescribeBadValue(problem, inputs.logits.dims, bad));
   return result;
 }
 
@@ -153,9 +153,10 @@ py::dict SumsOf(const py::object& logits, const py::object& labels, const std::s
                 const std::optional<py::object>& voxel_weight, const std::optional<int64_t>& ignore_label,
                 bool cross_entropy, double focal_gamma, double label_smoothing, double threshold,
                 const py::object& regions, const std::string& data_format, int threads, uintptr_t stream) {
-  return RunSums(InputsOf(logits, labels, activation, squared_pred, voxel_weight, ignore_label, cross_entropy,
-                          focal_gamma, label_smoothing, threshold, regions, data_format),
-                 threads, stream);
+  return RunSums(
+      InputsOf(TensorOf(logits, "logits"), TensorOf(labels, "labels"), activation, squared_pred, voxel_weight,
+               ignore_label, cross_entropy, focal_gamma, label_smoothing, threshold, regions, data_format),
+      threads, stream);
 }
 
 // Counts of two label maps.
@@ -180,12 +181,12 @@ py::dict CountsOf(const Tensor& prediction, const Tensor& labels, int64_t classe
   counts.intersection = output("intersection");
   counts.pred_sum = output("pred_sum");
   counts.label_sum = output("label_sum");
-  BadLabel bad_label, bad_prediction;
+  BadValue bad_label, bad_prediction;
   {
     py::gil_scoped_release release;
     bad_label = cpu::CountLabels(problem, prediction.data, prediction.dtype, counts, Threads(threads), &bad_prediction);
   }
-  if (bad_label.sample >= 0) throw py::value_error(DescribeBadLabel(problem, logits, bad_label));
+  if (bad_label.sample >= 0) throw py::value_error(DescribeBadValue(problem, logits, bad_label));
   if (bad_prediction.sample >= 0) {
     throw py::value_error(DescribeBadPrediction(problem, logits, prediction.data, prediction.dtype, bad_prediction));
   }
@@ -195,7 +196,7 @@ py::dict CountsOf(const Tensor& prediction, const Tensor& labels, int64_t classe
 py::dict ScoresOf(const py::object& prediction, const py::object& labels, const std::optional<int64_t>& classes,
                   const std::optional<int64_t>& ignore_label, const py::object& regions, double threshold,
                   const std::string& data_format, int threads) {
-  const Tensor predicted = TensorOf(prediction, "prediction"), truth = TensorOf(labels, "labels");
+  const Tensor predicted = LabelMapOf(prediction, "prediction"), truth = LabelMapOf(labels, "labels");
   if (predicted.on_device || truth.on_device) {
     throw py::value_error("prediction and labels must be in host memory: scores are counted there");
   }
@@ -223,8 +224,8 @@ py::dict ScoresOf(const py::object& prediction, const py::object& labels, const 
   }
   py::dict result;
   if (are_logits) {
-    Inputs inputs = InputsOf(prediction, labels, count == 1 || options.region_labels ? "threshold" : "argmax", false,
-                             {}, ignore_label, false, 0, 0, threshold, regions, data_format);
+    Inputs inputs = InputsOf(predicted, truth, count == 1 || options.region_labels ? "threshold" : "argmax", false, {},
+                             ignore_label, false, 0, 0, threshold, regions, data_format);
     if (inputs.problem.dense_labels && count > 1) {
       throw py::value_error("labels have shape " + Show(truth.dims) +
                             ", but must be class indices, without a class axis");
@@ -256,14 +257,41 @@ py::dict ScoresOf(const py::object& prediction, const py::object& labels, const 
   return result;
 }
 
+// Shapes and dtypes alone, of which None is not known yet: what MakeProblem takes the labels for.
+std::string LabelKindOf(const std::vector<std::optional<int64_t>>& logits_shape,
+                        const std::vector<std::optional<int64_t>>& labels_shape, const std::string& labels_dtype,
+                        const std::optional<int64_t>& ignore_label, const py::object& regions,
+                        const std::string& data_format) {
+  const auto known = [](const std::vector<std::optional<int64_t>>& shape) {
+    Dims dims;
+    for (const auto& size : shape) dims.push_back(size.value_or(-1));
+    return dims;
+  };
+  Problem problem;
+  Options& options = problem.options;
+  Require(Parse(data_format, &options.data_format));
+  Require(SetRegions(MasksOf(regions), &options));
+  options.activation = Activation::kSigmoid;  // one that regions have
+  options.has_ignore_label = ignore_label.has_value();
+  problem.labels_dtype = DTypeNamed(labels_dtype, "labels");
+  const Dims logits = known(logits_shape), labels = known(labels_shape);
+  Require(MakeProblem(logits, labels, {}, &problem));
+  const size_t axis = options.data_format == DataFormat::kChannelsLast ? logits.size() - 1 : 1;
+  const bool unknown_channels = labels.size() == logits.size() && labels[axis] < 0 && logits[axis] != 1;
+  if (unknown_channels) return "per class";  // more often than an axis of length 1
+  if (!problem.dense_labels) return "indices";
+  return HaveOneValuePerVoxel(labels, logits, options.data_format) ? "mask" : "per class";
+}
+
 py::object GradientOf(const py::object& logits, const py::object& labels, const py::object& d_intersection,
                       const py::object& d_pred_sum, const std::optional<py::object>& d_cross_entropy,
                       const std::string& activation, bool squared_pred, const std::optional<py::object>& voxel_weight,
                       const std::optional<int64_t>& ignore_label, double focal_gamma, double label_smoothing,
                       const py::object& regions, const std::string& data_format, int threads, uintptr_t stream,
                       std::optional<py::object> out) {
-  const Inputs inputs = InputsOf(logits, labels, activation, squared_pred, voxel_weight, ignore_label,
-                                 d_cross_entropy.has_value(), focal_gamma, label_smoothing, 0, regions, data_format);
+  const Inputs inputs =
+      InputsOf(TensorOf(logits, "logits"), TensorOf(labels, "labels"), activation, squared_pred, voxel_weight,
+               ignore_label, d_cross_entropy.has_value(), focal_gamma, label_smoothing, 0, regions, data_format);
   const Problem& problem = inputs.problem;
   Require(CheckGradient(problem));
   const bool on_device = inputs.logits.on_device;
@@ -284,14 +312,11 @@ py::object GradientOf(const py::object& logits, const py::object& labels, const 
   grad.d_pred_sum = coefficients(d_pred_sum, "d_pred_sum");
   grad.d_cross_entropy = d_cross_entropy ? coefficients(*d_cross_entropy, "d_cross_entropy") : nullptr;
   if (out) {
-    kept.push_back(TensorOf(*out, "out"));
+    kept.push_back(WritableTensorOf(*out, "out"));
     if (kept.back().dtype != problem.logits_dtype || kept.back().dims != inputs.logits.dims) {
       throw py::value_error("out must have the dtype and shape of logits");
     }
     RequireSameMemory(kept.back(), "out", inputs.logits);
-    if (py::isinstance<py::array>(*out) && !out->cast<py::array>().writeable()) {
-      throw py::value_error("out is read-only");
-    }
     grad.d_logits = kept.back().data;
   } else {
     std::tie(out, grad.d_logits) = NewArray(on_device, problem.logits_dtype, inputs.logits.dims, stream);
@@ -364,8 +389,9 @@ PYBIND11_MODULE(core, m) {
   m.doc() =
       "The fused sums and gradients on arrays, without TensorFlow and without copies.\n\n"
       "NumPy arrays, or arrays on a CUDA device that speak DLPack (PyTorch, JAX, CuPy) or\n"
-      "__cuda_array_interface__; all of one call in the same memory, contiguous in C order. N samples, C classes;\n"
-      "see dice_op.dice_sums for the formulas.";
+      "__cuda_array_interface__; all of one call in the same memory, contiguous in C order. What NumPy can convert, "
+      "such\n"
+      "as a list, is copied once. N samples, C classes; see dice_op.dice_sums for the formulas.";
 #ifdef DICE_OP_WITH_CUDA
   py::class_<DeviceArray>(m, "DeviceArray",
                           "An array on a CUDA device, as results are. Other libraries take it through\n"
@@ -409,14 +435,23 @@ PYBIND11_MODULE(core, m) {
       "Args:\n"
       "  prediction: a label map [N, spatial...], as `labels`; or logits [N, spatial..., C] of floats: the class of\n"
       "    the largest then, or, for one class and for regions, where they are above `threshold`.\n"
-      "  labels: class indices [N, spatial...], of any dtype; with one class the foreground mask. One volume is\n"
-      "    volume[numpy.newaxis].\n"
+      "  labels: class indices [N, spatial...], of any dtype and byte order; with one class the foreground mask. One\n"
+      "    volume is volume[numpy.newaxis].\n"
       "  classes: their number, where prediction is a label map and no regions are given.\n"
       "  ignore_label, regions, data_format, threads: as for `sums`.\n\n"
       "Returns: a dict of dice, 2 I / (P + T), and jaccard, I / (P + T - I), float64 [N, C], NaN for a class that is\n"
       "  in neither map (numpy.nanmean leaves it out); and of the counts of voxels intersection (I), pred_sum (P),\n"
       "  label_sum (T), int64 [N, C].\n\n"
       "Raises: ValueError, TypeError, saying which argument is wrong and what it must be.");
+  m.def(
+      "label_kind", &LabelKindOf, arg("logits_shape"), arg("labels_shape"), arg("labels_dtype"), py::kw_only(),
+      arg("ignore_label") = py::none(), arg("regions") = py::none(), arg("data_format") = "channels_last",
+      "What labels of that shape and dtype are taken for: 'indices', class indices, one for each voxel; 'per class',\n"
+      "one-hot or soft labels, one for each class; 'mask', a foreground mask of floats, which may be soft, one for "
+      "each\n"
+      "voxel, where there is one class. None in a shape is a size that is not known yet; where that is the number of\n"
+      "classes, 'mask' is said of floats that may be indices, and 'per class' of labels of the logits' rank.\n\n"
+      "Raises: ValueError where the shapes do not fit.");
   m.def("region_masks", &MasksOf, arg("regions"),
         "Of classes given as label values, as `sums` takes them, the mask of each value 0, 1, ...: bit c set where\n"
         "it belongs to class c. The attribute `regions` of the TensorFlow op and of XLA's handlers.");
@@ -429,7 +464,7 @@ PYBIND11_MODULE(core, m) {
         "sums.\n\n"
         "Args:\n"
         "  d_intersection, d_pred_sum, d_cross_entropy: [N, C], of the sums' dtype.\n"
-        "  out: array to write to, of the logits' dtype and shape; may be the logits themselves.\n"
+        "  out: array to write to, of the logits' dtype and shape, never a list; may be the logits themselves.\n"
         "  The others are those of `sums`. Labels that are no class count as absent.\n\n"
         "Returns: an array of the logits' dtype and shape.");
 #ifdef DICE_OP_WITH_FFI

@@ -1,11 +1,13 @@
-// Arrays from Python, on the host or on a CUDA device, as plain pointers: read where they are, never
-// copied. NumPy's arrays, whatever speaks DLPack (PyTorch, JAX, CuPy) or __cuda_array_interface__.
+// Arrays from Python, on the host or on a CUDA device, as plain pointers: NumPy's arrays and whatever
+// speaks DLPack (PyTorch, JAX, CuPy) or __cuda_array_interface__ are read where they are, without a
+// copy. Anything else that NumPy can convert, such as a list, is copied once, and the copy is kept.
 #pragma once
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <limits>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -25,7 +27,7 @@ struct Tensor {
   DType dtype = DType::kFloat;
   bool on_device = false;
   int device = -1;              // its number, where the array tells it
-  std::shared_ptr<void> owner;  // keeps the memory alive
+  std::shared_ptr<void> owner;  // keeps the memory alive as long as the tensor
 };
 
 namespace dlpack {  // the ABI of https://dmlc.github.io/dlpack, version 0
@@ -85,26 +87,35 @@ void RequireCompact(const Dims& dims, const Strides& strides, int64_t unit, cons
   }
 }
 
+inline void RefuseMask(const py::handle& object, const char* name) {
+  if (!py::isinstance(object, py::module_::import("numpy").attr("ma").attr("MaskedArray"))) return;
+  throw py::type_error(std::string(name) + " is a masked array, whose mask would not count: pass its .data, and " +
+                       "the mask as ignore_label or as a voxel_weight of 0");
+}
+
 inline Tensor FromNumpy(const py::array& array, const char* name) {
+  RefuseMask(array, name);
   if (!(array.flags() & py::array::c_style)) {
     throw py::value_error(std::string(name) +
                           " is not contiguous in C order; numpy.ascontiguousarray() makes a copy that is");
   }
   if (!array.dtype().attr("isnative").cast<bool>()) {
-    throw py::value_error(std::string(name) + " is not in this machine's byte order");
+    throw py::value_error(std::string(name) + " is not in this machine's byte order; " +
+                          "array.astype(array.dtype.newbyteorder('=')) makes a copy that is");
   }
   Tensor tensor;
   tensor.data = const_cast<void*>(array.data());
   tensor.dims = Dims(array.shape(), array.shape() + array.ndim());
   tensor.dtype = DTypeNamed(py::str(array.dtype().attr("name")), name);
+  tensor.owner = std::make_shared<py::array>(array);  // it may be a temporary of ours
   return tensor;
 }
 
-// The caller's array outlives the call, so nothing but its Python object need be kept.
 inline Tensor FromCudaArrayInterface(const py::object& object, const char* name) {
   const py::dict about = object.attr("__cuda_array_interface__");
   Tensor tensor;
   tensor.on_device = true;
+  tensor.owner = std::make_shared<py::object>(object);
   tensor.data = reinterpret_cast<void*>(about["data"].cast<py::tuple>()[0].cast<uintptr_t>());
   for (const auto& size : about["shape"].cast<py::tuple>()) tensor.dims.push_back(size.cast<int64_t>());
   const py::dtype dtype = py::dtype::from_args(about["typestr"]);
@@ -145,11 +156,57 @@ inline Tensor FromDlpack(const py::object& object, const char* name) {
   return tensor;
 }
 
+// Whether it is read where it is: an array of NumPy, or of others who hand on their memory.
+inline bool IsArray(const py::object& object) {
+  return py::isinstance<py::array>(object) || py::hasattr(object, "__dlpack__") ||
+         py::hasattr(object, "__cuda_array_interface__");
+}
+
+// A list, or what has __array__ alone, as an array of NumPy.
+inline py::array Converted(const py::object& object, const char* name) {
+  if (py::isinstance<py::list>(object) || py::isinstance<py::tuple>(object)) {
+    for (const py::handle item : object) RefuseMask(item, name);
+  }
+  try {
+    return py::module_::import("numpy").attr("ascontiguousarray")(object);
+  } catch (const py::error_already_set& error) {
+    throw py::type_error(std::string(name) + " is a " + std::string(py::str(py::type::of(object).attr("__name__"))) +
+                         ", which cannot be made an array: " + std::string(py::str(error.value())));
+  }
+}
+
 inline Tensor TensorOf(const py::object& object, const char* name) {
   if (py::isinstance<py::array>(object)) return FromNumpy(object.cast<py::array>(), name);
   if (py::hasattr(object, "__dlpack__")) return FromDlpack(object, name);
   if (py::hasattr(object, "__cuda_array_interface__")) return FromCudaArrayInterface(object, name);
-  return FromNumpy(py::array::ensure(object), name);  // lists and numbers
+  return FromNumpy(Converted(object, name), name);
+}
+
+// Memory that is written to: what converts would be a copy, which the caller never sees.
+inline Tensor WritableTensorOf(const py::object& object, const char* name) {
+  if (!IsArray(object)) {
+    throw py::type_error(std::string(name) + " is a " + std::string(py::str(py::type::of(object).attr("__name__"))) +
+                         ", but must be an array that can be written to, such as numpy.empty_like(logits)");
+  }
+  if (py::isinstance<py::array>(object) && !object.cast<py::array>().writeable()) {
+    throw py::value_error(std::string(name) + " is read-only");
+  }
+  return TensorOf(object, name);
+}
+
+// A label map of any integer type and byte order, for scores: those that the kernels do not read are copied once.
+inline Tensor LabelMapOf(const py::object& object, const char* name) {
+  py::object array = IsArray(object) ? object : Converted(object, name);
+  if (!py::isinstance<py::array>(array)) return TensorOf(array, name);
+  RefuseMask(array, name);
+  const py::dtype dtype = array.cast<py::array>().dtype();
+  if (!dtype.attr("isnative").cast<bool>()) array = array.attr("astype")(dtype.attr("newbyteorder")("="));
+  if (dtype.kind() == 'u' && dtype.itemsize() >= 4) {
+    const py::module_ numpy = py::module_::import("numpy");
+    constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();  // what is above is no class either
+    array = numpy.attr("minimum")(array, numpy.attr("uint64")(kLargest)).attr("astype")("int64");
+  }
+  return TensorOf(array, name);
 }
 
 inline void RequireSameMemory(const Tensor& tensor, const char* name, const Tensor& logits) {
