@@ -9,16 +9,52 @@ TensorFlow nor Keras; the first use of what needs them does.
 """
 
 import importlib
+import os
+import warnings
 
+
+def _other_copy():
+    """The folder of another dice_op in this process, whose kernels a second one would get, or None.
+
+    The system's loader knows a library by its name, whichever folder it came from.
+    """
+    try:
+        with open("/proc/self/maps") as maps:
+            libraries = {
+                line.split(maxsplit=5)[-1].strip() for line in maps if "dice_op_kernels" in line
+            }
+    except OSError:
+        return None
+    here = os.path.dirname(os.path.realpath(os.path.join(__path__[0], "dice_op_kernels.so")))
+    folders = {os.path.dirname(library) for library in libraries} - {here}
+    return min(folders, default=None)
+
+
+if _other_copy():
+    raise ImportError(
+        f"dice_op is in this process already, from {_other_copy()}, and cannot be loaded a second "
+        f"time, from {__path__[0]}: start a new process, or take one of the two off sys.path",
+        name=__name__,
+    )
 try:
     from dice_op import core
 except ImportError as error:
     raise ImportError(
         f"dice_op's compiled module cannot be loaded from {__path__[0]} ({error}). In a source "
-        "folder run `make build`, or leave the folder to use an installed dice_op"
+        "folder run `make build`, or leave the folder to use an installed dice_op",
+        name=__name__,
     ) from error
 
 __version__ = core.build_info()["version"]
+
+_wanted, _levels = os.environ.get("DICE_OP_SIMD"), core.build_info()["simd_levels"]
+if _wanted and _wanted not in _levels:
+    warnings.warn(
+        f"DICE_OP_SIMD is {_wanted!r}, but must be one of {', '.join(_levels)}; "
+        f"{core.build_info()['simd_level']} is used",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 _HOME = {
     "dice_sums": "dice_op.ops",

@@ -1,6 +1,7 @@
 """`python -m dice_op info`: what a bug report needs to say about this installation."""
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -23,27 +24,52 @@ def info():
     report["gpus"] = list(map(str, machine.gpus))
     problem = _gpu.problem(report["build_cuda"], report["build_cuda_archs"], machine)
     report["gpu_kernels"] = problem or ("fit" if machine.gpus and report["build_cuda"] else None)
-    report["tensorflow"] = report["keras"] = None
+    report["tensorflow"] = report["keras"] = report["losses"] = None
     report["op"] = report["xla"] = "not loaded: TensorFlow is not installed"
     if importlib.util.find_spec("tensorflow"):
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        import keras
-        import tensorflow as tf
-
-        report["tensorflow"] = tf.__version__
-        report["keras"] = f"{keras.__version__} on {keras.backend.backend()}"
-        try:
-            from dice_op import _loader
-
-            _loader.library()
-            report["op"] = f"loaded from {_loader.LIBRARY}"
-            problem = _loader.xla_problem()
-            report["xla"] = (
-                f"not loaded: {problem}" if problem else f"loaded from {_loader.XLA_LIBRARY}"
-            )
-        except ImportError as error:
-            report["op"] = report["xla"] = f"not loaded: {error}"
+        report["tensorflow"] = _or_why_not(
+            lambda: importlib.import_module("tensorflow").__version__
+        )
+        report["keras"] = _or_why_not(_keras)
+        report["op"] = _or_why_not(_op)
+        report["xla"] = _or_why_not(_xla)
+        report["losses"] = _or_why_not(_losses)
     return report
+
+
+def _or_why_not(find_out):
+    """What is found out, or in words why it cannot be: this report is for what does not work."""
+    try:
+        return find_out()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return f"not loaded: {type(error).__name__}: {lines[0]}"
+
+
+def _keras():
+    import keras
+
+    return f"{keras.__version__} on {keras.backend.backend()}"
+
+
+def _op():
+    from dice_op import _loader
+
+    _loader.library()
+    return f"loaded from {_loader.LIBRARY}"
+
+
+def _xla():
+    from dice_op import _loader
+
+    problem = _loader.xla_problem()
+    return f"not loaded: {problem}" if problem else f"loaded from {_loader.XLA_LIBRARY}"
+
+
+def _losses():
+    importlib.import_module("dice_op.losses")
+    return "loaded"
 
 
 def main(arguments=None):

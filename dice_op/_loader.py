@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 import pathlib
 import warnings
 from importlib import metadata
@@ -48,6 +49,16 @@ def mismatch(built, running):
         f"TensorFlow {running} is running. Install the TensorFlow it was built for: "
         f'pip install "{_package()}=={_minor(built)}.*" - or rebuild dice_op: {_rebuild(running)}'
     )
+
+
+def refuse_legacy_keras():
+    """Refuses losses and metrics where TensorFlow has Keras 2 for `tf.keras`."""
+    if os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true"):
+        raise ImportError(
+            "dice_op's losses and metrics are for Keras 3, but TF_USE_LEGACY_KERAS is set, which "
+            "makes tf.keras the older tf_keras (Keras 2): unset it before importing tensorflow. In "
+            "a loop of your own, dice_op.dice_sums and dice_op.formulas work with any model"
+        )
 
 
 @functools.cache

@@ -6,6 +6,8 @@ with respect to dense labels and voxel weights. It materialises tensors of the v
 
 import tensorflow as tf
 
+from dice_op import core
+
 PROBABILITY_EPSILON = 1e-7  # as in csrc/core/voxel.h: the kernels' cut-off for activation "none"
 
 
@@ -46,7 +48,6 @@ def sums(
         first = tf.cast(classes == 1, tf.int64)
         return tf.one_hot(index - first, classes, dtype=dtype)
 
-    # The rule of csrc/core/problem.cc, for shapes it has accepted.
     if _one_value_per_voxel(logits, labels, data_format):
         index = tf.reshape(tf.cast(labels, tf.int64), [batch, voxels])
         if ignore_label:
@@ -111,5 +112,7 @@ def _one_value_per_voxel(logits, labels, data_format):
             "second derivatives and gradients of labels or voxel weights need y_pred and y_true "
             "with a known number of axes: give them one with tf.ensure_shape"
         )
-    axis = 1 if data_format == "channels_first" else -1
-    return labels.shape.rank < logits.shape.rank or labels.shape[axis] == 1
+    kind = core.label_kind(
+        logits.shape.as_list(), labels.shape.as_list(), labels.dtype.name, data_format=data_format
+    )
+    return kind != "per class"

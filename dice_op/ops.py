@@ -1,8 +1,10 @@
 """The fused ops: `dice_sums`, and the registered gradients."""
 
+import math
 import typing
 import warnings
 
+import numpy as np
 import tensorflow as tf
 
 from dice_op import _loader, composite, core
@@ -23,6 +25,7 @@ _ATTRIBUTES = (
     "with_cross_entropy",
     "focal_gamma",
     "label_smoothing",
+    "remainders",
     "ignore_label",
     "regions",
 )
@@ -80,9 +83,9 @@ def dice_sums(
       y_pred: Logits `[N, spatial..., C]`, or `[N, C, spatial...]` for `"channels_first"`; float16,
         bfloat16, float32 or float64. Arithmetic is float32, float64 for float64.
       activation: What turns `y_pred` into probabilities: `"softmax"`, `"sigmoid"`, or `"none"`
-        where it holds probabilities already. For scores, without a gradient: `"argmax"`, 1 for the
-        class of the largest logit (the first of several) and 0 for the others; `"threshold"`, 1 for
-        every class whose logit is above `threshold`.
+        where it holds probabilities already, in [0, 1]. For scores, without a gradient:
+        `"argmax"`, 1 for the class of the largest logit (the first of several) and 0 for the
+        others; `"threshold"`, 1 for every class whose logit is above `threshold`.
       squared_pred: Squares in both cardinalities (Milletari et al., "V-Net", 2016).
       voxel_weight: Weight of each voxel, `[N, spatial...]`, any type. Voxels of weight 0 count for
         nothing, whatever their logits hold.
@@ -102,17 +105,18 @@ def dice_sums(
       A `DiceSums`.
 
     Raises:
-      tf.errors.InvalidArgumentError, ValueError: shapes do not fit, or a label is no class; names
-        the argument, or the voxel and its value. Inside a graph, what its shapes show is raised
-        while tracing.
-        On a GPU a label that is no class makes its sample's sums NaN instead;
+      tf.errors.InvalidArgumentError, ValueError: shapes do not fit, a label is no class, or with
+        `"none"` a prediction is no probability; names the argument, or the voxel and its value.
+        Inside a graph, what its shapes show is raised while tracing.
+        On a GPU such a value makes its sample's sums NaN instead;
         `DICE_OP_CHECK_LABELS=1` in the environment makes that this error, at the price of a wait
         in every call. GPUs take at most 256 classes.
-      TypeError: `y_pred` or `y_true` have a dtype that is not listed above.
+      TypeError: `y_pred` or `y_true` have a dtype that is not listed above, or are ragged.
     """
-    y_true = tf.convert_to_tensor(y_true)
-    y_pred = tf.convert_to_tensor(y_pred)
-    weight = [] if voxel_weight is None else [tf.convert_to_tensor(voxel_weight)]
+    focal_gamma, label_smoothing, threshold = map(float, (focal_gamma, label_smoothing, threshold))
+    y_true = dense_tensor("y_true", y_true)
+    y_pred = dense_tensor("y_pred", y_pred)
+    weight = [] if voxel_weight is None else [dense_tensor("voxel_weight", voxel_weight)]
     _check_dtype("y_pred", y_pred, _LOGITS)
     _check_dtype("y_true", y_true, _INTEGERS + _LOGITS)
     for tensor in weight:
@@ -130,10 +134,37 @@ def dice_sums(
         focal_gamma=focal_gamma,
         label_smoothing=label_smoothing,
         threshold=threshold,
+        remainders=_remainders(focal_gamma, label_smoothing, threshold),
         ignore_label=[] if ignore_label is None else [ignore_label],
         regions=[] if regions is None else core.region_masks(regions),
     )
     return DiceSums(*sums)._replace(cross_entropy=sums.cross_entropy if cross_entropy else None)
+
+
+def dense_tensor(name, value):
+    """`value` as a tensor; says what to do about one that has no rows of equal length."""
+    if isinstance(value, (tf.RaggedTensor, tf.SparseTensor)):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}, but must be a dense tensor: pad the samples to "
+            "one shape (tf.RaggedTensor.to_tensor), and leave the padding out by ignore_label or a "
+            "weight of 0"
+        )
+    return tf.convert_to_tensor(value)
+
+
+def _remainders(*values):
+    """What each value lacks as a float32, in two more: no attribute of an op is a double."""
+    remainders = []
+    for value in values:
+        for part in range(3):
+            with np.errstate(over="ignore"):
+                single = float(np.float32(value))
+            if not math.isfinite(single):  # what follows cannot mend it
+                single = value = 0.0
+            value -= single
+            if part:
+                remainders.append(single)
+    return remainders if any(remainders) else []
 
 
 def _check_dtype(name, tensor, allowed):
@@ -148,6 +179,14 @@ def _attributes(op):
         if isinstance(attributes[name], bytes):
             attributes[name] = attributes[name].decode()
     return attributes
+
+
+def _options(attributes):
+    """The attributes as the arguments of `composite.sums`."""
+    options = {k: v for k, v in attributes.items() if k != "remainders"}
+    for at, name in enumerate(("focal_gamma", "label_smoothing")):
+        options[name] += sum(attributes["remainders"][2 * at : 2 * at + 2])
+    return options
 
 
 def _split(op, inputs):
@@ -175,7 +214,20 @@ def _wanted(op, indices):
     return [i for i in indices if i not in skipped]
 
 
-@tf.RegisterGradient("DiceSums")
+def _gradient_of(name):
+    """As `tf.RegisterGradient`, but harmless where the module is imported once more: the function
+    that is registered already does the same."""
+
+    def register(function):
+        try:
+            return tf.RegisterGradient(name)(function)
+        except KeyError:
+            return function
+
+    return register
+
+
+@_gradient_of("DiceSums")
 def _dice_sums_grad(op, *d_sums):
     inputs = list(op.inputs)
     logits, labels, weight, _ = _split(op, inputs)
@@ -184,7 +236,7 @@ def _dice_sums_grad(op, *d_sums):
         return [None] * len(inputs)
     # The rare ones: dense labels and weights that somebody differentiates.
     gradients = _composite_gradients(
-        lambda: composite.sums(logits, labels, weight, **attributes),
+        lambda: composite.sums(logits, labels, weight, **_options(attributes)),
         inputs,
         list(d_sums),
         _wanted(op, range(1, len(inputs))),
@@ -195,7 +247,7 @@ def _dice_sums_grad(op, *d_sums):
     return gradients
 
 
-@tf.RegisterGradient("DiceSumsGrad")
+@_gradient_of("DiceSumsGrad")
 def _dice_sums_grad_grad(op, d_d_logits):
     inputs = list(op.inputs)
     logits, labels, weight, (d_intersection, d_pred_sum, d_cross_entropy) = _split(op, inputs)
@@ -204,7 +256,7 @@ def _dice_sums_grad_grad(op, d_d_logits):
     def d_logits():
         with tf.GradientTape() as tape:
             tape.watch(logits)
-            sums = composite.sums(logits, labels, weight, **attributes)
+            sums = composite.sums(logits, labels, weight, **_options(attributes))
         targets = [sums[0], sums[1], sums[3]]
         return tape.gradient(targets, logits, [d_intersection, d_pred_sum, d_cross_entropy])
 

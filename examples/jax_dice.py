@@ -35,9 +35,9 @@ def _attributes(
         "data_format": data_format,
         "squared_pred": squared_pred,
         "with_cross_entropy": cross_entropy,
-        "focal_gamma": np.float32(focal_gamma),
-        "label_smoothing": np.float32(label_smoothing),
-        "threshold": np.float32(threshold),
+        "focal_gamma": np.float64(focal_gamma),
+        "label_smoothing": np.float64(label_smoothing),
+        "threshold": np.float64(threshold),
         "ignore_label": np.array([] if ignore_label is None else [ignore_label], np.int64),
         "regions": np.array(core.region_masks(regions), np.int64),
     }

@@ -283,12 +283,19 @@ def test_half_and_bfloat16_values():
         x = bits.view(dtype)
         x = x[np.isfinite(x.astype(np.float32))].reshape(1, -1, 1)
         ones = np.ones((1, 1), np.float32)
-        # with activation "none" the intersection with one voxel is the voxel's value
-        for at in np.linspace(0, x.size - 1, 50).astype(int):
-            y = np.zeros(x.shape[:2], np.uint8)
+        # The gradient of sum p^2 / 2 with respect to p is p: read, and written as it was.
+        read = core.gradient(
+            x, np.ones(x.shape[:2], np.uint8), activation="none", squared_pred=True,
+            d_intersection=0 * ones, d_pred_sum=ones / 2,
+        )  # fmt: skip
+        np.testing.assert_array_equal(read.astype(np.float32), x.astype(np.float32))
+        # The intersection with one voxel is the voxel's probability.
+        inside = x[(x >= 0) & (x <= 1)].reshape(1, -1, 1)
+        for at in np.linspace(0, inside.size - 1, 50).astype(int):
+            y = np.zeros(inside.shape[:2], np.uint8)
             y[0, at] = 1
-            got = core.sums(x, y, activation="none")["intersection"][0, 0]
-            assert got == np.float32(x[0, at, 0])
+            got = core.sums(inside, y, activation="none")["intersection"][0, 0]
+            assert got == np.float32(inside[0, at, 0])
         # and the gradient is the coefficient, written in the logits' type
         zeros = np.zeros((1, 16, 1), dtype)
         label = np.ones((1, 16), np.uint8)
@@ -589,6 +596,219 @@ def test_gradient_errors():
         core.gradient(X, Y, d_intersection=ones, d_pred_sum=ones[:1])
     with pytest.raises(ValueError, match="out must have"):
         core.gradient(X, Y, d_intersection=ones, d_pred_sum=ones, out=X[0])
+
+
+# --- what is no array, or none that is read where it is -------------------------------------------
+
+
+class Holder:
+    """What has `__array__` alone, as arrays of pandas and xarray do; each call makes a copy."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array.copy()
+
+
+# Each makes something that NumPy converts into a temporary, which nobody else holds.
+TEMPORARIES = {
+    "a list of arrays": list,
+    "nested lists": lambda a: a.tolist(),
+    "a tuple": tuple,
+    "an object with __array__": Holder,
+    "a list of objects with __array__": lambda a: [Holder(part) for part in a],
+}
+
+
+def overwrite_freed_memory(size):
+    """Takes memory of that size from where the allocator keeps what was freed."""
+    return [np.full(size, 0xA5, np.uint8) for _ in range(8)]
+
+
+@pytest.mark.parametrize("kind", TEMPORARIES)
+def test_scores_of_temporaries(kind):
+    rng = np.random.default_rng(0)
+    shape = (2, 12, 12, 12) if "nested" in kind else (1, 96, 96, 96)
+    labels = rng.integers(0, 3, shape).astype("uint8")
+    prediction = np.zeros_like(labels)
+    wanted = core.scores(prediction, labels, classes=3)["dice"]
+    make_temporary = TEMPORARIES[kind]
+    for _ in range(3):
+        found = core.scores(make_temporary(prediction), make_temporary(labels), classes=3)["dice"]
+        overwrite_freed_memory(labels.nbytes)
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_scores_of_a_list_are_those_of_its_volume():
+    gt = np.random.default_rng(0).integers(0, 3, (96,) * 3).astype("uint8")
+    pred = np.zeros_like(gt)
+    found = core.scores([pred], [gt], classes=3)["dice"]
+    zeros = (gt == 0).sum()
+    np.testing.assert_allclose(found, [[2 * zeros / (zeros + gt.size), 0, 0]], rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", TEMPORARIES)
+def test_sums_and_gradients_of_temporaries(kind):
+    """Every argument that holds numbers, as something that is converted; floats are double."""
+    make_temporary = TEMPORARIES[kind]
+    x, y, _ = make((2, 700, 3))
+    x = x.astype(np.float64)
+    rng = np.random.default_rng(1)
+    weight = rng.random((2, 700))
+    coefficients = {
+        f"d_{name}": rng.normal(size=(2, 3))
+        for name in ("intersection", "pred_sum", "cross_entropy")
+    }
+    wanted = core.sums(x, y, voxel_weight=weight, cross_entropy=True)
+    wanted_gradient = core.gradient(x, y, voxel_weight=weight, **coefficients)
+    for _ in range(3):
+        temporaries = [make_temporary(a) for a in (x, y, weight)]
+        found = core.sums(*temporaries[:2], voxel_weight=temporaries[2], cross_entropy=True)
+        gradient = core.gradient(
+            *temporaries[:2],
+            voxel_weight=temporaries[2],
+            **{name: make_temporary(value) for name, value in coefficients.items()},
+        )
+        overwrite_freed_memory(x.nbytes)
+        for name, value in wanted.items():
+            np.testing.assert_array_equal(found[name], value)
+        np.testing.assert_array_equal(gradient, wanted_gradient)
+
+
+def test_what_cannot_be_written_to_or_converted_is_refused_in_words():
+    ones = np.ones((2, 3), np.float32)
+    given = {"d_intersection": ones, "d_pred_sum": ones}
+    with pytest.raises(TypeError, match=r"out is a list, but must be an array that can be written"):
+        core.gradient(X, Y, **given, out=X.tolist())
+    fixed = np.zeros_like(X)
+    fixed.flags.writeable = False
+    with pytest.raises(ValueError, match="out is read-only"):
+        core.gradient(X, Y, **given, out=fixed)
+    with pytest.raises(TypeError, match="logits is a list, which cannot be made an array"):
+        core.sums([[1.0], [1.0, 2.0]], Y)
+    with pytest.raises(TypeError, match="labels has dtype object"):
+        core.sums(X, object())
+    with pytest.raises(TypeError, match="labels has dtype object"):
+        core.sums(X, None)
+    masked = np.ma.masked_array(X, X > 0)
+    for call in (
+        lambda: core.sums(masked, Y),
+        lambda: core.scores(np.ma.masked_array(Y, Y > 0), Y, classes=2),
+        lambda: core.scores([np.ma.masked_array(Y[0], Y[0] > 0)] * 2, Y, classes=2),
+        lambda: core.gradient(X, Y, **given, out=masked),
+    ):
+        with pytest.raises(
+            TypeError, match=r"is a masked array.*ignore_label or as a voxel_weight"
+        ):
+            call()
+
+
+# --- predictions that are no probabilities --------------------------------------------------------
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(2, 700, 3), (1, 40000, 4), (3, 65, 17), (2, 100, 1)])
+@pytest.mark.parametrize("value", [12.625, -0.25, 1.0625, np.inf])
+def test_a_prediction_that_is_no_probability_is_named(value, shape, dtype, data_format):
+    x, y, _ = make(shape, "int32", "none")
+    x = x.astype(dtype)
+    sample, voxel = shape[0] - 1, shape[1] - 3
+    x[sample, voxel, -1] = x[sample, voxel + 1, 0] = value
+    x, y = in_format(data_format, x, y)
+    text = rf"y_pred\) at voxel \[{sample}, {voxel}\] hold the value {value:g}\d*, but activation="
+    for threads in (1, 3):
+        with pytest.raises(ValueError, match=text):
+            core.sums(x, y, activation="none", data_format=data_format, threads=threads)
+
+
+def test_predictions_that_count_for_nothing_may_be_anything():
+    x, y, _ = make((1, 600, 3), "uint8", "none")
+    wanted = core.sums(x, y, activation="none", voxel_weight=(np.arange(600) != 5)[None])
+    x[0, 5] = 7, -3, np.nan
+    found = core.sums(x, y, activation="none", voxel_weight=(np.arange(600) != 5)[None])
+    y[0, 5] = 9
+    ignored = core.sums(x, y, activation="none", ignore_label=9)
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name], value)
+        np.testing.assert_array_equal(ignored[name], value)
+
+
+def test_predictions_may_overshoot_as_labels_may_and_need_not_add_up_to_one():
+    x = np.full((1, 50, 3), 1.0009, np.float32)
+    x[0, ::2] = -0.0009
+    core.sums(x, np.zeros((1, 50), np.uint8), activation="none")
+    x[0, 7] = np.nan  # is seen, not hidden
+    sums = core.sums(x, np.zeros((1, 50), np.uint8), activation="none")
+    assert np.isnan(sums["pred_sum"]).all()
+
+
+def test_a_wrong_label_is_named_before_a_wrong_prediction_of_its_tile():
+    x, y, _ = make((1, 100, 3), "uint8", "none")
+    x[0, 3], y[0, 50] = 2, 77
+    with pytest.raises(ValueError, match=r"labels \(y_true\) at voxel \[0, 50\] have the value 77"):
+        core.sums(x, y, activation="none")
+
+
+# --- what to do about labels that are no classes --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "classes", "advises", "never"),
+    [
+        ((0, 85, 170, 255), 4, r"map the values to 0..3 \(85, 170, 255 are no classes\)", "ignore"),
+        ((1, 2, 3, 4), 4, "map the values to 0..3, or give the model more than 4 cl", "ignore"),
+        ((0, 1, 2, 3, 4), 4, "map the values to 0..3, or give the model more", "ignore"),
+        ((0, 255), 2, "map the values to 0..1", "ignore"),
+        ((0, 255), 4, "map the values to 0..3, or, to leave such voxels out, pass ig", "no class"),
+        ((0, 1, 2, 255), 4, "to leave such voxels out, pass ignore_label=255", "map"),
+        ((0, 1, -1), 4, "to leave such voxels out, pass ignore_label=-1", "map"),
+        ((0, 1, 2, 200, 255), 4, r"map the values to 0..3 \(200, 255 are no classes\)", "ignore"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["int16", "int64", "float32"])
+def test_the_advice_about_wrong_labels(dtype, values, classes, advises, never):
+    y = np.resize(np.array(values, dtype), (2, 50))
+    with pytest.raises(ValueError, match=advises) as error:
+        core.sums(np.zeros((2, 50, classes), np.float32), y)
+    assert never not in str(error.value)
+
+
+def test_the_advice_about_a_value_of_no_region():
+    y = np.array([[0, 1, 2, 4]], np.uint8)  # as in BraTS
+    with pytest.raises(
+        ValueError, match="value 4, .*; name the value in the regions that it belongs"
+    ):
+        core.sums(
+            np.zeros((1, 4, 2), np.float32), y, activation="sigmoid", regions=[(1, 2, 3), (3,)]
+        )
+
+
+# --- what labels are taken for --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "dtype", "options", "kind"),
+    [
+        ((2, 4, 5, 3), (2, 4, 5), "uint8", {}, "indices"),
+        ((2, 4, 5, 3), (2, 4, 5, 1), "float32", {}, "indices"),
+        ((2, 4, 5, 3), (2, 4, 5, 3), "uint8", {}, "per class"),
+        ((2, 3, 4, 5), (2, 1, 4, 5), "float16", {"data_format": "channels_first"}, "indices"),
+        ((2, 4, 5, 1), (2, 4, 5), "float64", {}, "mask"),
+        ((2, 4, 5, 1), (2, 4, 5, 1), "bfloat16", {}, "mask"),
+        ((2, 4, 5, 1), (2, 4, 5, 1), "int32", {}, "indices"),
+        ((2, 4, 5, 1), (2, 4, 5), "float32", {"ignore_label": 7}, "indices"),
+        ((2, 4, 5, 2), (2, 4, 5), "float32", {"regions": [(1, 2), (2,)]}, "indices"),
+        ((None, None, None, 3), (None, None, None), "float32", {}, "indices"),
+        ((None, None, None, None), (None, None, None), "float32", {}, "mask"),
+        ((None, None, None, 3), (None, None, None, None), "float32", {}, "per class"),
+        ((None, None, None, None), (None, None, None, None), "float32", {}, "per class"),
+        ((None, None, None, 1), (None, None, None, None), "float32", {}, "mask"),
+    ],
+)
+def test_label_kind(logits, labels, dtype, options, kind):
+    assert core.label_kind(logits, labels, dtype, **options) == kind
 
 
 def test_importing_the_package_imports_no_tensorflow():

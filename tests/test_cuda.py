@@ -366,6 +366,67 @@ def test_dense_labels_that_are_no_labels(program, tmp_path):
         assert np.isfinite(result["pred_sum"][0]).all() and np.isnan(result["pred_sum"][1]).all()
 
 
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_prediction_that_is_no_probability(dtype, data_format, program, tmp_path):
+    """NaN for the sample, not for the others; who asks is told which voxel it is, and its value.
+
+    1 to 4 classes of float: kernels of their own; the others: the general ones.
+    """
+    cases, wanted = [], []
+    for c in (1, 2, 3, 4, 5, 14, 104):
+        for value in (12.625, -0.25):
+            x, y, _ = make((3, 100, c), "int32", "none")
+            x = x.astype(dtype)
+            x[1, 37, c - 1] = x[1, 38, 0] = x[2, 99, c // 2] = value
+            options = {"activation": "none", "data_format": data_format}
+            options["coefficients"] = np.ones((3, 3, c))
+            cases.append(emulation.case(*in_format(data_format, x, y), **options))
+            wanted.append(f"y_pred) at voxel [1, 37] hold the value {value}, but activation='none'")
+    for result, text in zip(emulation.run(program("plain"), cases, tmp_path), wanted, strict=True):
+        assert text in result["bad_label"]
+        for name in (*NAMES, "weight_sum"):
+            assert np.isfinite(result[name][0]).all()
+            assert np.isnan(result[name][1:]).all()
+
+
+def test_predictions_that_count_for_nothing_may_be_anything(program, tmp_path):
+    cases = []
+    for c in (2, 3, 14, 104):
+        x, y, _ = make((1, 100, c), "int32", "none")
+        weight = np.ones((1, 100), np.float32)
+        x[0, 5], weight[0, 5] = -3, 0
+        cases.append(simple_case(x, y, activation="none", weight=weight))
+        y = y.copy()
+        y[0, 5] = 1000
+        cases.append(simple_case(x, y, activation="none", ignore_label=1000))
+        x = x.copy()
+        x[0, 5] = 1.0009  # overshoots as a soft label may
+        cases.append(simple_case(x, np.where(y == 1000, 1, y), activation="none"))
+    for result in emulation.run(program("plain"), cases, tmp_path):
+        assert result["bad_label"] == ""
+        assert np.isfinite(result["pred_sum"]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("activation", ["argmax", "threshold"])
+def test_weights_that_are_fractions_are_counted_in_double(activation, dtype, program, tmp_path):
+    cases, wanted = [], []
+    for shape in ((2, 1000, 3), (1, 500, 17)):
+        x, y, t = make(shape)
+        x = x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+        weight = np.random.default_rng(0).random(shape[:2])
+        given = {"activation": activation, "threshold": 0.1}
+        x[0, :5] = np.asarray(0.1, x.dtype)  # as large as the threshold in its precision
+        cases.append(simple_case(x, y, weight=weight, cross_entropy=False, **given))
+        given["threshold"] = 0.1 if dtype == "float64" else np.float32(0.1)
+        wanted.append(reference.sums(x.astype(np.float64), t, weight, **given)[:3])
+    results = emulation.run(program("plain"), cases, tmp_path)
+    for result, values in zip(results, wanted, strict=True):
+        for name, value in zip(NAMES, values, strict=False):
+            assert reference.relative_error(result[name], value) <= 1e-14
+
+
 # --- the same bits in every order, and no sanitizer's report --------------------------------------
 
 

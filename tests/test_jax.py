@@ -127,8 +127,8 @@ ERRORS = """
         call = jax.ffi.ffi_call("dice_op_sums", results)
         return call(
             x, y, activation="softmax", data_format="channels_last", squared_pred=False,
-            with_cross_entropy=False, focal_gamma=np.float32(0),
-            label_smoothing=np.float32(0), threshold=np.float32(0),
+            with_cross_entropy=False, focal_gamma=np.float64(0),
+            label_smoothing=np.float64(0), threshold=np.float64(0),
             ignore_label=np.array(ignore_label, np.int64),
             regions=np.array([], np.int64),
         )

@@ -17,7 +17,8 @@ LEVELS = core.build_info()["simd_levels"]
 def run(level, *arguments):
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**os.environ, "DICE_OP_SIMD": level},
+        # MALLOC_PERTURB_: memory that is freed does not keep what it held
+        env={**os.environ, "DICE_OP_SIMD": level, "MALLOC_PERTURB_": "165"},
         capture_output=True,
         text=True,
         check=False,
@@ -35,9 +36,14 @@ def test_level(level):
     assert result.returncode == 0, result.stdout[-3000:]
 
 
-def test_an_unknown_level_is_the_best_one():
+def test_an_unknown_level_is_the_best_one_and_warns_once():
     code = "from dice_op import core; print(core.build_info()['simd_level'])"
-    assert run("sse9", "-c", code).stdout == run("", "-c", code).stdout
+    unknown, unset = run("sse9", "-c", code), run("", "-c", code)
+    assert unknown.stdout == unset.stdout
+    warning = f"DICE_OP_SIMD is 'sse9', but must be one of {', '.join(LEVELS)}"
+    assert unknown.stderr.count(warning) == 1 and "DICE_OP_SIMD" not in unset.stderr
+    for level in LEVELS:
+        assert "DICE_OP_SIMD" not in run(level, "-c", code).stderr
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -75,6 +75,14 @@ struct Problem {
   // Whether the kernels take a label for each class, as it stands there or made of the index, and not one index.
   bool labels_per_class() const { return dense_labels || options.region_labels || smoothed(); }
   bool hard() const { return options.activation > Activation::kNone; }
+  // Whether the arithmetic is double: that of counts, too, where sums of the voxels' weights would be rounded in float.
+  bool in_double() const {
+    return logits_dtype == DType::kDouble || (hard() && voxel_weight && weight_dtype >= DType::kInt32);
+  }
+  // In the precision of the logits, so that those that are as large as the threshold are not above it.
+  double threshold() const {
+    return logits_dtype == DType::kDouble ? options.threshold : static_cast<float>(options.threshold);
+  }
   // Of the sums: that of the arithmetic, but for counts a double, which holds any.
   DType sums_dtype() const { return hard() || logits_dtype == DType::kDouble ? DType::kDouble : DType::kFloat; }
   // Among so many labels the smoothing of one is spread.
@@ -98,10 +106,12 @@ struct SumsGrad {
   void* d_logits;               // as the logits; may be the logits' own memory
 };
 
-// A label that is no class. sample < 0: there was none.
-struct BadLabel {
+// A voxel with a label that is no class, or with a prediction that is no probability where the activation is none.
+// sample < 0: there was none.
+struct BadValue {
   int64_t sample = -1;
   int64_t voxel = -1;
+  bool in_prediction = false;
 };
 
 // What follows is what dice_op_kernels.so exports.
@@ -141,8 +151,8 @@ class PoolParallelFor : public ParallelFor {
 // Bytes of scratch memory that DiceSums needs, aligned to 8.
 size_t DiceSumsWorkspace(const Problem& problem);
 
-// Labels outside the classes make the sums meaningless: the first of them is returned.
-BadLabel DiceSums(const Problem& problem, const Sums& sums, void* workspace, const ParallelFor& parallel);
+// A bad value makes the sums meaningless: the first one is returned.
+BadValue DiceSums(const Problem& problem, const Sums& sums, void* workspace, const ParallelFor& parallel);
 
 // Expects labels that DiceSums accepted; others belong to no class.
 void DiceSumsGrad(const Problem& problem, const SumsGrad& grad, const ParallelFor& parallel);
@@ -157,8 +167,8 @@ struct Counts {
 // prediction: [N, V] class indices, in the place of the problem's logits. A value that is no class makes the counts
 // meaningless: the first one of the labels is returned, the prediction's in *bad_prediction. Voxels that the labels
 // ignore may be predicted as anything.
-BadLabel CountLabels(const Problem& problem, const void* prediction, DType prediction_dtype, const Counts& counts,
-                     const ParallelFor& parallel, BadLabel* bad_prediction);
+BadValue CountLabels(const Problem& problem, const void* prediction, DType prediction_dtype, const Counts& counts,
+                     const ParallelFor& parallel, BadValue* bad_prediction);
 
 // Comma-separated names of the SIMD levels in this binary, and the one that runs here: the best
 // the processor has, or what the environment variable DICE_OP_SIMD asks for.
@@ -173,18 +183,18 @@ namespace cuda {
 
 constexpr int kMaxClasses = 256;
 
-// Bytes of scratch memory that DiceSums or FindBadLabel need, aligned to 8, on any GPU: it asks for none.
+// Bytes of scratch memory that DiceSums or FindBadValue need, aligned to 8, on any GPU: it asks for none.
 std::string DiceSumsWorkspace(const Problem& problem, size_t* bytes);
 
-// A label that is no class makes its sample's sums NaN.
+// A bad value makes its sample's sums NaN.
 std::string DiceSums(const Problem& problem, const Sums& sums, void* workspace, void* stream);
 
 // Expects labels that DiceSums accepted; others belong to no class.
 std::string DiceSumsGrad(const Problem& problem, const SumsGrad& grad, void* stream);
 
-// The first label that is no class, if there is one; `label`, 8 bytes on the host, receives a class
-// index as it stands there. Waits for the stream: for those who look for the reason of a NaN.
-std::string FindBadLabel(const Problem& problem, void* workspace, void* stream, BadLabel* bad, void* label);
+// The first bad value, if there is one; `value`, 8 bytes on the host, receives it as it stands in the array, but not a
+// label that is one of several of its voxel. Waits for the stream: for those who look for the reason of a NaN.
+std::string FindBadValue(const Problem& problem, void* workspace, void* stream, BadValue* bad, void* value);
 
 // Whether the environment asks for that search before each DiceSums: DICE_OP_CHECK_LABELS=1.
 bool ChecksLabels();
@@ -211,7 +221,7 @@ const char* Archs();
 //
 // Shapes and dtypes are those of the TensorFlow ops (cross_entropy and its derivative [N, 0] where it is not asked
 // for), and so are the attributes: activation, data_format (strings), squared_pred, with_cross_entropy (bool),
-// focal_gamma, label_smoothing, threshold (float32), ignore_label (int64 array of none or one), regions (int64 array).
+// focal_gamma, label_smoothing, threshold (float64), ignore_label (int64 array of none or one), regions (int64 array).
 // workspace: uint8 [bytes], see below; an output, so that its memory is the compiled program's own, also where that is
 // replayed as a CUDA graph.
 namespace ffi {

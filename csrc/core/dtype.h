@@ -100,6 +100,12 @@ DICE_OP_INLINE bool IsSoftLabel(R t, bool soft) {
   return soft ? (t >= -kSlack) & (t <= 1 + kSlack) : (t == R(0)) | (t == R(1));
 }
 
+// Whether a prediction may be a probability, with the same slack. NaN passes: the sums show it.
+template <class R>
+DICE_OP_INLINE bool IsProbability(R p) {
+  return (p != p) | IsSoftLabel(p, true);
+}
+
 }  // namespace
 
 template <class T>

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <set>
 
 #include "core/dtype.h"
 
@@ -31,6 +32,16 @@ Dims WithoutUnitAxis(Dims dims, size_t rank, size_t axis) {
   return dims;
 }
 
+size_t ClassAxis(size_t rank, DataFormat data_format) {
+  return data_format == DataFormat::kChannelsLast ? rank - 1 : 1;
+}
+
+// [N, spatial...] of the logits.
+Dims WithoutClasses(Dims logits, DataFormat data_format) {
+  logits.erase(logits.begin() + ClassAxis(logits.size(), data_format));
+  return logits;
+}
+
 constexpr const char* kActivations[] = {"softmax", "sigmoid", "none", "argmax", "threshold"};
 constexpr const char* kDataFormats[] = {"channels_last", "channels_first"};
 
@@ -46,7 +57,7 @@ std::string ParseOne(const char* argument, const std::string& name, const char* 
 }
 
 // [sample, spatial...] of a voxel.
-std::string Place(const Problem& problem, const Dims& logits, const BadLabel& bad) {
+std::string Place(const Problem& problem, const Dims& logits, const BadValue& bad) {
   const bool last = problem.options.data_format == DataFormat::kChannelsLast;
   const Dims spatial(logits.begin() + (last ? 1 : 2), logits.end() - (last ? 1 : 0));
   Dims position(spatial.size());
@@ -78,6 +89,62 @@ Found Find(DType dtype, const void* map, int64_t at) {
 std::string NoClass(const Problem& problem, const Found& found) {
   return " have the value " + found.value + ", but must be " + (found.whole ? "" : "whole numbers ") + "in [0, " +
          std::to_string(problem.label_limit()) + ")";
+}
+
+// What a label map on the host holds.
+struct Contents {
+  std::set<double> strange;      // the first values that are no class, in order
+  bool several_classes = false;  // class 0 and another
+};
+Contents Survey(const Problem& problem) {
+  constexpr size_t kMost = 8;
+  Contents contents;
+  WithType(problem.labels_dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const T* const labels = static_cast<const T*>(problem.labels);
+    bool background = false, foreground = false;
+    for (int64_t i = 0; i < problem.batch * problem.voxels; ++i) {
+      const double label = FromStorage<T, double>(labels[i]);
+      if (!IsClass(label, static_cast<double>(problem.label_limit()))) {
+        if (contents.strange.size() < kMost && label == label) contents.strange.insert(label);
+      } else {
+        (label == 0 ? background : foreground) = true;
+      }
+    }
+    contents.several_classes = background && foreground;
+  });
+  return contents;
+}
+
+// What to do about a label that is a whole number, but no class. One strange value beside the classes marks voxels to
+// be left out, as 255 often does; several, or the number after the last class, are classes that are numbered otherwise.
+// A map that holds one class and one strange value may be either.
+std::string AdviceFor(const Problem& problem, const std::string& value, bool on_host) {
+  const std::string limit = std::to_string(problem.label_limit());
+  const std::string ignore = "to leave such voxels out, pass ignore_label=" + value;
+  if (problem.options.region_labels) return "; name the value in the regions that it belongs to, or, " + ignore;
+  const std::string map = "; map the values to 0.." + std::to_string(problem.label_limit() - 1);
+  if (!on_host) return map + ", or, " + ignore;
+  const Contents contents = Survey(problem);
+  if (contents.strange.size() == 1 && value != limit) {
+    if (contents.several_classes) return "; " + ignore;
+    if (problem.label_limit() > 2) return map + ", or, " + ignore;
+  }
+  std::string list;
+  for (const double strange : contents.strange) {
+    char text[32];
+    std::snprintf(text, sizeof(text), "%.15g", strange);
+    list += (list.empty() ? "" : ", ") + std::string(text);
+  }
+  return map + (contents.strange.size() > 1 ? " (" + list + " are no classes)" : "") +
+         (value == limit ? ", or give the model more than " + limit + " classes" : "");
+}
+
+// The place in the logits of a class of a voxel.
+int64_t PlaceOf(const Problem& problem, const BadValue& bad, int64_t c) {
+  const bool last = problem.options.data_format == DataFormat::kChannelsLast;
+  return bad.sample * problem.voxels * problem.classes +
+         (last ? bad.voxel * problem.classes + c : c * problem.voxels + bad.voxel);
 }
 
 }  // namespace
@@ -134,9 +201,15 @@ const char* Name(DType dtype) {
   return kNames[static_cast<int>(dtype)];
 }
 
+bool HaveOneValuePerVoxel(const Dims& labels, const Dims& logits, DataFormat data_format) {
+  const size_t rank = logits.size();
+  return Match(WithoutUnitAxis(labels, rank, ClassAxis(rank, data_format)), WithoutClasses(logits, data_format));
+}
+
 std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optional<Dims>& weight, Problem* problem) {
   const Options& options = problem->options;
   const bool last = options.data_format == DataFormat::kChannelsLast;
+  const DataFormat other = last ? DataFormat::kChannelsFirst : DataFormat::kChannelsLast;
   const std::string layout = last ? "[batch, spatial..., classes]" : "[batch, classes, spatial...]";
   if (!IsFloat(problem->logits_dtype)) {
     return std::string("logits (y_pred) have dtype ") + Name(problem->logits_dtype) +
@@ -148,22 +221,22 @@ std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optio
   if (!(options.focal_gamma >= 0) || std::isinf(options.focal_gamma)) {
     return "focal_gamma is " + std::to_string(options.focal_gamma) + ", but must be finite and at least 0";
   }
-  const size_t rank = logits.size();
-  const size_t axis = last ? rank - 1 : 1;
-  Dims spatial = logits;  // [N, spatial...]
-  spatial.erase(spatial.begin() + axis);
+  const size_t rank = logits.size(), axis = ClassAxis(rank, options.data_format);
+  const Dims spatial = WithoutClasses(logits, options.data_format);
   const int64_t classes = logits[axis];
 
   // The shape says which kind the labels are. One channel is both: a mask of floats is t itself, and
   // reading one of integers as class indices checks its values as well.
-  const bool one_channel = Match(WithoutUnitAxis(labels, rank, axis), spatial);
+  const bool one_channel = HaveOneValuePerVoxel(labels, logits, options.data_format);
   const bool mask =
       Match(classes, 1) && IsFloat(problem->labels_dtype) && !options.has_ignore_label && !options.region_labels;
   const bool indices = one_channel && !mask;
   if (!one_channel && !Match(labels, logits)) {
     return "labels (y_true) have shape " + Show(labels) + ", but for logits (y_pred) of shape " + Show(logits) + " (" +
-           (last ? "channels_last" : "channels_first") + ") they must be class indices of shape " + Show(spatial) +
-           ", or one-hot or soft labels of shape " + Show(logits);
+           Name(options.data_format) + ") they must be class indices of shape " + Show(spatial) +
+           ", or one-hot or soft labels of shape " + Show(logits) +
+           (HaveOneValuePerVoxel(labels, logits, other) ? std::string("; they fit data_format='") + Name(other) + "'"
+                                                        : "");
   }
   problem->dense_labels = !indices;
   if (problem->hard() && options.cross_entropy) {
@@ -186,7 +259,7 @@ std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optio
     }
     if (!Match(classes, regions)) {
       return "there are " + std::to_string(regions) + " regions, but logits (y_pred) of shape " + Show(logits) + " (" +
-             (last ? "channels_last" : "channels_first") + ") have " + std::to_string(classes) + " classes";
+             Name(options.data_format) + ") have " + std::to_string(classes) + " classes";
     }
     if (options.activation == Activation::kSoftmax || options.activation == Activation::kArgmax) {
       return std::string("activation is '") + Name(options.activation) +
@@ -213,8 +286,27 @@ std::string CheckGradient(const Problem& problem) {
   return std::string("activation '") + Name(problem.options.activation) + "' has no gradient: it gives zeros and ones";
 }
 
-std::string DescribeBadLabel(const Problem& problem, const Dims& logits, const BadLabel& bad, const void* copy) {
-  const std::string where = "labels (y_true) at voxel " + Place(problem, logits, bad);
+std::string DescribeBadValue(const Problem& problem, const Dims& logits, const BadValue& bad, const void* copy) {
+  const std::string place = Place(problem, logits, bad);
+  if (bad.in_prediction) {
+    Found found;
+    if (copy) found = Find(problem.logits_dtype, copy, 0);
+    for (int64_t c = 0; !copy && c < problem.classes; ++c) {
+      const int64_t at = PlaceOf(problem, bad, c);
+      const bool probability = WithType(problem.logits_dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        return IsProbability(FromStorage<T, double>(static_cast<const T*>(problem.logits)[at]));
+      });
+      if (!probability) {
+        found = Find(problem.logits_dtype, problem.logits, at);
+        break;
+      }
+    }
+    return "predictions (y_pred) at voxel " + place + " hold the value " + found.value +
+           ", but activation='none' takes probabilities, in [0, 1]: if they are logits, pass activation='softmax' or "
+           "'sigmoid'";
+  }
+  const std::string where = "labels (y_true) at voxel " + place;
   if (problem.dense_labels) {
     return where + ": " + (IsFloat(problem.labels_dtype) ? "soft" : "one-hot") + " labels of dtype " +
            Name(problem.labels_dtype) + " must be " + (IsFloat(problem.labels_dtype) ? "in [0, 1]" : "0 or 1") +
@@ -230,11 +322,11 @@ std::string DescribeBadLabel(const Problem& problem, const Dims& logits, const B
   if (problem.classes == 1 && !problem.options.region_labels)
     return text + ": with one class they are a foreground mask; scale it (255 is common)";
   if (!found.whole) return text + "; soft labels have one value per class, as the logits have";
-  return text + "; to leave such voxels out, pass ignore_label=" + found.value;
+  return text + AdviceFor(problem, found.value, !copy);
 }
 
 std::string DescribeBadPrediction(const Problem& problem, const Dims& logits, const void* prediction, DType dtype,
-                                  const BadLabel& bad) {
+                                  const BadValue& bad) {
   const Found found = Find(dtype, prediction, bad.sample * problem.voxels + bad.voxel);
   return "predictions (y_pred) at voxel " + Place(problem, logits, bad) + NoClass(problem, found) +
          (found.whole ? "" : "; logits have a class axis, which labels that are class indices do not have");

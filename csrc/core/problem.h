@@ -22,13 +22,16 @@ std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optio
 // Whether there is a gradient: what is wrong, or an empty string.
 std::string CheckGradient(const Problem& problem);
 
-// Names the voxel by its coordinates, the value found there, and the values allowed. `label` points to
-// that value on the host; null: it stands among the problem's labels, and those are on the host.
-std::string DescribeBadLabel(const Problem& problem, const Dims& logits, const BadLabel& bad,
-                             const void* label = nullptr);
+// Whether labels of that shape have one value for each voxel, for logits of the other shape; else one for each class.
+bool HaveOneValuePerVoxel(const Dims& labels, const Dims& logits, DataFormat data_format);
+
+// Names the voxel by its coordinates, the value found there, the values allowed, and what to do. `value` points to
+// that value on the host; null: labels and logits are on the host themselves.
+std::string DescribeBadValue(const Problem& problem, const Dims& logits, const BadValue& bad,
+                             const void* value = nullptr);
 // The same of a value in a predicted label map.
 std::string DescribeBadPrediction(const Problem& problem, const Dims& logits, const void* prediction, DType dtype,
-                                  const BadLabel& bad);
+                                  const BadValue& bad);
 
 // The option of that name, such as "softmax" or "channels_first"; or what is wrong, as above.
 std::string Parse(const std::string& name, Activation* activation);

@@ -122,7 +122,7 @@ size_t DiceSumsWorkspace(const Problem& problem) {
   return blocks.count * (PartialSize(problem) * sizeof(double) + sizeof(int64_t));
 }
 
-BadLabel DiceSums(const Problem& problem, const Sums& sums, void* workspace, const ParallelFor& parallel) {
+BadValue DiceSums(const Problem& problem, const Sums& sums, void* workspace, const ParallelFor& parallel) {
   const Blocks blocks(problem);
   const int64_t size = PartialSize(problem);
   double* const partials = static_cast<double*>(workspace);
@@ -135,7 +135,7 @@ BadLabel DiceSums(const Problem& problem, const Sums& sums, void* workspace, con
     });
   });
   for (int64_t block = 0; block < blocks.count; ++block) {
-    if (bad[block] >= 0) return {block / blocks.per_sample, bad[block]};
+    if (bad[block] >= 0) return {block / blocks.per_sample, bad[block] / 2, bad[block] % 2 == 1};
   }
   if (problem.sums_dtype() == DType::kDouble) {
     Combine<double>(problem, blocks, partials, sums);

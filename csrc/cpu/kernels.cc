@@ -109,7 +109,7 @@ Terms<R> TermsOf(const Problem& problem, bool cross_entropy) {
           static_cast<R>(options.focal_gamma),
           static_cast<R>(1 - options.label_smoothing),
           static_cast<R>(options.label_smoothing / problem.label_choices()),
-          static_cast<R>(options.threshold)};
+          static_cast<R>(problem.threshold())};
 }
 
 template <class R, class Activation, bool kCrossEntropy, bool kDense, int kCount>
@@ -136,8 +136,12 @@ struct Block {
     Scratch scratch(k.size(), tile.capacity() / W);
     int64_t bad = -1;
     for (int64_t v = begin; v < end; v += tile.capacity()) {
-      const int64_t found = tile.Load(sample, v, static_cast<int>(std::min<int64_t>(tile.capacity(), end - v)));
-      if (bad < 0) bad = found;
+      const int64_t label = tile.Load(sample, v, static_cast<int>(std::min<int64_t>(tile.capacity(), end - v)));
+      if (bad < 0 && label >= 0) bad = 2 * label;
+      if constexpr (std::is_same_v<Activation, Identity>) {
+        const int64_t prediction = tile.FindNoProbability();
+        if (bad < 0 && prediction >= 0) bad = 2 * prediction + 1;
+      }
       Add(k, terms, tile, scratch, sums);
       if (sums.additions + tile.capacity() / W > kFlush) sums.Flush(partial);
     }
@@ -226,7 +230,7 @@ struct Block {
 template <class Activation, class Fn>
 auto WithBlock(const Problem& problem, Activation, Fn&& fn) {
   return WithBool(problem.labels_per_class(), [&](auto dense) {
-    if (problem.logits_dtype == DType::kDouble) {  // for tests mostly: one block with and without cross-entropy
+    if (problem.in_double()) {  // for tests mostly: one block with and without cross-entropy
       return fn(Block<double, Activation, !Activation::kHard, dense.value, 0>{});
     }
     return WithBool(problem.options.cross_entropy, [&](auto cross_entropy) {

@@ -49,19 +49,19 @@ void ForEachClass(const Problem& problem, int32_t label, const Fn& fn) {
 }
 
 // Of the places in two tasks, the first.
-void KeepFirst(BadLabel* first, const BadLabel& other) {
-  const auto key = [](const BadLabel& bad) { return std::make_pair(bad.sample, bad.voxel); };
+void KeepFirst(BadValue* first, const BadValue& other) {
+  const auto key = [](const BadValue& bad) { return std::make_pair(bad.sample, bad.voxel); };
   if (other.sample >= 0 && (first->sample < 0 || key(other) < key(*first))) *first = other;
 }
 
 }  // namespace
 
-BadLabel CountLabels(const Problem& problem, const void* prediction, DType prediction_dtype, const Counts& counts,
-                     const ParallelFor& parallel, BadLabel* bad_prediction) {
+BadValue CountLabels(const Problem& problem, const void* prediction, DType prediction_dtype, const Counts& counts,
+                     const ParallelFor& parallel, BadValue* bad_prediction) {
   const int64_t blocks = (problem.voxels + kBlock - 1) / kBlock, classes = problem.classes;
   int64_t* const totals[] = {counts.intersection, counts.pred_sum, counts.label_sum};
   for (int64_t* total : totals) std::fill_n(total, problem.batch * classes, 0);
-  BadLabel bad_label;
+  BadValue bad_label;
   *bad_prediction = {};
   std::mutex mutex;
 
@@ -72,7 +72,7 @@ BadLabel CountLabels(const Problem& problem, const void* prediction, DType predi
       const int64_t sample = block / blocks, begin = block % blocks * kBlock;
       const int64_t end = std::min(begin + kBlock, problem.voxels);
       std::fill(sums.begin(), sums.end(), 0);
-      BadLabel bad_p, bad_t;
+      BadValue bad_p, bad_t;
       // Neighbours are mostly alike: they are counted by the run.
       int32_t p = kIgnored, t = kIgnored;
       int64_t begin_of_run = begin;

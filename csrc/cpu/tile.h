@@ -329,6 +329,11 @@ class Tile {
     return bad;
   }
 
+  // The first voxel with a prediction that is no probability, or -1.
+  int64_t FindNoProbability() const {
+    return FindOther(logits_, [](R p) { return IsProbability(p); });
+  }
+
   // Where the next tile will read what here is the group's.
   Ahead NextTile(int group) const {
     const int64_t voxel = begin_ + capacity_ + group * W, sample = sample_ * problem_.voxels * classes_;
@@ -417,16 +422,23 @@ class Tile {
     LoadPlane(problem_.labels, problem_.labels_dtype, labels_);
     if (problem_.labels_dtype == DType::kBool) return -1;
     const bool soft = problem_.labels_dtype >= DType::kHalf;
+    return FindOther(labels_, [soft](R t) { return IsSoftLabel(t, soft); });
+  }
+
+  // The first voxel that counts and has a number, of those laid out as the groups, that is not good; or -1.
+  template <class Good>
+  int64_t FindOther(const R* numbers, const Good& good) const {
+    const auto in_group = [&](int group) { return numbers + static_cast<size_t>(group) * classes_ * W; };
     Int bad = 0;
     for (int group = 0; group < groups(); ++group) {
       for (int c = 0; c < classes_; ++c) {
-        for (int v = 0; v < W; ++v) bad |= !IsSoftLabel(labels(group)[c * W + v], soft) & (weight(group)[v] != R(0));
+        for (int v = 0; v < W; ++v) bad |= !good(in_group(group)[c * W + v]) & (weight(group)[v] != R(0));
       }
     }
     if (!bad) return -1;
     for (int v = 0;; ++v) {
       for (int c = 0; c < classes_; ++c) {
-        if (weight_[v] != R(0) && !IsSoftLabel(labels(v / W)[c * W + v % W], soft)) return begin_ + v;
+        if (weight_[v] != R(0) && !good(in_group(v / W)[c * W + v % W])) return begin_ + v;
       }
     }
   }

@@ -121,7 +121,7 @@ std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   call.gamma = problem.options.focal_gamma;
   call.keep = 1 - problem.options.label_smoothing;
   call.spread = problem.options.label_smoothing / problem.label_choices();
-  call.threshold = problem.options.threshold;
+  call.threshold = problem.threshold();
   call.classes = static_cast<int>(problem.classes);
   call.first_class = static_cast<int>(problem.first_class());
   call.label_limit = static_cast<int>(std::min(problem.label_limit(), LabelsEnd(problem.labels_dtype)));
@@ -184,37 +184,49 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
   }
 }
 
-// --- which label is no class ------------------------------------------------------------------------------
+// --- which label is no class, or prediction no probability ------------------------------------------------
 
-struct LabelCheck {
+struct ValueCheck {
   const void* labels;
-  const void* weight;  // or null
+  const void* predictions;  // or null: they are logits
+  const void* weight;       // or null
   int64_t samples, voxels, classes, limit, ignore_label;
-  DType labels_dtype, weight_dtype;
+  DType labels_dtype, predictions_dtype, weight_dtype;
   bool dense, planar, has_ignore_label;
-  unsigned long long* first;  // out: the smallest sample * voxels + voxel
+  unsigned long long* first;  // out: the smallest 2 * (sample * voxels + voxel), and one more for a prediction
 };
 
-__global__ void __launch_bounds__(kThreads) CheckLabelsKernel(const __grid_constant__ LabelCheck check) {
+// The place of a class of voxel `at` of all samples.
+DICE_OP_INLINE int64_t PlaceOf(int64_t at, int64_t c, int64_t voxels, int64_t classes, bool planar) {
+  const int64_t sample = at / voxels, voxel = at % voxels;
+  return sample * voxels * classes + (planar ? c * voxels + voxel : voxel * classes + c);
+}
+
+__global__ void __launch_bounds__(kThreads) CheckValuesKernel(const __grid_constant__ ValueCheck check) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t at = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; at < check.samples * check.voxels;
        at += step) {
-    bool good = true;
-    if (check.dense) {
-      const int64_t sample = at / check.voxels, voxel = at % check.voxels;
-      if (check.weight && ReadNumber<double>(check.weight, check.weight_dtype, at) == 0) continue;
-      for (int64_t c = 0; c < check.classes; ++c) {
-        const int64_t place = check.planar ? c * check.voxels + voxel : voxel * check.classes + c;
-        const double t =
-            ReadNumber<double>(check.labels, check.labels_dtype, sample * check.voxels * check.classes + place);
-        good &= check.labels_dtype == DType::kBool || IsSoftLabel(t, check.labels_dtype >= DType::kHalf);
-      }
-    } else {
+    bool counts = !check.weight || ReadNumber<double>(check.weight, check.weight_dtype, at) != 0;
+    bool good_label = true, good_prediction = true;
+    if (!check.dense) {
       const double label = ReadNumber<double>(check.labels, check.labels_dtype, at);  // integers of no class may round
-      good = (check.has_ignore_label && label == static_cast<double>(check.ignore_label)) ||
-             IsClass(label, static_cast<double>(check.limit));
+      const bool ignored = check.has_ignore_label && label == static_cast<double>(check.ignore_label);
+      good_label = ignored || IsClass(label, static_cast<double>(check.limit));
+      counts = counts && !ignored;
     }
-    if (!good) atomicMin(check.first, static_cast<unsigned long long>(at));
+    for (int64_t c = 0; counts && c < check.classes; ++c) {
+      const int64_t place = PlaceOf(at, c, check.voxels, check.classes, check.planar);
+      if (check.dense && check.labels_dtype != DType::kBool) {
+        const double t = ReadNumber<double>(check.labels, check.labels_dtype, place);
+        good_label &= IsSoftLabel(t, check.labels_dtype >= DType::kHalf);
+      }
+      if (check.predictions) {
+        good_prediction &= IsProbability(ReadNumber<double>(check.predictions, check.predictions_dtype, place));
+      }
+    }
+    if (!good_label || !good_prediction) {
+      atomicMin(check.first, static_cast<unsigned long long>(2 * at + (good_label ? 1 : 0)));
+    }
   }
 }
 
@@ -244,7 +256,7 @@ std::string CopyToHost(void* to, const void* from, size_t bytes, void* stream) {
 }
 
 std::string DiceSumsWorkspace(const Problem& problem, size_t* bytes) {
-  *bytes = sizeof(int64_t);  // for FindBadLabel
+  *bytes = sizeof(int64_t);  // for FindBadValue
   if (std::string error = CheckClasses(problem); !error.empty()) return error;
   if (problem.logits_count() == 0) return "";
   const int64_t blocks_per_sample = std::max<int64_t>(1, std::min(problem.voxels, kMaxBlocks / problem.batch));
@@ -293,10 +305,11 @@ std::string DiceSumsGrad(const Problem& problem, const SumsGrad& grad, void* str
   return "";
 }
 
-std::string FindBadLabel(const Problem& problem, void* workspace, void* stream, BadLabel* bad, void* label) {
+std::string FindBadValue(const Problem& problem, void* workspace, void* stream, BadValue* bad, void* value) {
   const auto queue = static_cast<cudaStream_t>(stream);
-  LabelCheck check = {};
+  ValueCheck check = {};
   check.labels = problem.labels;
+  check.predictions = problem.options.activation == Activation::kNone ? problem.logits : nullptr;
   check.weight = problem.voxel_weight;
   check.samples = problem.batch;
   check.voxels = problem.voxels;
@@ -304,6 +317,7 @@ std::string FindBadLabel(const Problem& problem, void* workspace, void* stream, 
   check.limit = problem.label_limit();
   check.ignore_label = problem.options.ignore_label;
   check.labels_dtype = problem.labels_dtype;
+  check.predictions_dtype = problem.logits_dtype;
   check.weight_dtype = problem.weight_dtype;
   check.dense = problem.dense_labels;
   check.planar = problem.options.data_format == DataFormat::kChannelsFirst;
@@ -313,17 +327,29 @@ std::string FindBadLabel(const Problem& problem, void* workspace, void* stream, 
   DICE_OP_RETURN_IF_ERROR(cudaMemsetAsync(workspace, 0xff, sizeof(first), queue), "cudaMemsetAsync");
   const int64_t blocks = std::min<int64_t>(4096, (problem.batch * problem.voxels + kThreads - 1) / kThreads);
   if (blocks > 0) {
-    DICE_OP_RETURN_IF_ERROR(Launch(CheckLabelsKernel, dim3(static_cast<unsigned>(blocks)), kThreads, 0, queue, check),
-                            "the launch of the kernel that checks labels");
+    DICE_OP_RETURN_IF_ERROR(Launch(CheckValuesKernel, dim3(static_cast<unsigned>(blocks)), kThreads, 0, queue, check),
+                            "the launch of the kernel that checks labels and predictions");
   }
   if (std::string error = CopyToHost(&first, workspace, sizeof(first), stream); !error.empty()) return error;
   *bad = {};
   if (first == ~0ull) return "";
-  *bad = {static_cast<int64_t>(first / problem.voxels), static_cast<int64_t>(first % problem.voxels)};
-  if (problem.dense_labels) return "";
-  const int bytes = SizeOf(problem.labels_dtype);
-  const auto* at = static_cast<const char*>(problem.labels) + static_cast<int64_t>(first) * bytes;
-  return CopyToHost(label, at, bytes, stream);
+  const auto at = static_cast<int64_t>(first / 2);
+  *bad = {at / problem.voxels, at % problem.voxels, first % 2 == 1};
+  const auto copy = [&](const void* array, DType dtype, int64_t place) {
+    const int bytes = SizeOf(dtype);
+    return CopyToHost(value, static_cast<const char*>(array) + place * bytes, bytes, stream);
+  };
+  if (!bad->in_prediction) return problem.dense_labels ? "" : copy(problem.labels, problem.labels_dtype, at);
+  for (int64_t c = 0; c < problem.classes; ++c) {
+    const int64_t place = PlaceOf(at, c, problem.voxels, problem.classes, check.planar);
+    if (std::string error = copy(problem.logits, problem.logits_dtype, place); !error.empty()) return error;
+    const bool good = WithType(problem.logits_dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      return IsProbability(FromStorage<T, double>(*static_cast<const T*>(value)));
+    });
+    if (!good) break;
+  }
+  return "";
 }
 
 bool ChecksLabels() {

@@ -101,8 +101,8 @@ Variant FindGeneral(const Problem& problem, const void* d_logits) {
   const auto find = [&](auto activation) {
     using A = decltype(activation);
     return WithBool(problem.labels_per_class(), [&](auto per_class) {
-      return problem.logits_dtype == DType::kDouble ? OfAnyCount<double, A, per_class.value>(problem, grad)
-                                                    : OfAnyCount<float, A, per_class.value>(problem, grad);
+      return problem.in_double() ? OfAnyCount<double, A, per_class.value>(problem, grad)
+                                 : OfAnyCount<float, A, per_class.value>(problem, grad);
     });
   };
   const Activation activation = problem.options.activation;

@@ -158,15 +158,22 @@ __global__ void __launch_bounds__(kThreads<Source>, kBlocks<Source>) SumsKernel(
 
   Source source(call, sample, memory + warp * call.shared_per_warp);
   Sums sums(call, memory + warp * call.shared_per_warp + call.source_bytes);
+  bool no_probability = false;
   source.template Run<false>(
       blockIdx.y * kWarps<Source> + warp, call.blocks_per_sample * kWarps<Source>,
       [&](const auto& classes, R* z, const auto& label, R m, const Terms<R>& terms) {
         R p[Source::kItems];
+        if constexpr (std::is_same_v<Activation, Identity>) {
+#pragma unroll
+          for (int i = 0; i < Source::kItems; ++i) {
+            no_probability |= classes.Class(i) < call.classes && m != R(0) && !IsProbability(z[i]);
+          }
+        }
         AddVoxel<Activation, kCrossEntropy>(classes, z, p, label, m, Settled<kLoss>(terms), sums);
         if constexpr (Source::kWeighted) sums.weight_sum += m;
       },
       [&](int voxels, bool last) { sums.Done(voxels, last); });
-  const bool bad = __any_sync(0xffffffffu, source.bad());
+  const bool bad = __any_sync(0xffffffffu, source.bad() || no_probability);
   if (bad && Lane() == 0) sums.totals[Sums::kBad] = 1;
   __syncthreads();
 

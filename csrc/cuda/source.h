@@ -508,15 +508,18 @@ class General {
       }
     }
   }
-  // Half and bfloat16 are computed in float, double in double.
+  // Half and bfloat16 are computed in float, double in double; and all of them in double where they are counted with
+  // weights that are fractions.
   DICE_OP_DEVICE void FetchLogits(int64_t begin, int count) const {
     const auto fetch = [&](auto type, auto read) {
       const auto* const sample = static_cast<const decltype(type)*>(call_.logits) + offset_;
       ForEachElement<2>(begin, count, [&](int to, int64_t at) { tile_[to] = read(sample[at]); });
     };
     const bool half = call_.logits_dtype == DType::kHalf;
-    if (std::is_same_v<R, double> || call_.logits_dtype == DType::kFloat) {
+    if (std::is_same_v<R, double> && call_.logits_dtype == DType::kDouble) {
       fetch(R{}, [](R value) { return value; });
+    } else if (call_.logits_dtype == DType::kFloat) {
+      fetch(0.0f, [](float value) { return static_cast<R>(value); });
     } else {
       fetch(uint16_t{}, [&](uint16_t bits) { return half ? Read<R>(Half{bits}) : Read<R>(BFloat16{bits}); });
     }

@@ -47,6 +47,7 @@ absl::Status ReadAttributes(Context* context, Problem* problem) {
   std::string activation, data_format;
   std::vector<int64_t> ignore_label, regions;
   float focal_gamma, label_smoothing, threshold;
+  std::vector<float> remainders;
   Options& options = problem->options;
   TF_RETURN_IF_ERROR(context->GetAttr("T", &logits));
   TF_RETURN_IF_ERROR(context->GetAttr("Tlabels", &labels));
@@ -59,15 +60,20 @@ absl::Status ReadAttributes(Context* context, Problem* problem) {
   TF_RETURN_IF_ERROR(context->GetAttr("focal_gamma", &focal_gamma));
   TF_RETURN_IF_ERROR(context->GetAttr("label_smoothing", &label_smoothing));
   TF_RETURN_IF_ERROR(context->GetAttr("threshold", &threshold));
+  TF_RETURN_IF_ERROR(context->GetAttr("remainders", &remainders));
   TF_RETURN_IF_ERROR(context->GetAttr("ignore_label", &ignore_label));
   TF_RETURN_IF_ERROR(context->GetAttr("regions", &regions));
   for (const std::string& error : {Parse(activation, &options.activation), Parse(data_format, &options.data_format),
                                    SetRegions(regions, &options)}) {
     if (!error.empty()) return absl::InvalidArgumentError(error);
   }
-  options.focal_gamma = focal_gamma;
-  options.label_smoothing = label_smoothing;
-  options.threshold = threshold;
+  // No attribute of an op is a double: `remainders` has what each of the three lacks of one, as two floats to be added.
+  if (remainders.empty()) remainders.resize(6);
+  if (remainders.size() != 6) return absl::InvalidArgumentError("remainders must be 6 numbers, or none");
+  const auto whole = [&](float number, int at) { return double{number} + remainders[at] + remainders[at + 1]; };
+  options.focal_gamma = whole(focal_gamma, 0);
+  options.label_smoothing = whole(label_smoothing, 2);
+  options.threshold = whole(threshold, 4);
   options.has_ignore_label = !ignore_label.empty();
   options.ignore_label = ignore_label.empty() ? 0 : ignore_label[0];
   problem->logits_dtype = FromTensorFlow(logits);

@@ -76,9 +76,9 @@ class DiceSumsKernel : public DiceKernel {
  protected:
   virtual absl::Status Run(OpKernelContext* context, const Problem& problem, const Sums& sums) = 0;
 
-  static absl::Status BadLabelError(OpKernelContext* context, const Problem& problem, const BadLabel& bad,
+  static absl::Status BadValueError(OpKernelContext* context, const Problem& problem, const BadValue& bad,
                                     const void* label = nullptr) {
-    return absl::InvalidArgumentError(DescribeBadLabel(problem, DimsOf(context->input(0)), bad, label));
+    return absl::InvalidArgumentError(DescribeBadValue(problem, DimsOf(context->input(0)), bad, label));
   }
   // Scratch memory of the op's device.
   static absl::Status Allocate(OpKernelContext* context, size_t bytes, Tensor* memory) {
@@ -141,8 +141,8 @@ class DiceSumsCpu final : public DiceSumsKernel {
   absl::Status Run(OpKernelContext* context, const Problem& problem, const Sums& sums) override {
     Tensor workspace;
     TF_RETURN_IF_ERROR(Allocate(context, cpu::DiceSumsWorkspace(problem), &workspace));
-    const BadLabel bad = cpu::DiceSums(problem, sums, workspace.data(), ThreadPool(context));
-    return bad.sample < 0 ? absl::OkStatus() : BadLabelError(context, problem, bad);
+    const BadValue bad = cpu::DiceSums(problem, sums, workspace.data(), ThreadPool(context));
+    return bad.sample < 0 ? absl::OkStatus() : BadValueError(context, problem, bad);
   }
 };
 
@@ -190,10 +190,10 @@ class DiceSumsGpu final : public DiceSumsKernel {
     Tensor workspace;
     TF_RETURN_IF_ERROR(Allocate(context, bytes, &workspace));
     if (cuda::ChecksLabels()) {  // else a wrong label makes its sample's sums NaN
-      BadLabel bad;
+      BadValue bad;
       int64_t label = 0;
-      TF_RETURN_IF_ERROR(ToStatus(problem, cuda::FindBadLabel(problem, workspace.data(), stream, &bad, &label)));
-      if (bad.sample >= 0) return BadLabelError(context, problem, bad, &label);
+      TF_RETURN_IF_ERROR(ToStatus(problem, cuda::FindBadValue(problem, workspace.data(), stream, &bad, &label)));
+      if (bad.sample >= 0) return BadValueError(context, problem, bad, &label);
     }
     return ToStatus(problem, cuda::DiceSums(problem, sums, workspace.data(), stream));
   }

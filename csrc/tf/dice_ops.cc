@@ -75,6 +75,7 @@ absl::Status GradShape(InferenceContext* c) {
       .Attr("focal_gamma: float = 0.0")                                                                     \
       .Attr("threshold: float = 0.0") /* of no use to the gradient */                                       \
       .Attr("label_smoothing: float = 0.0")                                                                 \
+      .Attr("remainders: list(float) = []") /* of the three before, see attributes.h */                     \
       .Attr("ignore_label: list(int) = []") /* none or one */                                               \
       .Attr("regions: list(int) = []")      /* of label values 0, 1, ...: bit c, belongs to class c */
 

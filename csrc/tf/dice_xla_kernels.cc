@@ -129,12 +129,11 @@ class DiceXlaKernel : public XlaOpKernel {
   std::string AttributesText() const {
     const Options& options = attributes_.options;
     const auto number = [](double value) {  // exact, and the same in every locale
-      const auto single = static_cast<float>(value);
-      uint32_t bits;
-      static_assert(sizeof(bits) == sizeof(single));
-      std::memcpy(&bits, &single, sizeof(bits));
-      char text[24];
-      std::snprintf(text, sizeof(text), "0x%08x : f32", bits);
+      unsigned long long bits;
+      static_assert(sizeof(bits) == sizeof(value));
+      std::memcpy(&bits, &value, sizeof(bits));
+      char text[32];
+      std::snprintf(text, sizeof(text), "0x%016llx : f64", bits);
       return std::string(text);
     };
     const auto boolean = [](bool value) { return value ? "true" : "false"; };

@@ -17,7 +17,7 @@ namespace ffi {
 struct Attributes {
   std::string_view activation, data_format;
   bool squared_pred, with_cross_entropy;
-  float focal_gamma, label_smoothing, threshold;
+  double focal_gamma, label_smoothing, threshold;
   xla::ffi::Span<const int64_t> ignore_label, regions;
 };
 
@@ -29,9 +29,9 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(dice_op::ffi::Attributes,                 
                                       StructMember<std::string_view>("data_format"),  //
                                       StructMember<bool>("squared_pred"),             //
                                       StructMember<bool>("with_cross_entropy"),       //
-                                      StructMember<float>("focal_gamma"),             //
-                                      StructMember<float>("label_smoothing"),         //
-                                      StructMember<float>("threshold"),               //
+                                      StructMember<double>("focal_gamma"),            //
+                                      StructMember<double>("label_smoothing"),        //
+                                      StructMember<double>("threshold"),              //
                                       StructMember<::xla::ffi::Span<const int64_t>>("ignore_label"),
                                       StructMember<::xla::ffi::Span<const int64_t>>("regions"));
 
@@ -174,9 +174,9 @@ struct Host {
   using Context = xla::ffi::ThreadPool;
 
   static Error DiceSums(xla::ffi::ThreadPool pool, const Operands& operands, const Sums& sums, void* workspace) {
-    const BadLabel bad = cpu::DiceSums(operands.problem, sums, workspace, ThreadPool(&pool));
+    const BadValue bad = cpu::DiceSums(operands.problem, sums, workspace, ThreadPool(&pool));
     if (bad.sample < 0) return Error::Success();
-    return Invalid(DescribeBadLabel(operands.problem, operands.logits, bad));
+    return Invalid(DescribeBadValue(operands.problem, operands.logits, bad));
   }
   static Error DiceSumsGrad(xla::ffi::ThreadPool pool, const Operands& operands, const SumsGrad& grad) {
     cpu::DiceSumsGrad(operands.problem, grad, ThreadPool(&pool));
@@ -197,11 +197,11 @@ struct Cuda {
 
   static Error DiceSums(void* stream, const Operands& operands, const Sums& sums, void* workspace) {
     if (cuda::ChecksLabels()) {
-      BadLabel bad;
+      BadValue bad;
       int64_t label = 0;
-      const std::string error = cuda::FindBadLabel(operands.problem, workspace, stream, &bad, &label);
+      const std::string error = cuda::FindBadValue(operands.problem, workspace, stream, &bad, &label);
       if (!error.empty()) return Error::Internal(error);
-      if (bad.sample >= 0) return Invalid(DescribeBadLabel(operands.problem, operands.logits, bad, &label));
+      if (bad.sample >= 0) return Invalid(DescribeBadValue(operands.problem, operands.logits, bad, &label));
     }
     return ToError(cuda::DiceSums(operands.problem, sums, workspace, stream));
   }

@@ -102,10 +102,10 @@ void Run(const Header& header, FILE* in, FILE* out) {
   const Sums sums{intersection.data(), pred_sum.data(), label_sum.data(),
                   header.cross_entropy ? cross_entropy.data() : nullptr, weight_sum.data()};
   if (error.empty()) check(cuda::DiceSums(problem, sums, workspace.data(), nullptr));
-  BadLabel bad;
+  BadValue bad;
   int64_t label = 0;
-  if (error.empty()) check(cuda::FindBadLabel(problem, first_bad.data(), nullptr, &bad, &label));
-  const std::string complaint = bad.sample < 0 ? "" : DescribeBadLabel(problem, dims, bad, &label);
+  if (error.empty()) check(cuda::FindBadValue(problem, first_bad.data(), nullptr, &bad, &label));
+  const std::string complaint = bad.sample < 0 ? "" : DescribeBadValue(problem, dims, bad, &label);
   Array separate(header.in_place ? 0 : logits_bytes, header.misalign);
   Array& d_logits = header.in_place ? logits : separate;
   const SumsGrad grad{a.data(), b.data(), header.cross_entropy ? e.data() : nullptr, d_logits.data()};

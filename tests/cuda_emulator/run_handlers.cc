@@ -44,7 +44,7 @@ void Work(const ParallelFor& parallel, int64_t cost) {
 }
 
 size_t DiceSumsWorkspace(const Problem&) { return 0; }
-BadLabel DiceSums(const Problem&, const Sums&, void*, const ParallelFor& parallel) {
+BadValue DiceSums(const Problem&, const Sums&, void*, const ParallelFor& parallel) {
   Work(parallel, 1'000'000);
   return {};
 }
@@ -117,9 +117,9 @@ struct Floats : Buffer {
 // As XLA keeps them: sorted by name.
 struct Attributes {
   bool no = false, yes = true;
-  float zero = 0;
+  double zero = 0;
   XLA_FFI_ByteSpan activation = SpanOf("softmax"), data_format = SpanOf("channels_last");
-  XLA_FFI_Scalar number = {XLA_FFI_DataType_F32, &zero}, off = {XLA_FFI_DataType_PRED, &no},
+  XLA_FFI_Scalar number = {XLA_FFI_DataType_F64, &zero}, off = {XLA_FFI_DataType_PRED, &no},
                  on = {XLA_FFI_DataType_PRED, &yes};
   XLA_FFI_Array none = {XLA_FFI_DataType_S64, 0, nullptr};
   std::vector<XLA_FFI_ByteSpan> names;
