@@ -58,6 +58,7 @@ clean:  ## remove what was built, but not .venv
 
 .venv/peers: .venv/ready
 	$(python) -m pip install --quiet --no-input --disable-pip-version-check --group jax --group peers
+	$(python) -m pip install --quiet --no-input --disable-pip-version-check --no-deps --group legacy_keras
 	@touch $@
 
 .venv/docs: .venv/ready

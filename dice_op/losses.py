@@ -1,15 +1,17 @@
 """Keras losses of the Dice family over the fused sums."""
 
 import functools
+import inspect
 import json
 import operator
 
 import keras
 import tensorflow as tf
 
-from dice_op import _arguments, formulas
-from dice_op.ops import dice_sums
+from dice_op import _arguments, _loader, formulas
+from dice_op.ops import dense_tensor, dice_sums
 
+_loader.refuse_legacy_keras()
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
         f"dice_op.losses needs Keras on TensorFlow, but its backend is {keras.backend.backend()}: "
@@ -53,7 +55,8 @@ class SumsLoss(keras.losses.Loss):
       ignore_label: Voxels with this integer label count for nothing.
       regions: For overlapping regions: for each class the label values in it, such as
         `[(1, 2, 3), (2, 3), (3,)]`; with `activation="sigmoid"`.
-      data_format: `"channels_last"` or `"channels_first"`.
+      data_format: `"channels_last"` or `"channels_first"`; None is Keras' setting,
+        `keras.config.image_data_format()`, at the time the loss is made.
       reduction, name, dtype: as for every Keras loss; `dtype` is the loss's, never the logits'.
 
     Call:
@@ -61,6 +64,10 @@ class SumsLoss(keras.losses.Loss):
         mask, `[N, spatial...]` or `[N, spatial..., 1]`, 0 or 1. Types: see `dice_op.dice_sums`.
       y_pred: logits `[N, spatial..., C]` (or channels first), any float type.
       sample_weight: `[N]`, or one weight per voxel, `[N, spatial...]`, which enters the sums.
+
+    A mask that Keras' layers hand on with `y_pred` (`keras.layers.Masking`, `Embedding`) counts as
+    a weight of 0 for the voxels that it leaves out, and each sample weighs by the voxels that are
+    left, so that a mean is over these, as in Keras' own losses.
 
     Raises:
       ValueError: an argument, or a combination of them, that makes no sense.
@@ -86,14 +93,15 @@ class SumsLoss(keras.losses.Loss):
         batch=False,
         ignore_label=None,
         regions=None,
-        data_format="channels_last",
+        data_format=None,
         reduction="sum_over_batch_size",
         name=None,
         dtype=None,
+        **unknown,
     ):
+        _arguments.refuse_unknown(self, unknown)
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         _arguments.one_of("activation", activation, _arguments.ACTIVATIONS)
-        _arguments.one_of("data_format", data_format, _arguments.DATA_FORMATS)
         self.activation = activation
         self.include_background = _arguments.flag("include_background", include_background)
         self.squared_pred = _arguments.flag("squared_pred", squared_pred)
@@ -104,7 +112,7 @@ class SumsLoss(keras.losses.Loss):
             raise ValueError(
                 'regions overlap, but activation="softmax" gives a voxel one class: use "sigmoid"'
             )
-        self.data_format = data_format
+        self.data_format = _arguments.data_format(data_format)
         self._reduce = _Reduce(name=self.name, reduction=reduction, dtype=dtype)
 
     def from_sums(self, sums):
@@ -126,15 +134,45 @@ class SumsLoss(keras.losses.Loss):
           sample_weight: A weight per sample, `[N]` or `[N, 1]`; or per voxel, `[N, spatial...]`,
             which enters the sums.
         """
-        y_pred = tf.convert_to_tensor(y_pred)
+        _arguments.refuse_tf_keras()
+        y_pred = dense_tensor("y_pred", y_pred)
+        weights = _arguments.weights(sample_weight, y_pred, self.data_format)
+        return self._weighted(dense_tensor("y_true", y_true), y_pred, *weights)
+
+    def _weighted(self, y_true, y_pred, voxel_weight, weight):
+        """The reduced loss, from weights of each kind, or None."""
         cross_entropy = self.sum_options().get("cross_entropy", False)
         _arguments.check_not_activated(y_pred, self.activation, cross_entropy)
-        voxel_weight, weight = _arguments.weights(sample_weight, y_pred, self.data_format)
+        alone = not self.batch and getattr(self, "lambda_dice", 1) != 0
+        _arguments.check_shapes(y_true, y_pred, self.data_format, alone)
+        mask = _arguments.keras_mask(y_pred)
+        if mask is not None:
+            voxel_weight, share = _arguments.masked(mask, voxel_weight, y_pred, self.data_format)
+            if not self.batch:
+                weight = self._by_share(weight, share)
         compiled = _compiled(self) if _one_by_one() else None
         if compiled:
             return compiled(self._sums(y_true, y_pred, voxel_weight), weight)
         of_sums, of_losses = self._weights(weight)
-        return self._reduced(self.call(y_true, y_pred, voxel_weight, of_sums), of_losses)
+        if _takes_weights(type(self)):
+            losses = self.call(y_true, y_pred, voxel_weight, of_sums)
+        elif voxel_weight is None and of_sums is None:  # as Keras calls it
+            losses = self.call(tf.cast(y_true, self.dtype), tf.cast(y_pred, self.dtype))
+        else:
+            raise ValueError(
+                f"{type(self).__name__}.call takes y_true and y_pred alone, but there are weights "
+                "that enter the sums (one per voxel, a Keras mask, or batch=True with weights): "
+                "give it the arguments voxel_weight=None, sample_weight=None, and hand them to "
+                "super().call, or implement from_sums(self, sums) instead"
+            )
+        return self._reduced(losses, of_losses)
+
+    def _by_share(self, weight, share):
+        """Weights per sample, or None, times the share of each sample's voxels that count."""
+        if self.reduction in ("mean", "sum_over_batch_size"):  # of what counts, not of the batch
+            total = tf.cast(tf.size(share), share.dtype)
+            share *= tf.math.divide_no_nan(total, tf.reduce_sum(share))
+        return share if weight is None else tf.cast(weight, share.dtype) * share
 
     def call(self, y_true, y_pred, voxel_weight=None, sample_weight=None):
         """The loss of each sample, `[N]` or `[N, classes]`; the weights enter the sums."""
@@ -167,6 +205,7 @@ class SumsLoss(keras.losses.Loss):
         return (weight, None) if self.batch else (None, weight)
 
     def _reduced(self, losses, weight):
+        losses = tf.convert_to_tensor(losses)
         if weight is not None:
             weight = tf.cast(weight, losses.dtype)
             if losses.shape.rank == 2:
@@ -187,6 +226,16 @@ class SumsLoss(keras.losses.Loss):
     def get_config(self):
         names = [n for c in type(self).__mro__ for n in c.__dict__.get("_arguments", ())]
         return {**super().get_config(), **{n: getattr(self, n) for n in names}}
+
+
+@functools.cache
+def _takes_weights(kind):
+    """Whether a loss's `call` takes weights, and not `y_true` and `y_pred` alone, as in Keras."""
+    try:
+        inspect.signature(kind.call).bind(None, None, None, None, None)
+    except TypeError:
+        return False
+    return True
 
 
 class _CompiledFormula:
@@ -492,7 +541,16 @@ class DiceCELoss(DiceLoss):
         return {"cross_entropy": True, **options}
 
     def _sums(self, y_true, y_pred, voxel_weight):
-        if self.ce_class_weight and self.squared_pred and _arguments.is_soft(y_true, y_pred):
+        layout = {
+            "data_format": self.data_format,
+            "ignore_label": self.ignore_label,
+            "regions": self.regions,
+        }
+        if (
+            self.ce_class_weight
+            and self.squared_pred
+            and _arguments.is_soft(y_true, y_pred, **layout)
+        ):
             raise ValueError(
                 "ce_class_weight is normalised by the sum of the labels, which squared_pred=True "
                 "squares: with soft labels leave one of the two out"
@@ -541,7 +599,8 @@ class DownsampledLabels(keras.losses.Loss):
         self.loss = loss
 
     def __call__(self, y_true, y_pred, sample_weight=None):
-        y_pred = tf.convert_to_tensor(y_pred)
+        _arguments.refuse_tf_keras()
+        y_pred = dense_tensor("y_pred", y_pred)
         first = 1 if self.loss.data_format == "channels_last" else 2
         rank = y_pred.shape.rank
         size = rank and tf.shape(y_pred)[first : first + rank - 2]
@@ -555,12 +614,22 @@ class DownsampledLabels(keras.losses.Loss):
                 )
             return _nearest(name, volume, size, first if volume.shape.rank == rank else 1)
 
-        y_true = resampled("y_true", tf.convert_to_tensor(y_true))
-        if sample_weight is not None:
-            sample_weight = tf.convert_to_tensor(sample_weight)
-            if sample_weight.shape.rank is None or _arguments.is_per_voxel(sample_weight, y_pred):
-                sample_weight = resampled("sample_weight", sample_weight)
-        return self.loss(y_true, y_pred, sample_weight)
+        y_true = dense_tensor("y_true", y_true)
+        full = tf.shape(y_true)
+        if y_true.shape.rank == rank:  # with an axis of channels
+            full = _arguments.voxel_shape(y_true, self.loss.data_format)
+        labels = resampled("y_true", y_true)
+        voxel_weight, weight = _arguments.weights(
+            sample_weight, y_pred, self.loss.data_format, full
+        )
+        if voxel_weight is not None:
+            if voxel_weight.shape.rank is None:
+                voxel_weight = tf.reshape(voxel_weight, full)
+                voxel_weight.set_shape([None] * (rank - 1))
+            voxel_weight = resampled("sample_weight", voxel_weight)
+        if voxel_weight is None or weight is None:
+            return self.loss(labels, y_pred, weight if voxel_weight is None else voxel_weight)
+        return self.loss._weighted(labels, y_pred, voxel_weight, weight)
 
     def get_config(self):
         return {"loss": keras.losses.serialize(self.loss), "name": self.name}

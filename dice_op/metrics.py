@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from dice_op import _arguments, formulas
 from dice_op.losses import SumsLoss  # noqa: F401  checks Keras' backend
-from dice_op.ops import DiceSums, dice_sums
+from dice_op.ops import DiceSums, dense_tensor, dice_sums
 
 _PREDICTIONS = ("argmax", "threshold")
 _OVER = ("samples", "dataset")
@@ -35,11 +35,15 @@ class OverlapScore(keras.metrics.Metric):
       ignore_label: Voxels with this integer label count for nothing.
       regions: For overlapping regions: for each class the label values in it; with
         `prediction="threshold"`.
-      data_format: `"channels_last"` or `"channels_first"`.
+      data_format: `"channels_last"` or `"channels_first"`; None is Keras' setting,
+        `keras.config.image_data_format()`, at the time the metric is made.
       name, dtype: as for every Keras metric. Totals are kept in float64.
 
     Call:
-      y_true, y_pred, sample_weight: as for `dice_op.losses.DiceLoss`.
+      y_true, y_pred, sample_weight: as for `dice_op.losses.DiceLoss`. Voxels that a Keras mask of
+        `y_pred` leaves out count for nothing, and so does a sample of which none is left.
+
+    More is better: callbacks such as `EarlyStopping(monitor="val_dice_score")` know it.
     """
 
     _arguments = (
@@ -67,16 +71,17 @@ class OverlapScore(keras.metrics.Metric):
         absent="skip",
         ignore_label=None,
         regions=None,
-        data_format="channels_last",
+        data_format=None,
         name=None,
         dtype=None,
+        **unknown,
     ):
+        _arguments.refuse_unknown(self, unknown, is_score=True)
         super().__init__(name=name, dtype=dtype)
         _arguments.one_of("prediction", prediction, _PREDICTIONS)
         _arguments.one_of("over", over, _OVER)
         _arguments.one_of("average", average, _AVERAGES)
         _arguments.one_of("absent", absent, _ABSENT)
-        _arguments.one_of("data_format", data_format, _arguments.DATA_FORMATS)
         self.prediction = prediction
         self.threshold = _arguments.number("threshold", threshold)
         self.from_logits = _arguments.flag("from_logits", from_logits)
@@ -96,7 +101,8 @@ class OverlapScore(keras.metrics.Metric):
             raise ValueError(
                 'regions overlap, but prediction="argmax" gives a voxel one class: use "threshold"'
             )
-        self.data_format = data_format
+        self.data_format = _arguments.data_format(data_format)
+        self._direction = "up"  # what Keras' callbacks ask
         self._totals = None
 
     def score(self, sums):
@@ -125,13 +131,18 @@ class OverlapScore(keras.metrics.Metric):
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         """Adds a batch."""
-        y_pred = tf.convert_to_tensor(y_pred)
+        _arguments.refuse_tf_keras()
+        y_true, y_pred = dense_tensor("y_true", y_true), dense_tensor("y_pred", y_pred)
         axis = -1 if self.data_format == "channels_last" else 1
         if self._totals is None:
             self._build(y_pred.shape[axis])
         if self.from_logits and self.prediction == "threshold":
             _arguments.check_not_activated(y_pred, "sigmoid", instead="from_logits=False")
         voxel_weight, sample_weight = _arguments.weights(sample_weight, y_pred, self.data_format)
+        _arguments.check_shapes(y_true, y_pred, self.data_format, alone=self.over == "samples")
+        mask, share = _arguments.keras_mask(y_pred), None
+        if mask is not None:
+            voxel_weight, share = _arguments.masked(mask, voxel_weight, y_pred, self.data_format)
         threshold = self.threshold
         if self.from_logits:
             threshold = float(np.log(threshold) - np.log1p(-threshold))
@@ -152,6 +163,8 @@ class OverlapScore(keras.metrics.Metric):
         weight = tf.ones_like(sums.weight_sum)
         if sample_weight is not None:
             weight *= tf.cast(sample_weight, tf.float64)
+        if share is not None:
+            weight *= tf.cast(share > 0, tf.float64)
         if self.over == "samples":
             weight = weight[:, tf.newaxis] * tf.cast(self._counted(sums), tf.float64)
             added = [self.score(sums) * weight, weight]

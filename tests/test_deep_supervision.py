@@ -127,5 +127,18 @@ def test_volumes_that_do_not_fit():
     with pytest.raises(tf.errors.InvalidArgumentError, match="y_true is smaller than y_pred"):
         of_unknown_size(y[:, :3])
     unknown = tf.function(lambda w: loss(y, x, w), input_signature=[tf.TensorSpec(None)])
-    with pytest.raises(ValueError, match="sample_weight has shape <unknown>.*tf.ensure_shape"):
-        unknown(tf.ones(SHAPE))
+    for weight in (np.random.default_rng(0).random(SHAPE), np.arange(1.0, 1.0 + SHAPE[0])):
+        weight = tf.constant(weight, tf.float32)
+        np.testing.assert_allclose(unknown(weight), loss(y, x, weight), rtol=1e-6)
+
+
+class TenTimes(DiceLoss):
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        return 10 * super().__call__(y_true, y_pred, sample_weight)
+
+
+def test_a_loss_that_overrides_its_call():
+    x, y = make()
+    for weight in (None, np.arange(1.0, 1.0 + SHAPE[0]), np.random.default_rng(0).random(SHAPE)):
+        plain = DownsampledLabels(DiceLoss())(y, x, weight)
+        np.testing.assert_allclose(DownsampledLabels(TenTimes())(y, x, weight), 10 * plain, 1e-6)

@@ -73,6 +73,37 @@ def test_two_replicas_train_as_one_device(run_python):
         np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6)
 
 
+def test_keras_masks_under_a_strategy_are_those_of_keras_own_loss(run_python):
+    """Each replica has its own number of steps that are left."""
+    strategy = TRAIN.partition("import keras")[0]
+    out = run_python(
+        strategy
+        + """
+import keras
+from dice_op.losses import DiceCELoss
+
+rng = np.random.default_rng(0)
+x = rng.normal(size=(8, 7, 3)).astype("float32")
+y = rng.integers(0, 3, size=(8, 7))
+for sample, steps in enumerate([7, 3, 1, 5, 2, 7, 0, 4]):
+    x[sample, steps:] = 0
+keras_loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+for loss in (DiceCELoss(lambda_dice=0), keras_loss):
+    with strategy.scope():
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input((7, 3))
+        logits = keras.layers.Dense(3)(keras.layers.Masking()(inputs))
+        model = keras.Model(inputs, logits)
+        model.compile(keras.optimizers.SGD(0.5), loss)
+    history = model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0).history
+    print(*history["loss"], *np.concatenate([w.ravel() for w in model.get_weights()]))
+""",
+        "mirrored",
+    )
+    ours, theirs = (np.array(line.split(), float) for line in out.splitlines() if line)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
 # The same as a loop of one's own, for Keras' fit does not know several processes. The weights are
 # plain tensors: each process takes the step of the gradient that all replicas have together.
 LOOP = """
