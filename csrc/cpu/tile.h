@@ -331,7 +331,7 @@ class Tile {
 
   // The first voxel with a prediction that is no probability, or -1.
   int64_t FindNoProbability() const {
-    return FindOther(logits_, [](R p) { return IsProbability(p); });
+    return AreAll(logits_, MayBeProbability) ? -1 : FindOther(logits_, [](R p) { return IsProbability(p); });
   }
 
   // Where the next tile will read what here is the group's.
@@ -422,7 +422,23 @@ class Tile {
     LoadPlane(problem_.labels, problem_.labels_dtype, labels_);
     if (problem_.labels_dtype == DType::kBool) return -1;
     const bool soft = problem_.labels_dtype >= DType::kHalf;
+    if (soft ? AreAll(labels_, MayBeProbability) : AreAll(labels_, [](P t) { return t - t * t == R(0); })) return -1;
     return FindOther(labels_, [soft](R t) { return IsSoftLabel(t, soft); });
+  }
+
+  // Of W numbers, which are in [0, 1], give or take a little less than IsSoftLabel allows.
+  static typename P::Mask MayBeProbability(P p) { return Abs(p - P(R(0.5))) < P(R(0.5009)); }
+
+  // Whether `good` holds for all numbers that are laid out as the groups. In most tiles it does, and no weight is
+  // asked.
+  template <class Good>
+  bool AreAll(const R* numbers, const Good& good) const {
+    typename P::Mask all = P(R(0)) == R(0);
+    const R* const end = numbers + static_cast<size_t>(groups()) * classes_ * W;
+    for (const R* at = numbers; at != end; at += W) all &= good(P::Load(at));
+    bool result = true;
+    for (int v = 0; v < W; ++v) result &= all[v] != 0;
+    return result;
   }
 
   // The first voxel that counts and has a number, of those laid out as the groups, that is not good; or -1.
