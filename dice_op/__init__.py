@@ -30,9 +30,10 @@ def _other_copy():
     return min(folders, default=None)
 
 
-if _other_copy():
+_elsewhere = _other_copy()
+if _elsewhere:
     raise ImportError(
-        f"dice_op is in this process already, from {_other_copy()}, and cannot be loaded a second "
+        f"dice_op is in this process already, from {_elsewhere}, and cannot be loaded a second "
         f"time, from {__path__[0]}: start a new process, or take one of the two off sys.path",
         name=__name__,
     )

@@ -54,17 +54,17 @@ def _keras():
 
 
 def _op():
-    from dice_op import _loader
+    from dice_op._loader import LIBRARY, library
 
-    _loader.library()
-    return f"loaded from {_loader.LIBRARY}"
+    library()
+    return f"loaded from {LIBRARY}"
 
 
 def _xla():
-    from dice_op import _loader
+    from dice_op._loader import XLA_LIBRARY, xla_problem
 
-    problem = _loader.xla_problem()
-    return f"not loaded: {problem}" if problem else f"loaded from {_loader.XLA_LIBRARY}"
+    problem = xla_problem()
+    return f"not loaded: {problem}" if problem else f"loaded from {XLA_LIBRARY}"
 
 
 def _losses():

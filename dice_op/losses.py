@@ -134,13 +134,13 @@ class SumsLoss(keras.losses.Loss):
           sample_weight: A weight per sample, `[N]` or `[N, 1]`; or per voxel, `[N, spatial...]`,
             which enters the sums.
         """
-        _arguments.refuse_tf_keras()
         y_pred = dense_tensor("y_pred", y_pred)
         weights = _arguments.weights(sample_weight, y_pred, self.data_format)
         return self._weighted(dense_tensor("y_true", y_true), y_pred, *weights)
 
     def _weighted(self, y_true, y_pred, voxel_weight, weight):
         """The reduced loss, from weights of each kind, or None."""
+        _arguments.refuse_tf_keras()
         cross_entropy = self.sum_options().get("cross_entropy", False)
         _arguments.check_not_activated(y_pred, self.activation, cross_entropy)
         alone = not self.batch and getattr(self, "lambda_dice", 1) != 0
@@ -599,7 +599,6 @@ class DownsampledLabels(keras.losses.Loss):
         self.loss = loss
 
     def __call__(self, y_true, y_pred, sample_weight=None):
-        _arguments.refuse_tf_keras()
         y_pred = dense_tensor("y_pred", y_pred)
         first = 1 if self.loss.data_format == "channels_last" else 2
         rank = y_pred.shape.rank

@@ -253,7 +253,8 @@ def test_keras_dice(volume_name):
 def test_keras_tversky(activation, volume_name):
     """Until Keras 3.15 its alpha weighs the false negatives, against its own documentation.
 
-    Of a softmax the two are equally many, all classes added up: only sigmoids show it.
+    With a softmax there are as many false positives as false negatives once all classes are added
+    up, so that the exchange changes nothing; with sigmoids it does.
     """
     x, y = volume(volume_name)
     exchanged = tuple(map(int, keras.__version__.split(".")[:2])) < (3, 16)

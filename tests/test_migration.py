@@ -935,7 +935,7 @@ def test_of_probabilities(name, volume_name):
 @pytest.mark.parametrize("volume_name", SOME)
 @runs(in_smp('`DiceLoss("multiclass", log_loss=True)`'))
 def test_smallest_score_of_smp(volume_name):
-    """Of a class with a score below 1e-7 its loss is -log(1e-7), without a gradient."""
+    """smp takes the logarithm of 1e-7 for every smaller score, which then has no gradient."""
     x, y = volume(volume_name)
     x[..., 1] -= 50
     loss = written(in_smp('`DiceLoss("multiclass", log_loss=True)`'), AS_SMP)
