@@ -4,6 +4,8 @@
 #   make build DICE_OP_CUDA=on                  with CUDA kernels also where there is no GPU
 
 python := .venv/bin/python
+# As many tests at a time as there are cores, but each holds a TensorFlow of half a gigabyte.
+pytest := $(python) -m pytest tests --numprocesses auto --maxprocesses 4 --dist loadgroup
 csrc := $(shell find csrc -type f)
 c++ := $(csrc) $(shell find tests benchmarks -name '*.cc' -o -name '*.h' -o -name '*.cu')
 export DICE_OP_CUDA DICE_OP_CUDA_ARCHS
@@ -17,10 +19,10 @@ demo: build  ## train a small 3D U-Net on a brain volume with the fused loss
 	$(python) examples/brain_segmentation.py
 
 test: lint build  ## check the style, run the tests
-	$(python) -m pytest tests
+	$(pytest)
 
 test-full: build .venv/peers  ## run the tests that take long or need more packages
-	$(python) -m pytest tests -m full
+	$(pytest) -m full
 
 bench: build .venv/peers  ## measure beside the peers, half an hour; BENCH="--only '160³ × 4'" for some
 	$(python) -m benchmarks $(BENCH)

@@ -22,7 +22,7 @@ FLAGS = (
     "--param asan-instrumentation-with-call-threshold=0 --param asan-stack=0"
 )
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.xdist_group("sanitized")]  # built once
 
 
 def run(command, **environment):

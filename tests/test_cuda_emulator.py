@@ -4,7 +4,6 @@ A bug is a line of source text that is replaced. If the line is no longer there,
 bug must then be planted in what took its place.
 """
 
-import concurrent.futures
 import os
 import shutil
 import subprocess
@@ -322,7 +321,7 @@ def find_in_the_librarys_kernels(bug, folder):
     return False
 
 
-# --- each of them, two at a time ------------------------------------------------------------------
+# --- each of them ---------------------------------------------------------------------------------
 
 BUGS = {
     **{f"emulator: {bug}": (find_in_the_emulators_kernels, bug) for bug in SELFTEST_BUGS},
@@ -330,25 +329,7 @@ BUGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def found(request, tmp_path_factory):
-    """Whether each bug that this run asks for was noticed, as futures."""
-    for kind in emulation.FLAGS:
-        emulation.build(kind, few=True)
-    few_cases(small=True)
-    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
-    wanted = [
-        item.callspec.params["bug"]
-        for item in request.session.items
-        if "found" in item.fixturenames
-    ]
-    yield {
-        bug: pool.submit(BUGS[bug][0], BUGS[bug][1], tmp_path_factory.mktemp("bug"))
-        for bug in wanted
-    }
-    pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_noticed(bug, found):
-    assert found[bug].result(), "nobody noticed"
+def test_a_planted_bug_is_noticed(bug, tmp_path):
+    find, name = BUGS[bug]
+    assert find(name, tmp_path), "nobody noticed"

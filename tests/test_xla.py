@@ -409,6 +409,9 @@ def test_lowering_for_a_gpu(tmp_path, run_python):
         assert f"u8[{workspace}]" in out
 
 
+handlers = pytest.mark.xdist_group("handlers")  # compiled once
+
+
 @pytest.fixture(scope="module")
 def run_handlers(tmp_path_factory):
     """tests/cuda_emulator/run_handlers.cc, under the address sanitizer: the lines it prints."""
@@ -426,6 +429,7 @@ def run_handlers(tmp_path_factory):
     return run
 
 
+@handlers
 def test_the_handlers_for_a_gpu_on_the_emulator(run_handlers):
     i = np.arange(2 * 1003 * 4).reshape(2, 1003, 4)
     x = ((i * 7919 % 1000 - 500) / 128).astype(np.float32)
@@ -448,6 +452,7 @@ def test_the_handlers_for_a_gpu_on_the_emulator(run_handlers):
     assert len(run_handlers("cuda", -1, DICE_OP_CHECK_LABELS="1")) == 6
 
 
+@handlers
 def test_what_a_cuda_graph_may_hold(run_handlers):
     """Our calls; but none that waits for a label that is no class."""
     replayed = 1  # XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE
@@ -460,6 +465,7 @@ def test_what_a_cuda_graph_may_hold(run_handlers):
         ]
 
 
+@handlers
 @pytest.mark.parametrize("pool", ["inline", "threads", "late"])
 def test_the_pool_is_used_and_not_waited_for(pool, run_handlers):
     """Each block is done once; a task that starts late finds nothing, and nobody waits for it.
