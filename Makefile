@@ -1,10 +1,10 @@
-# Everything goes into .venv and build/ here; nothing is installed elsewhere.
-#   make demo PYTHON=python3.12                 another Python
-#   make demo TENSORFLOW='tensorflow==2.21.*'   another TensorFlow; this one for GPUs
-#   make build DICE_OP_CUDA=on                  with CUDA kernels also where there is no GPU
+# Everything goes into .venv and build/ in this folder; nothing is installed elsewhere.
+#   make demo PYTHON=python3.12                 uses another Python
+#   make demo TENSORFLOW='tensorflow==2.21.*'   uses another TensorFlow (this one supports GPUs)
+#   make build DICE_OP_CUDA=on                  compiles the CUDA kernels even if there is no GPU
 
 python := .venv/bin/python
-# As many tests at a time as there are cores, but each holds a TensorFlow of half a gigabyte.
+# Each core runs a test, but no more than four run at a time, because each holds half a gigabyte of TensorFlow.
 pytest := $(python) -m pytest tests --numprocesses auto --maxprocesses 4 --dist loadgroup
 csrc := $(shell find csrc -type f)
 c++ := $(csrc) $(shell find tests benchmarks -name '*.cc' -o -name '*.h' -o -name '*.cu')
@@ -24,16 +24,16 @@ test: lint build  ## check the style, run the tests
 test-full: build .venv/peers  ## run the tests that take long or need more packages
 	$(pytest) -m full
 
-bench: build .venv/peers  ## measure beside the peers, half an hour; BENCH="--only '160³ × 4'" for some
+bench: build .venv/peers  ## compare time and memory with other libraries, half an hour; BENCH="--only '160³ × 4'" for some
 	$(python) -m benchmarks $(BENCH)
 
 wheels: .venv/ready  ## build the wheels of build_tools/wheels.toml; WHEELS="--variant cpu" for some
 	$(python) build_tools/wheels.py $(WHEELS)
 
-cuda12: .venv/ready  ## make a compiler for the wheels of CUDA 12, from Debian's and pip's packages
+cuda12: .venv/ready  ## make a compiler of CUDA 12 for the wheels, from packages of Debian and pip
 	@sh build_tools/cuda12.sh
 
-check-wheels: .venv/ready  ## try those in dist/, each in a new environment
+check-wheels: .venv/ready  ## try each wheel in dist/ in a new environment
 	$(python) build_tools/check_wheel.py
 
 docs: build .venv/docs  ## make the documentation, into build/docs/index.html
@@ -51,10 +51,10 @@ format: .venv/ready  ## mend the style
 	$(python) -m ruff format .
 	.venv/bin/clang-format -i $(c++)
 
-clean:  ## remove what was built, but not .venv
+clean:  ## remove what was built, but keep .venv
 	rm -rf build demo_output dist *.egg-info dice_op/*.so
 
-# Asks each time, but counts as new only if the script has changed something.
+# The script runs each time, but .venv/ready is only newer afterwards if the script had something to do.
 .venv/ready: FORCE
 	@sh build_tools/bootstrap.sh
 
@@ -67,12 +67,12 @@ clean:  ## remove what was built, but not .venv
 	$(python) -m pip install --quiet --no-input --disable-pip-version-check --group docs
 	@touch $@
 
-# What was asked for, written anew only if it is another wish than the last time's.
-wishes = $(DICE_OP_CUDA) $(DICE_OP_CUDA_ARCHS) $(CMAKE_ARGS)
-build/wishes: FORCE
-	@mkdir -p build; echo '$(wishes)' | cmp -s - $@ || echo '$(wishes)' >$@
+# This file holds the options of the last build. It is written again only if they have changed.
+options = $(DICE_OP_CUDA) $(DICE_OP_CUDA_ARCHS) $(CMAKE_ARGS)
+build/options: FORCE
+	@mkdir -p build; echo '$(options)' | cmp -s - $@ || echo '$(options)' >$@
 
-build/ready: .venv/ready build/wishes $(csrc) CMakeLists.txt setup.py build_tools/cuda.cmake build_tools/tensorflow_flags.py $(wildcard build_tools/*.map)
+build/ready: .venv/ready build/options $(csrc) CMakeLists.txt setup.py build_tools/tensorflow_flags.py build_tools/find_nvcc.py $(wildcard build_tools/*.cmake build_tools/*.map)
 	@sh build_tools/check_compiler.sh
 	$(python) setup.py --quiet build_ext --inplace
 	@touch $@

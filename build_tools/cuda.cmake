@@ -1,32 +1,32 @@
-# Finds nvcc and adds the CUDA kernels to dice_op_kernels.
+# Adds the CUDA kernels to dice_op_kernels, if nvcc is found. Sets cuda_definition to the macro that says that they are
+# there, or to nothing.
 
-# The GPUs of this machine, such as "8.6;9.0".
+set(cuda_definition "")
+
+# The compute capabilities of this machine's GPUs, such as "8.6;9.0".
 execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
                 OUTPUT_VARIABLE _gpus OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE _no_gpu)
 if(_no_gpu OR NOT _gpus MATCHES "^[0-9]+\\.[0-9]")
   set(_gpus "")
 endif()
 if(DICE_OP_CUDA STREQUAL "auto" AND _gpus STREQUAL "")
-  message(STATUS "No GPU here: the kernels for GPUs are left out (DICE_OP_CUDA=on compiles them)")
+  message(STATUS "There is no GPU here: the CUDA kernels are left out (DICE_OP_CUDA=on compiles them)")
   return()
 endif()
 
-# On PATH or under CUDA_HOME; else what pip has put beside this Python.
 if(NOT CMAKE_CUDA_COMPILER)
-  find_program(DICE_OP_NVCC NAMES $ENV{CUDACXX} nvcc HINTS $ENV{CUDA_HOME} $ENV{CUDA_PATH} PATH_SUFFIXES bin)
   if(NOT DICE_OP_NVCC)
-    execute_process(
-      COMMAND ${Python_EXECUTABLE} -c "import glob, sys; \
-print(next((n for p in sys.path for n in sorted(glob.glob(p + '/nvidia/cu*/bin/nvcc'))), ''), end='')"
-      OUTPUT_VARIABLE DICE_OP_NVCC)
+    execute_process(COMMAND ${Python_EXECUTABLE} ${CMAKE_CURRENT_LIST_DIR}/find_nvcc.py
+                    OUTPUT_VARIABLE _nvcc OUTPUT_STRIP_TRAILING_WHITESPACE)
+    set(DICE_OP_NVCC "${_nvcc}" CACHE FILEPATH "CUDA's compiler" FORCE)
   endif()
   if(NOT DICE_OP_NVCC)
     if(DICE_OP_CUDA STREQUAL "on")
+      read_pyproject(cuda _toolkit)
       message(FATAL_ERROR "DICE_OP_CUDA is on, but there is no nvcc on PATH, under CUDA_HOME, or beside "
-                          "${Python_EXECUTABLE}: install the CUDA toolkit, or "
-                          "pip install 'cuda-toolkit[nvcc,cudart,cccl]==13.0.*'")
+                          "${Python_EXECUTABLE}: install the CUDA toolkit, or pip install '${_toolkit}'")
     endif()
-    message(STATUS "No nvcc: the kernels for GPUs are left out")
+    message(STATUS "There is no nvcc here: the CUDA kernels are left out")
     return()
   endif()
   set(CMAKE_CUDA_COMPILER ${DICE_OP_NVCC})
@@ -41,14 +41,14 @@ endif()
 if(_cuda_version VERSION_LESS 12)
   set(_problem "${CMAKE_CUDA_COMPILER} is of CUDA ${_cuda_version}, but dice_op needs 12 or later")
   if(DICE_OP_CUDA STREQUAL "on")
-    message(FATAL_ERROR "${_problem}: name another, CUDACXX=/path/to/nvcc, or build without, DICE_OP_CUDA=off")
+    message(FATAL_ERROR "${_problem}: name another one (CUDACXX=/path/to/nvcc), or build without CUDA (DICE_OP_CUDA=off)")
   endif()
-  message(WARNING "${_problem}: the kernels for GPUs are left out")
+  message(WARNING "${_problem}: the CUDA kernels are left out")
   unset(CMAKE_CUDA_COMPILER)
   return()
 endif()
 
-# nvcc may be a link or a script that calls another: it says itself where its toolkit is.
+# nvcc may be a link, or a script that calls another nvcc. Only nvcc itself can say where its toolkit is.
 execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --dryrun dice_op.cu OUTPUT_VARIABLE _dryrun ERROR_VARIABLE _dryrun)
 if(NOT _dryrun MATCHES "#\\$ TOP=([^\n]+)")
   message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} does not run:\n${_dryrun}")
@@ -57,10 +57,10 @@ string(STRIP "${CMAKE_MATCH_1}" _root)
 find_library(DICE_OP_CUDART NAMES libcudart_static.a NO_DEFAULT_PATH REQUIRED HINTS ${_root} /usr
              PATH_SUFFIXES lib64 lib targets/x86_64-linux/lib lib/x86_64-linux-gnu lib/aarch64-linux-gnu)
 cmake_path(GET DICE_OP_CUDART PARENT_PATH _library_folder)
-set(CMAKE_CUDA_FLAGS_INIT "-L${_library_folder}") # pip's nvcc looks in another place than pip puts it
-set(CMAKE_CUDA_RUNTIME_LIBRARY None)              # linked by hand
+set(CMAKE_CUDA_FLAGS_INIT "-L${_library_folder}") # pip's nvcc looks for it in the wrong folder
+set(CMAKE_CUDA_RUNTIME_LIBRARY None)              # it is linked below
 if(NOT CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES OFF) # the flags are made below, when nvcc's version is known
+  set(CMAKE_CUDA_ARCHITECTURES OFF) # the flags below replace this
 endif()
 enable_language(CUDA)
 set(CMAKE_CUDA_STANDARD 17)
@@ -77,7 +77,8 @@ if(_archs STREQUAL "")
     list(REMOVE_DUPLICATES _archs)
   endif()
 endif()
-if(_archs STREQUAL "all") # Turing and later, what this nvcc knows; 8.6 and 8.9 run the code of 8.0
+if(_archs STREQUAL "all")
+  # All GPUs since Turing, as far as this nvcc knows them. GPUs of 8.6 and 8.9 run the code for 8.0.
   set(_archs 75 80 90+PTX)
   if(_cuda_version VERSION_GREATER_EQUAL 12.8)
     set(_archs 75 80 90 100 120+PTX)
@@ -85,7 +86,7 @@ if(_archs STREQUAL "all") # Turing and later, what this nvcc knows; 8.6 and 8.9 
 endif()
 list(SORT _archs COMPARE NATURAL)
 
-# Machine code for each; and portable code (PTX), which drivers compile for the GPUs that came later.
+# Each architecture gets machine code. +PTX adds portable code, which drivers compile for later GPUs.
 set(_cuda_flags "")
 foreach(_entry IN LISTS _archs)
   if(NOT _entry MATCHES "^([0-9]+[af]?)(\\+PTX)?$")
@@ -98,14 +99,14 @@ foreach(_entry IN LISTS _archs)
   endif()
 endforeach()
 if(_cuda_version VERSION_GREATER_EQUAL 13)
-  list(APPEND _cuda_flags --compress-mode=size) # CUDA 13's drivers can all unpack it
+  list(APPEND _cuda_flags --compress-mode=size) # every driver for CUDA 13 can unpack this
 else()
   list(APPEND _cuda_flags -Xfatbin=-compress-all)
 endif()
 if(CMAKE_COMPILE_WARNING_AS_ERROR)
   list(APPEND _cuda_flags "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror")
 endif()
-list(APPEND _cuda_flags --threads=0) # the architectures side by side
+list(APPEND _cuda_flags --threads=0) # nvcc compiles for several architectures at a time
 list(JOIN _archs "," _cuda_archs)
 message(STATUS "CUDA ${_cuda_version} kernels for ${_cuda_archs}")
 
@@ -119,5 +120,5 @@ target_sources(dice_op_kernels PRIVATE $<TARGET_OBJECTS:dice_op_cuda>)
 
 find_package(Threads REQUIRED)
 target_link_libraries(dice_op_kernels PRIVATE ${DICE_OP_CUDART} Threads::Threads ${CMAKE_DL_LIBS} rt)
-set(_cuda_definition DICE_OP_WITH_CUDA)
-target_compile_definitions(dice_op_kernels PUBLIC ${_cuda_definition})
+set(cuda_definition DICE_OP_WITH_CUDA)
+target_compile_definitions(dice_op_kernels PUBLIC ${cuda_definition})
