@@ -1,4 +1,4 @@
-"""Lets CMake build the extension. Everything else about the package is in pyproject.toml."""
+"""Builds the extension with CMake. Everything else about the package is in pyproject.toml."""
 
 import importlib.util
 import os
@@ -13,8 +13,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-LITTLE_SPACE = 100  # MB: a build has filled the disk
-# Of a wheel to be given away: what it is built for, such as +tf2.21.cpu.
+LITTLE_SPACE = 100  # MB: if a build fails with less than this left, it has filled the disk
+PACKAGES = ("tensorflow-cpu", "tensorflow")  # the same TensorFlow: either will do
+# What `make wheels` adds to a wheel's version, such as +tf2.21.cpu.
 LOCAL_VERSION = os.environ.get("DICE_OP_LOCAL_VERSION", "")
 
 
@@ -22,20 +23,20 @@ def stop(why):
     sys.exit(f"dice_op: {why}")
 
 
-def tensorflow():
-    """Its package's name and version here, or None."""
-    for name in ("tensorflow-cpu", "tensorflow"):
+def tensorflow_version():
+    """The version of the TensorFlow that is installed here, or None."""
+    for name in PACKAGES:
         try:
-            return name, metadata.version(name)
+            return metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     return None
 
 
 def check_requirements():
-    """Stops where a build would only fail later, and less clearly."""
+    """Stops if something is missing without which the build would fail later, and less clearly."""
     if subprocess.run(["sh", ROOT / "build_tools" / "check_compiler.sh"]).returncode:
-        sys.exit(1)  # it has said why
+        sys.exit(1)  # the script has said why
     needs = ("cmake", "ninja", "pybind11")
     missing = [name for name in needs if not importlib.util.find_spec(name)]
     if missing:
@@ -52,18 +53,19 @@ def check_requirements():
 
 
 class CMakeBuild(build_ext):
-    """Builds with CMake and installs into the wheel, or for an editable install into dice_op/."""
+    """Builds with CMake, and installs into the wheel; for an editable install, into dice_op/."""
 
     def run(self):
         check_requirements()
         import ninja
 
         in_place = self.inplace or self.editable_mode
-        # In place: kept, so that the next build is incremental. DICE_OP_BUILD: another to be kept.
+        # A build in place keeps its folder, so that the next one is incremental. DICE_OP_BUILD
+        # names another folder, which is kept as well.
         build = ROOT / "build" if in_place else Path(self.build_temp).resolve()
         build = Path(os.environ.get("DICE_OP_BUILD", build))
         prefix = ROOT if in_place else Path(self.build_lib).resolve()
-        cmake = [sys.executable, "-m", "cmake"]  # those of this environment, whatever PATH says
+        cmake = [sys.executable, "-m", "cmake"]  # this environment's, whatever is on PATH
         configure = [
             *("-S", ROOT, "-B", build, "-G", "Ninja", "--log-level=WARNING"),
             f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR, 'ninja')}",
@@ -90,20 +92,21 @@ class CMakeBuild(build_ext):
 
 
 def tensorflow_extras():
-    """A build fits one minor version of TensorFlow: that of the environment it is built in."""
-    if not tensorflow():
+    """A build fits one minor version of TensorFlow: the one in the environment that builds it."""
+    version = tensorflow_version()
+    if not version:
         return {}
-    major, minor = map(int, tensorflow()[1].split(".")[:2])
+    major, minor = map(int, version.split(".")[:2])
     fits = f">={major}.{minor},<{major}.{minor + 1}"
-    return {extra: [extra + fits] for extra in ("tensorflow", "tensorflow-cpu")}
+    return {name: [name + fits] for name in PACKAGES}
 
 
-options = {"build": {"build_base": "build/wheel"}}  # out of the way of CMake's build/
+options = {"build": {"build_base": "build/wheel"}}  # CMake has build/ to itself
 if LOCAL_VERSION:
     options["egg_info"] = {"tag_build": LOCAL_VERSION}
 
 setup(
-    # Named only so that the wheel is one for this Python and platform: CMake knows the sources.
+    # This makes the wheel one for this Python and platform. CMake knows the sources.
     ext_modules=[Extension("dice_op.core", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     extras_require=tensorflow_extras(),

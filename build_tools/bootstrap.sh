@@ -1,15 +1,17 @@
 #!/bin/sh
-# Makes .venv ready to build, test and run the demo, or says in one line what is missing. Does
-# nothing where it is ready: the file .venv/ready, written last, tells for what.
+# Makes .venv ready to build, to test and to run the demo, or says in one line what is missing. Does
+# nothing if it is ready. The file .venv/ready is written last and says what it is ready for.
 #
-#   PYTHON      the interpreter to make it with
-#   TENSORFLOW  the TensorFlow to put into it, such as "tensorflow==2.21.*" for GPUs; without it
-#               what is there stays, or pyproject.toml's default goes in
+#   PYTHON      the Python to make it with
+#   TENSORFLOW  the TensorFlow to install in it, such as "tensorflow==2.21.*" for GPUs. If it is not
+#               set, the TensorFlow in .venv stays; a new .venv gets the default of pyproject.toml
 
 set -u
 cd "$(dirname "$0")/.." || exit 1
 unset PYTHONPATH PYTHONHOME
-log=.venv/pip.log # of its errors; the rest is on the screen
+log=.venv/pip.log # pip's errors; the rest of its output goes to the screen
+# TensorFlow has wheels for these Pythons, one per line, the oldest first.
+pythons=$(grep -o '"3\.[0-9]*"' build_tools/wheels.toml | tr -d '"' | sort -u -t. -k2n)
 
 fail() {
   echo "dice_op: $*" >&2
@@ -20,27 +22,30 @@ version() {
   "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
 }
 
-suits() { # TensorFlow 2.21 has wheels for these
-  case $(version "$1") in 3.10 | 3.11 | 3.12 | 3.13) ;; *) false ;; esac
+suits() {
+  echo "$pythons" | grep -qxF "$(version "$1")"
+}
+
+toolkit() { # prints pip's option that installs nvcc, if CUDA kernels are wanted and the machine has none
+  [ "${DICE_OP_CUDA:-}" != on ] || .venv/bin/python build_tools/find_nvcc.py --no-pip >/dev/null || echo --group=cuda
+}
+
+state() { # prints what .venv is ready for, once everything is installed
+  echo "$PWD $(cksum <pyproject.toml) $(toolkit)"
 }
 
 # --- is there anything to do? -----------------------------------------------------------------------
 
 has=$(cat .venv/tensorflow 2>/dev/null)
 TENSORFLOW=${TENSORFLOW:-$has}
-toolkit= # pip's, where CUDA kernels are asked for and there is no nvcc
-if [ "${DICE_OP_CUDA:-}" = on ] && ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-}/bin/nvcc" ]; then
-  toolkit=--group=cuda
-fi
-ready="$PWD $(cksum <pyproject.toml) $toolkit"
 keep=
-# Another TensorFlow needs another .venv: its two packages share files, and would overwrite them.
+# Another TensorFlow needs a new .venv: tensorflow and tensorflow-cpu would overwrite each other's files.
 if suits .venv/bin/python && [ "$TENSORFLOW" = "$has" ] &&
   { [ -z "${PYTHON:-}" ] || [ "$(version "$PYTHON")" = "$(version .venv/bin/python)" ]; }; then
   case $(cat .venv/ready 2>/dev/null) in
-    "$ready") exit 0 ;;
+    "$(state)") exit 0 ;;
     "" | "$PWD "*) .venv/bin/python -m pip --version >/dev/null 2>&1 && keep=yes ;;
-    *) ;; # made elsewhere: its scripts point there
+    *) ;; # .venv was made in another folder, and its scripts point there
   esac
 fi
 
@@ -51,13 +56,14 @@ sh build_tools/check_compiler.sh || exit 1
 if [ "$keep" ]; then
   echo "Completing .venv"
 else
-  if [ "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3 python3.13 python3.12 python3.11 python3.10; fi
+  if [ "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3 $(echo "$pythons" | sort -rt. -k2n | sed s/^/python/); fi
   for python; do
     suits "$python" && break
   done
   if ! suits "$python"; then
     found=$(version "$1")
-    fail "Python 3.10 to 3.13 is needed, but $1 is ${found:-missing or does not run};" \
+    fail "Python $(echo "$pythons" | head -n 1) to $(echo "$pythons" | tail -n 1) is needed," \
+      "but $1 is ${found:-missing or does not run};" \
       "install one, and name it if it is not on PATH: make ... PYTHON=/path/to/python3.12"
   fi
   name=python$(version "$python")
@@ -69,7 +75,7 @@ else
     fail "the disk is too full: .venv and the build need 3.5 GB in $PWD"
 
   echo "Making .venv with $python ($(version "$python"))"
-  # A build is for one Python, TensorFlow and place.
+  # A build fits one Python, one TensorFlow and one folder.
   rm -rf build .venv/ready
   "$python" -m venv --clear .venv >/dev/null 2>&1 || fail "'$python -m venv .venv' fails in $PWD; run it to see why"
   echo "$TENSORFLOW" >.venv/tensorflow
@@ -88,10 +94,10 @@ install() {
     "$(grep '^ERROR' $log | tail -n 1) (all of pip's words: $log)"
 }
 
-install --quiet 'pip>=25.1' # the one that venv brings may know no dependency groups
+install --quiet 'pip>=25.1' # pip from the venv module may not know dependency groups
 [ "$TENSORFLOW" ] || TENSORFLOW=--group=tensorflow
-install ${keep:+--quiet} "$TENSORFLOW" --group=dev $toolkit
+install ${keep:+--quiet} "$TENSORFLOW" --group=dev $(toolkit)
 
-# An editable install of our own, for `make build` needs no pip: dice_op/ is found where it is.
+# This makes Python find dice_op/ in this folder, as an editable install does. `make build` then needs no pip.
 echo "$PWD" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dice_op.pth"
-echo "$ready" >.venv/ready
+state >.venv/ready

