@@ -1,5 +1,5 @@
 #!/bin/sh
-# Says in one line why no C++17 program can be built here; silent if one can. CXX: the compiler.
+# Says in one line why no C++17 program can be built here, or nothing if one can. CXX names the compiler.
 
 fail() {
   echo "dice_op: $1 (Debian, Ubuntu: apt install g++; or name one: make ... CXX=/path/to/g++)" >&2
@@ -7,7 +7,7 @@ fail() {
 }
 
 if [ -z "${CXX:-}" ]; then
-  for CXX in c++ g++ clang++ none; do # in CMake's order
+  for CXX in c++ g++ clang++ none; do # CMake tries them in this order
     command -v $CXX >/dev/null && break
   done
   [ $CXX != none ] || fail "no C++ compiler found"

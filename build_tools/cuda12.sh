@@ -1,14 +1,15 @@
 #!/bin/sh
 # Makes build/cuda12, a toolkit of CUDA 12 to compile the wheels with, or says in one line what is
-# missing. Installs nothing. pip has no nvcc of CUDA 12; Debian trixie has one, which runs on Debian
-# 12 too. Headers and runtime come by pip: Debian packs them with a gigabyte of other libraries.
+# missing. It installs nothing. pip has no nvcc of CUDA 12, but Debian trixie has one, which also runs
+# on Debian 12. The headers and the runtime come from pip, because Debian packs them together with a
+# gigabyte of other libraries.
 
 set -u
 cd "$(dirname "$0")/.." || exit 1
 [ ! -x build/cuda12/bin/nvcc ] || exit 0
 part=$PWD/build/cuda12.part
 made=$part/made
-log=build/cuda12.log # of all that is called
+log=build/cuda12.log # what the commands say
 
 fail() {
   echo "dice_op: $*. Another toolkit of CUDA 12 will do: CUDACXX_12=/path/to/nvcc" >&2
@@ -26,7 +27,7 @@ echo "Making build/cuda12 (120 MB to download)"
 trap 'rm -rf "$part"' EXIT
 rm -rf "$part" && mkdir -p "$part/apt" "$made/bin" "$made/nvvm" "$made/lib64" "$part/deb" || exit 1
 
-# The mirrors that apt has for this system are asked for trixie, with a configuration of our own.
+# apt gets a configuration of its own here: this system's mirrors, but trixie's packages.
 keys=/usr/share/keyrings/debian-archive-keyring.gpg
 apt-get update --print-uris 2>$log |
   sed -n "s#^'\(.*\)/dists/[a-z]*/InRelease'.*#deb [signed-by=$keys] \1 trixie non-free#p" |
@@ -40,12 +41,12 @@ END
 (
   cd "$part/deb" || exit 1
   export APT_CONFIG="$part/apt.conf"
-  apt-get update # fails if one mirror does, but another may serve
+  apt-get update # this fails if one mirror fails, but another may have it
   apt-get download nvidia-cuda-toolkit
 ) >>$log 2>&1 && dpkg-deb -x "$part"/deb/*.deb "$part/deb" 2>>$log ||
   fail "apt cannot fetch Debian trixie's nvidia-cuda-toolkit: is this Debian, is there a network? (its words: $log)"
 
-# The headers must be of nvcc's version. The runtime need not, and pip has a static one since 12.9.
+# The headers must have nvcc's version. The runtime need not, and pip has a static one since 12.9.
 pip "$part/pip" 'nvidia-cuda-runtime-cu12==12.4.*' 'nvidia-cuda-nvcc-cu12==12.4.*' 'nvidia-cuda-cccl-cu12==12.4.*'
 pip "$part/static" 'nvidia-cuda-runtime-cu12==12.9.*'
 
@@ -55,7 +56,7 @@ pip "$part/static" 'nvidia-cuda-runtime-cu12==12.9.*'
     mv lib/nvidia-cuda-toolkit/libdevice "$made/nvvm" &&
     cp -r "$part"/pip/nvidia/*/include "$made" &&
     mv "$part/static/nvidia/cuda_runtime/lib/libcudart_static.a" "$made/lib64" || exit 1
-  printf '!<arch>\n' >"$made/lib64/libcudadevrt.a" # nvcc asks for it, no kernel of ours needs it
+  printf '!<arch>\n' >"$made/lib64/libcudadevrt.a" # nvcc wants this library, but no kernel needs it
   cat >"$made/bin/nvcc.profile" <<'END'
 TOP = $(_HERE_)/..
 NVVMIR_LIBRARY_DIR = $(TOP)/nvvm/libdevice

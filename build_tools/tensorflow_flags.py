@@ -1,6 +1,5 @@
-"""Prints, as a CMake list, what a build against the installed TensorFlow needs:
-its version, include directory, library, the library of its compiler XLA, and the remaining compiler
-flags."""
+"""Prints, as a CMake list, what a build against the installed TensorFlow needs: its version, its
+include folder, its library, the library of its compiler XLA, and the other compiler flags."""
 
 import os
 

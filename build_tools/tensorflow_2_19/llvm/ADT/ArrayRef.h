@@ -1,5 +1,5 @@
-// TensorFlow 2.19's header of its streams names two types of LLVM, whose headers TensorFlow does not ship. Nothing that
-// has to do with them is called: names are enough.
+// TensorFlow 2.19 has a header about streams that names two types of LLVM, but it does not ship LLVM's headers. dice_op
+// calls nothing that uses these types, so it is enough to declare them.
 #pragma once
 
 namespace llvm {
