@@ -117,6 +117,7 @@ target_compile_definitions(dice_op_cuda PRIVATE DICE_OP_CUDA_VERSION="${_cuda_ve
 target_compile_options(dice_op_cuda PRIVATE ${_cuda_flags} -Xcompiler=-Wall,-Wextra)
 set_target_properties(dice_op_cuda PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_ARCHITECTURES OFF)
 target_sources(dice_op_kernels PRIVATE $<TARGET_OBJECTS:dice_op_cuda>)
+set_target_properties(dice_op_kernels PROPERTIES CUDA_ARCHITECTURES OFF) # without it, CMake refuses to write Makefiles
 
 find_package(Threads REQUIRED)
 target_link_libraries(dice_op_kernels PRIVATE ${DICE_OP_CUDART} Threads::Threads ${CMAKE_DL_LIBS} rt)
