@@ -47,7 +47,7 @@ lint: .venv/ready  ## check the style
 	$(python) -m ruff format --check .
 	.venv/bin/clang-format --dry-run -Werror $(c++)
 
-format: .venv/ready  ## mend the style
+format: .venv/ready  ## correct the style
 	$(python) -m ruff check --fix --exit-zero --quiet .
 	$(python) -m ruff format .
 	.venv/bin/clang-format -i $(c++)
