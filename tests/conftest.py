@@ -5,6 +5,8 @@ import textwrap
 
 import pytest
 
+pytest.register_assert_rewrite("helpers")  # so that a failure in there shows the values
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 

@@ -4,11 +4,11 @@ callbacks, subclasses; and shapes and arguments that are taken for something els
 import keras
 import numpy as np
 import pytest
-import reference
 import tensorflow as tf
 
 from dice_op import dice_sums, losses, metrics
 from dice_op.losses import DiceCELoss, DiceLoss
+from helpers import reference
 
 CLASSES = 3
 SHAPES = {"a signal": (4, 7), "an image": (4, 6, 5), "a volume": (4, 3, 4, 5)}  # [N, spatial...]

@@ -3,7 +3,6 @@ on which something is broken."""
 
 import importlib.util
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import sys
 
 import pytest
 
-PACKAGE = pathlib.Path(__file__).parent.parent / "dice_op"
+from helpers.paths import PACKAGE
 
 
 def test_a_second_import_changes_nothing(run_python):

@@ -8,13 +8,13 @@ import concurrent.futures
 import fcntl
 import hashlib
 import os
-import pathlib
 import subprocess
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).parent.parent
-EMULATOR = ROOT / "tests" / "cuda_emulator"
+from helpers.paths import BUILD, CSRC, TESTS
+
+EMULATOR = TESTS / "kernels" / "cuda_emulator"
 CXX = os.environ.get("CXX", "c++")
 FLAGS = {
     "plain": ["-O2"],
@@ -52,13 +52,13 @@ def build(kind, few=False):
 
     few: one kernel of each sort instead of all, which takes seconds.
     """
-    csrc = ROOT / "csrc"
+    csrc = CSRC
     sources = sorted(p for d in (csrc / "core", csrc / "cuda", EMULATOR) for p in d.iterdir())
     key = hashlib.sha256(CXX.encode())
     for source in sources:
         key.update(source.read_bytes())
     key.update(str(FLAGS[kind]).encode())
-    folder = ROOT / "build" / "cuda_emulator" / (f"few_{kind}" if few else kind)
+    folder = BUILD / "cuda_emulator" / (f"few_{kind}" if few else kind)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:  # other processes of this test run wait for it
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -69,7 +69,7 @@ def _build(kind, few, folder, key):
     program, stamp = folder / "run_cases", folder / "key"
     if program.exists() and stamp.exists() and stamp.read_text() == key:
         return program
-    csrc = ROOT / "csrc"
+    csrc = CSRC
     flags = _flags(kind, csrc)
     kernels = EMULATOR / "few_kernels.cc" if few else csrc / "cuda" / "kernels.cu"
     tasks = [  # the engine speaks to the sanitizers and must not be compiled with them
@@ -102,7 +102,7 @@ def rebuild(kind, csrc, folder):
 def build_handlers(include, folder):
     """XLA's handlers over the same few kernels, called by an XLA that is a stand-in."""
     objects = build("address", few=True).parent
-    csrc, names = ROOT / "csrc", ("engine", "problem", "kernels", "dice_op_cuda")
+    csrc, names = CSRC, ("engine", "problem", "kernels", "dice_op_cuda")
     flags = [*_flags("address", csrc), "-isystem", include, "-DDICE_OP_WITH_CUDA"]
     sources = csrc / "xla" / "handlers.cc", csrc / "cpu" / "pool.cc", EMULATOR / "run_handlers.cc"
     others = [folder / f"{source.stem}.o" for source in sources]

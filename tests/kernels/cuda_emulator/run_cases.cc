@@ -1,5 +1,5 @@
 // Runs the library's CUDA path on the emulator: reads calls from a file, writes what they give to
-// another. tests/emulation.py writes and reads the files, and says how they are laid out.
+// another. tests/helpers/emulation.py writes and reads the files, and says how they are laid out.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>

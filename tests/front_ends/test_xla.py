@@ -2,22 +2,20 @@
 
 import concurrent.futures
 import os
-import pathlib
 import re
 import shutil
 import subprocess
 
-import emulation
 import keras
 import numpy as np
 import pytest
-import reference
 import tensorflow as tf
 
 import dice_op
 from dice_op import core
+from helpers import emulation, reference
+from helpers.paths import EXAMPLES
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 FORMATS = ("channels_last", "channels_first")
 
 
@@ -414,7 +412,7 @@ handlers = pytest.mark.xdist_group("handlers")  # compiled once
 
 @pytest.fixture(scope="module")
 def run_handlers(tmp_path_factory):
-    """tests/cuda_emulator/run_handlers.cc, under the address sanitizer: the lines it prints."""
+    """cuda_emulator/run_handlers.cc, under the address sanitizer: the lines it prints."""
     folder = tmp_path_factory.mktemp("handlers")
     program = emulation.build_handlers(tf.sysconfig.get_include(), folder)
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-import reference
 import tensorflow as tf
 
 import dice_op
 from dice_op import composite
+from helpers import reference
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 FORMATS = ("channels_last", "channels_first")

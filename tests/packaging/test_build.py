@@ -13,14 +13,13 @@ import textwrap
 import pytest
 
 from dice_op import _gpu, core
+from helpers.paths import BUILD, BUILD_TOOLS, CSRC, PACKAGE, ROOT
 
 try:
     import tomllib
 except ImportError:  # Python 3.10
     import tomli as tomllib
 
-ROOT = pathlib.Path(__file__).parent.parent
-PACKAGE = pathlib.Path(core.__file__).parent
 # What each folder of csrc/ may include besides the standard library.
 MAY_INCLUDE = {
     "core": r'"core/[a-z_]+\.h"',
@@ -33,9 +32,9 @@ MAY_INCLUDE = {
 SYSTEM_HEADER = r"<(sys/)?[a-z_]+(\.h)?>"
 
 
-@pytest.mark.parametrize("layer", [p.name for p in sorted((ROOT / "csrc").iterdir())])
+@pytest.mark.parametrize("layer", [p.name for p in sorted((CSRC).iterdir())])
 def test_layers(layer):
-    sources = list((ROOT / "csrc" / layer).iterdir())
+    sources = list((CSRC / layer).iterdir())
     assert sources
     # or "xla/..." would be ambiguous
     assert layer != "xla" or not [s for s in sources if s.suffix == ".h"]
@@ -46,7 +45,7 @@ def test_layers(layer):
 
 
 def test_only_the_op_is_compiled_with_tensorflow():
-    commands = json.loads((ROOT / "build" / "compile_commands.json").read_text())
+    commands = json.loads((BUILD / "compile_commands.json").read_text())
     with_tensorflow = {
         pathlib.Path(c["file"]).parent.name
         for c in commands
@@ -114,7 +113,7 @@ def test_the_libraries_export_nothing_else(library, exports):
 
 def test_the_kernels_export_what_the_headers_declare():
     names = exported("dice_op_kernels.so")
-    declared = "".join((ROOT / "csrc" / "core" / f).read_text() for f in ("dice_op.h", "problem.h"))
+    declared = "".join((CSRC / "core" / f).read_text() for f in ("dice_op.h", "problem.h"))
     for name in names:
         last = re.search(r"(\w+)(\[abi:cxx11\])?(\(|$)", name)[1]
         assert "dice_op::" in name and re.search(rf"\b{last}\b", declared), name
@@ -239,7 +238,7 @@ def test_info_without_tensorflow(run_python):
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
 def test_the_gpu_check_says_what_is_missing():
-    check = [sys.executable, ROOT / "build_tools" / "gpu_check.py"]
+    check = [sys.executable, BUILD_TOOLS / "gpu_check.py"]
     result = subprocess.run(check, capture_output=True, text=True)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1 and "GPU" in result.stderr
@@ -304,7 +303,7 @@ def test_a_cuda_that_does_not_do_is_named(says, message, tmp_path):
 
 def test_the_matrix_of_wheels():
     listed = subprocess.run(
-        [sys.executable, ROOT / "build_tools" / "wheels.py", "--list"],
+        [sys.executable, BUILD_TOOLS / "wheels.py", "--list"],
         capture_output=True,
         text=True,
         check=True,
@@ -316,7 +315,7 @@ def test_the_matrix_of_wheels():
 
 
 def test_ci_builds_the_whole_matrix():
-    matrix = tomllib.loads((ROOT / "build_tools" / "wheels.toml").read_text())
+    matrix = tomllib.loads((BUILD_TOOLS / "wheels.toml").read_text())
     job = (ROOT / ".github" / "workflows" / "wheels.yml").read_text()
     pythons, variants = (
         re.search(rf"^ +{axis}: \[(.*)\]$", job, re.MULTILINE)[1].split(", ")
@@ -328,7 +327,7 @@ def test_ci_builds_the_whole_matrix():
 
 @pytest.fixture
 def wheels(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "build_tools")
+    monkeypatch.syspath_prepend(BUILD_TOOLS)
     return importlib.import_module("wheels")
 
 
@@ -427,7 +426,7 @@ def test_a_python_of_pyenv_or_uv_is_found(name, wheels, monkeypatch, tmp_path):
 def test_a_machine_that_make_cuda12_cannot_help(programs, message, tmp_path):
     script = tmp_path / "build_tools" / "cuda12.sh"
     script.parent.mkdir()
-    shutil.copy(ROOT / "build_tools" / "cuda12.sh", script)
+    shutil.copy(BUILD_TOOLS / "cuda12.sh", script)
     path = tmp_path / "path"
     path.mkdir()
     for name in ("cat", "dirname", "mkdir", "rm", "sed", "sort"):

@@ -12,12 +12,10 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-import reference
 
 from dice_op import core
-
-NAMES = ("intersection", "pred_sum", "label_sum", "cross_entropy")
-FORMATS = ("channels_last", "channels_first")
+from helpers import reference
+from helpers.kernel_inputs import FORMATS, NAMES, in_format, make, renamed
 
 # (N, V, C): which part of the CPU path a shape reaches
 REGIMES = {
@@ -38,34 +36,6 @@ REGIMES = {
     "over one block": (2, 2**14 + 77, 4),
     "more classes than a tile's cache": (1, 9, 1100),
 }
-
-
-def make(shape, label_kind="uint8", activation="softmax", seed=0):
-    """Logits [N, V, C] float32, labels as passed, labels as t [N, V, C]."""
-    n, v, c = shape
-    rng = np.random.default_rng(seed)
-    x = (3 * rng.normal(size=shape)).astype(np.float32)
-    if activation == "none":
-        x = np.exp(x) / np.exp(x).sum(-1, keepdims=True) if c > 1 else 1 / (1 + np.exp(-x))
-        x = x.astype(np.float32)
-    index = rng.integers(0, max(c, 2), size=(n, v))
-    if label_kind == "soft":
-        t = rng.random(size=shape).astype(np.float32)
-        t[rng.random(size=shape) < 0.3] = 0
-        return x, t, t
-    t = reference.one_hot(index, c)
-    if label_kind.startswith("dense "):
-        return x, t.astype(label_kind[6:]), t
-    if c > 127 and label_kind in ("uint8", "int8"):
-        label_kind = "uint16"
-    return x, index.astype(label_kind), t
-
-
-def in_format(data_format, *arrays):
-    """[N, V, C] arrays laid out as asked; those of rank 2 as they are."""
-    if data_format == "channels_last":
-        return arrays
-    return tuple(np.ascontiguousarray(a.swapaxes(1, 2)) if a.ndim == 3 else a for a in arrays)
 
 
 def check(x, y, t, *, data_format="channels_last", weight=None, tolerance=1e-6, **options):
@@ -98,11 +68,6 @@ def check(x, y, t, *, data_format="channels_last", weight=None, tolerance=1e-6, 
         reference.assert_gradient(gradient, wanted, max(tolerance * 10, 1e-5))
     else:
         assert not np.any(gradient)
-
-
-def renamed(options):
-    names = {"squared_pred": "squared", "focal_gamma": "gamma", "label_smoothing": "smoothing"}
-    return {names.get(k, k): v for k, v in options.items() if k != "ignore_label"}
 
 
 @pytest.mark.parametrize("data_format", FORMATS)

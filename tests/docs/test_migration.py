@@ -1,7 +1,7 @@
 """docs/migration.md, row by row: the code that stands there against what it stands for.
 
 A row's second cell is run as it is written (`written`), and its value and gradient are held to
-MONAI or Keras, or to the published formula (tests/test_conformance.py), in double precision on the
+MONAI or Keras, or to the published formula (tests/helpers/peers.py), in double precision on the
 very logits that ours get. A row that says "differs" is run as well: what it says of the difference.
 
 The last tests look whether any row has no test. The others need MONAI and PyTorch: `make
@@ -10,7 +10,6 @@ test-full`.
 
 import ast
 import functools
-import pathlib
 import re
 import typing
 
@@ -18,9 +17,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import test_conformance
-from test_conformance import (
+
+from dice_op import losses, metrics
+from helpers.paths import DOCS, TESTS
+from helpers.peers import (
     CLASSES,
+    HAS_PEERS,
+    NEEDS_PEERS,
     REGIONS,
     W,
     assert_conforms,
@@ -38,9 +41,7 @@ from test_conformance import (
     volume,
 )
 
-from dice_op import losses, metrics
-
-if hasattr(test_conformance, "torch"):
+if HAS_PEERS:
     import torch
     from monai import losses as monai
     from monai import metrics as monai_metrics
@@ -48,7 +49,7 @@ if hasattr(test_conformance, "torch"):
 
     from benchmarks import stability
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "migration.md"
+PAGE = DOCS / "migration.md"
 TESTS_OF_ROWS = {}  # row: names of the tests that run it; `runs` fills it
 
 
@@ -96,7 +97,7 @@ def runs(*rows):
     def decorate(test):
         for row in rows:
             TESTS_OF_ROWS.setdefault(row, []).append(test.__name__)
-        for mark in test_conformance.pytestmark:
+        for mark in NEEDS_PEERS:
             test = mark(test)
         return test
 
@@ -840,7 +841,7 @@ def test_nnunet_adds_the_cross_entropy_of_regions_up_where_a_label_is_ignored():
 def test_nnunet_batch_dice_of_two_gpus(batch_size, ignored):
     """Two halves of a batch as two GPUs: Dice of all, the mean of the two cross-entropies.
 
-    That a strategy's replicas are one batch is tests/test_distribute.py's.
+    That a strategy's replicas are one batch is tests/losses/test_distribute.py's.
     """
     x, y = (np.tile(v, (2,) + (1,) * (v.ndim - 1))[:batch_size] for v in volume("random"))
     x = x + np.random.default_rng(3).normal(size=x.shape).astype(np.float32)
@@ -1086,12 +1087,12 @@ def test_generalized_dice_of_large_volumes(size):
 
 ELSEWHERE = {
     in_nnunet("`DeepSupervisionWrapper`, its weights"): [
-        "test_deep_supervision.py::test_nnunets_weights",
-        "test_deep_supervision.py::test_a_network_of_several_resolutions",
+        "losses/test_deep_supervision.py::test_nnunets_weights",
+        "losses/test_deep_supervision.py::test_a_network_of_several_resolutions",
     ],
     in_nnunet("batch Dice gathered over GPUs (`AllGatherGrad`)"): [
-        "test_distribute.py::test_two_replicas_train_as_one_device",
-        "test_distribute.py::test_two_processes_train_as_one",
+        "losses/test_distribute.py::test_two_replicas_train_as_one_device",
+        "losses/test_distribute.py::test_two_processes_train_as_one",
     ],
 }
 
@@ -1116,7 +1117,6 @@ def test_marks_say_what_the_tests_show():
 
 
 def test_tests_elsewhere_are_there():
-    folder = pathlib.Path(__file__).parent
     for file, test in (name.split("::") for tests in ELSEWHERE.values() for name in tests):
-        tree = ast.parse((folder / file).read_text(encoding="utf-8"))
+        tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
         assert test in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]

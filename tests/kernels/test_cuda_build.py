@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from dice_op import core
+from helpers.paths import BUILD
 
-BUILD = pathlib.Path(__file__).parent.parent / "build"
 LIBRARY = pathlib.Path(core.__file__).parent / "dice_op_kernels.so"
 INFO = core.build_info()
 ARCHS = [arch.removesuffix("+PTX") for arch in INFO["cuda_archs"]]

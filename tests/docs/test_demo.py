@@ -1,16 +1,17 @@
 """`make demo` in small: every part of it runs, a few steps each, and writes what it promises."""
 
 import json
-import pathlib
 import subprocess
 import sys
 
-EXAMPLE = pathlib.Path(__file__).parent.parent / "examples" / "brain_segmentation.py"
+from helpers.paths import EXAMPLES
 
 
 def test_quick_demo(tmp_path):
     result = subprocess.run(
-        [sys.executable, EXAMPLE, "--quick", "--output", tmp_path], capture_output=True, text=True
+        [sys.executable, EXAMPLES / "brain_segmentation.py", "--quick", "--output", tmp_path],
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "brain.png").read_bytes().startswith(b"\x89PNG")

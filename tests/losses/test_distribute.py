@@ -8,11 +8,11 @@ import sys
 
 import numpy as np
 import pytest
-import reference
 import tensorflow as tf
 
 import dice_op
 from dice_op import formulas
+from helpers import reference
 
 # Trains under a strategy and prints losses, the metric and the trained weights. One half of each
 # batch lacks a class: the batch's Dice is not the mean of the halves'.

@@ -13,9 +13,9 @@ import textwrap
 
 import pytest
 
-HERE = pathlib.Path(__file__).parent
-ROOT = HERE.parent
-BUILD = ROOT / "build" / "sanitized"
+from helpers.paths import BUILD, ROOT, TESTS
+
+BUILT = BUILD / "sanitized"
 # Checks as calls, not as code at each place, and none of locals: compiled in a tenth of the time.
 FLAGS = (
     "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address "
@@ -51,9 +51,9 @@ def package(tmp_path_factory):
         f"-DCMAKE_MAKE_PROGRAM={pathlib.Path(ninja.BIN_DIR, 'ninja')}",
     ]
     for command in (
-        [*cmake, "-S", ROOT, "-B", BUILD, "-G", "Ninja", *options],
-        [*cmake, "--build", BUILD],
-        [*cmake, "--install", BUILD, "--prefix", folder],
+        [*cmake, "-S", ROOT, "-B", BUILT, "-G", "Ninja", *options],
+        [*cmake, "--build", BUILT],
+        [*cmake, "--install", BUILT, "--prefix", folder],
     ):
         done = run(command)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -71,7 +71,7 @@ def sanitized(package, *arguments):
     return run(
         [sys.executable, "-P", *arguments],
         LD_PRELOAD=" ".join(runtime),
-        PYTHONPATH=f"{package}:{HERE}",
+        PYTHONPATH=str(package),
         PYTHONMALLOC="malloc",  # so that the sanitizer sees each of Python's objects
         ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1",
     )
@@ -94,6 +94,6 @@ def test_the_sanitizer_is_at_work(package):
 @pytest.mark.parametrize("file", ["test_core.py", "test_scores.py"])
 def test_nothing_is_read_or_written_that_is_not_there(file, package):
     options = ["-q", "-x", "-p", "no:cacheprovider", "--capture=sys"]  # its report shows
-    done = sanitized(package, "-m", "pytest", *options, HERE / file)
+    done = sanitized(package, "-m", "pytest", *options, TESTS / "kernels" / file)
     assert "AddressSanitizer" not in done.stderr + done.stdout, done.stderr[-5000:]
     assert done.returncode == 0, done.stdout[-5000:]

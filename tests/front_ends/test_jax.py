@@ -2,11 +2,10 @@
 machine that has none. In a process without TensorFlow; `make test-full` installs JAX."""
 
 import importlib.util
-import pathlib
 
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+from helpers.paths import EXAMPLES
 
 pytestmark = [
     pytest.mark.full,

@@ -3,12 +3,12 @@
 import keras
 import numpy as np
 import pytest
-import reference
 import tensorflow as tf
 
 import dice_op
 from dice_op import losses
 from dice_op.losses import DiceLoss, GeneralizedDiceLoss, TverskyLoss
+from helpers import reference
 
 SHAPE = (3, 6, 5, 4, 3)  # [N, D, H, W, C]
 

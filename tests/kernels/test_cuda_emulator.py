@@ -8,9 +8,11 @@ import os
 import shutil
 import subprocess
 
-import emulation
 import pytest
-from test_cuda import bits, few_cases
+
+from helpers import emulation
+from helpers.cuda_cases import bits, few_cases
+from helpers.paths import CSRC
 
 ORDERS = ("forward", "reverse", "random")
 SANITIZER_OPTIONS = {
@@ -29,7 +31,7 @@ def plant(source, old, new):
 
 
 def selftest(kind, folder):
-    """Builds tests/cuda_emulator/selftest.cc, or what stands in `folder` in its place."""
+    """Builds cuda_emulator/selftest.cc, or what stands in `folder` in its place."""
     if not (folder / "selftest.cc").exists():
         shutil.copy(emulation.EMULATOR / "selftest.cc", folder)
     flags = ["-std=c++17", "-g1", f"-I{emulation.EMULATOR}", "-Wno-unknown-pragmas"]
@@ -304,7 +306,7 @@ KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that
 def find_in_the_librarys_kernels(bug, folder):
     file, old, new, kind = KERNEL_BUGS[bug]
     csrc = folder / "csrc"
-    shutil.copytree(emulation.ROOT / "csrc", csrc)
+    shutil.copytree(CSRC, csrc)
     plant(csrc / "cuda" / file, old, new)
     program = emulation.rebuild(kind, csrc, folder)
     cases = few_cases(small=True)

@@ -1,7 +1,6 @@
 """The record that `make bench` left, what is written from it, and the measuring itself in small."""
 
 import json
-import pathlib
 import re
 
 import numpy as np
@@ -9,9 +8,9 @@ import pytest
 
 from benchmarks import measuring, report
 from benchmarks.cases import Case, cube
+from helpers.paths import BENCHMARKS, ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
-RECORD = ROOT / "benchmarks" / "results" / "cpu.json"
+RECORD = BENCHMARKS / "results" / "cpu.json"
 
 
 @pytest.fixture(scope="module")

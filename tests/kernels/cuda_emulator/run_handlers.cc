@@ -1,5 +1,5 @@
 // Calls XLA's handlers (csrc/xla) as XLA would, XLA itself being a stand-in, and prints what they do.
-// tests/test_xla.py compiles and reads it.
+// tests/front_ends/test_xla.py compiles and reads it.
 //
 //   run_handlers traits          of each handler, as registered and as it says itself
 //   run_handlers cuda PLACE      sums and gradient by the CUDA kernels on the emulator; a label that is no class

@@ -1,16 +1,16 @@
 """The Keras metrics: hard scores against NumPy, in fit, streamed, under a distribution strategy."""
 
-import pathlib
 import re
 
 import keras
 import numpy as np
 import pytest
-import reference
 import tensorflow as tf
 
 from dice_op import core
 from dice_op.metrics import DiceScore, JaccardScore
+from helpers import reference
+from helpers.paths import DOCS
 
 CLASSES = 4
 
@@ -270,7 +270,7 @@ def test_the_score_from_those_of_numpy_as_the_docs_have_it():
     prediction = rng.integers(0, 4, (3, 6, 5))
     metric = DiceScore()
     metric.update_state(labels, np.eye(4, dtype=np.float32)[prediction])
-    page = (pathlib.Path(__file__).parent.parent / "docs" / "mathematics.md").read_text()
+    page = (DOCS / "mathematics.md").read_text()
     code = re.search(r"```python\n(scores = .*?)```", page, re.DOTALL)[1].strip()
     *statements, result = code.splitlines()
     names = {"core": core, "np": np, "prediction": prediction, "labels": labels}

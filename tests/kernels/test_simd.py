@@ -1,16 +1,14 @@
 """Every instruction set the processor has: all of test_core.py, and the objects themselves."""
 
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
 from dice_op import core
+from helpers.paths import BUILD, TESTS
 
-HERE = pathlib.Path(__file__).parent
-BUILD = HERE.parent / "build"
 LEVELS = core.build_info()["simd_levels"]
 
 
@@ -32,7 +30,7 @@ def test_level(level):
         pytest.skip(f"this processor has no {level}")
     if level == core.build_info()["simd_level"]:
         pytest.skip("test_core.py ran at this level already")
-    result = run(level, "-m", "pytest", "-q", "-x", str(HERE / "test_core.py"))
+    result = run(level, "-m", "pytest", "-q", "-x", str(TESTS / "kernels" / "test_core.py"))
     assert result.returncode == 0, result.stdout[-3000:]
 
 
