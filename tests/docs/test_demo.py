@@ -1,19 +1,15 @@
 """`make demo` in small: every part of it runs, a few steps each, and writes what it promises."""
 
 import json
-import subprocess
 import sys
 
 from helpers.paths import EXAMPLES
+from helpers.processes import output_of
 
 
 def test_quick_demo(tmp_path):
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / "brain_segmentation.py", "--quick", "--output", tmp_path],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    demo = [sys.executable, EXAMPLES / "brain_segmentation.py", "--quick", "--output", tmp_path]
+    printed = output_of(*demo)
     assert (tmp_path / "brain.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((tmp_path / "summary.json").read_text())
     costs = summary["loss_and_gradient"]
@@ -23,4 +19,4 @@ def test_quick_demo(tmp_path):
     for name in ("grey matter", "white matter"):
         assert 0 <= summary["held_out_dice"]["trained network"][name] <= 1
     for words in ("held-out Dice", "x logits", "vectorised, XLA"):
-        assert words in result.stdout
+        assert words in printed

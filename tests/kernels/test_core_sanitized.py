@@ -7,13 +7,13 @@ that was converted for a call and is gone before the call has ended.
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 import textwrap
 
 import pytest
 
 from helpers.paths import BUILD, ROOT, TESTS
+from helpers.processes import output_of, run
 
 BUILT = BUILD / "sanitized"
 # Checks as calls, not as code at each place, and none of locals: compiled in a tenth of the time.
@@ -23,16 +23,6 @@ FLAGS = (
 )
 
 pytestmark = [pytest.mark.full, pytest.mark.xdist_group("sanitized")]  # built once
-
-
-def run(command, **environment):
-    return subprocess.run(
-        [str(c) for c in command],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +45,7 @@ def package(tmp_path_factory):
         [*cmake, "--build", BUILT],
         [*cmake, "--install", BUILT, "--prefix", folder],
     ):
-        done = run(command)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        output_of(*command)
     for module in (ROOT / "dice_op").glob("*.py"):
         shutil.copy(module, folder / "dice_op")
     return folder
@@ -65,11 +54,13 @@ def package(tmp_path_factory):
 def sanitized(package, *arguments):
     compiler = os.environ.get("CXX", "c++")
     runtime = [
-        run([compiler, f"-print-file-name={name}"]).stdout.strip()
+        output_of(compiler, f"-print-file-name={name}").strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
     return run(
-        [sys.executable, "-P", *arguments],
+        sys.executable,
+        "-P",
+        *arguments,
         LD_PRELOAD=" ".join(runtime),
         PYTHONPATH=str(package),
         PYTHONMALLOC="malloc",  # so that the sanitizer sees each of Python's objects

@@ -5,13 +5,13 @@ import os
 import pathlib
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
 
 from dice_op import core
 from helpers.paths import BUILD
+from helpers.processes import configure, output_of, run
 
 LIBRARY = pathlib.Path(core.__file__).parent / "dice_op_kernels.so"
 INFO = core.build_info()
@@ -31,14 +31,8 @@ def tool(name):
 
 def dump(*arguments):
     """cuobjdump's words, split by architecture and function: {(arch, function): text}."""
-    environment = {"PATH": f"{pathlib.Path(tool('nvdisasm')).parent}:{os.environ['PATH']}"}
-    text = subprocess.run(
-        [tool("cuobjdump"), *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    path = f"{pathlib.Path(tool('nvdisasm')).parent}:{os.environ['PATH']}"
+    text = output_of(tool("cuobjdump"), *arguments, PATH=path)
     functions, arch, function = {}, None, None
     for line in text.splitlines():
         if match := re.match(r"arch = (sm_\d+)", line):
@@ -103,7 +97,7 @@ def test_a_planted_spill_is_noticed(tmp_path):
     (tmp_path / "spills.cu").write_text(SPILLS)
     arch = f"-arch=sm_{ARCHS[-1]}"
     output = tmp_path / "spills.cubin"
-    subprocess.run([compiler(), arch, "-cubin", tmp_path / "spills.cu", "-o", output], check=True)
+    output_of(compiler(), arch, "-cubin", tmp_path / "spills.cu", "-o", output)
     assert complaints(dump("-res-usage", output))
 
 
@@ -139,23 +133,18 @@ def test_words_of_16_bytes():
 def test_an_architecture_of_another_form_is_named(tmp_path):
     wishes = ["DICE_OP_CUDA=on", "DICE_OP_CUDA_ARCHS=80,sm_90", f"CMAKE_CUDA_COMPILER={compiler()}"]
     parts = ["DICE_OP_WITH_TENSORFLOW=OFF", "DICE_OP_WITH_PYTHON=OFF"]
-    options = [f"-D{o}" for o in (*wishes, *parts, f"Python_EXECUTABLE={sys.executable}")]
-    command = [sys.executable, "-m", "cmake", "-S", BUILD.parent, "-B", tmp_path, *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "DICE_OP_CUDA_ARCHS has 'sm_90', but must list" in " ".join(done.stderr.split())
+    status, said = configure(tmp_path, *(f"-D{option}" for option in (*wishes, *parts)))
+    assert status != 0
+    assert "DICE_OP_CUDA_ARCHS has 'sm_90', but must list" in said
 
 
 def test_the_library_needs_no_cuda_of_others():
     """TensorFlow's GPU package exports the runtime's symbols, in another version; its CPU package
     has none. A machine without a driver has no libcuda."""
     for library in LIBRARY.parent.glob("*.so"):
-        symbols = subprocess.run(
-            ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
-        ).stdout
+        symbols = output_of("nm", "-D", "--undefined-only", library)
         assert not re.findall(r"\b_*cuda\w+", symbols), library.name
-        needed = subprocess.run(["ldd", library], capture_output=True, text=True).stdout
-        assert "cuda" not in needed
+        assert "cuda" not in run("ldd", library).stdout
 
 
 def test_both_ops_have_gpu_kernels():

@@ -1,47 +1,40 @@
 """Every instruction set the processor has: all of test_core.py, and the objects themselves."""
 
-import os
-import subprocess
 import sys
 
 import pytest
 
 from dice_op import core
 from helpers.paths import BUILD, TESTS
+from helpers.processes import output_of, run
 
 LEVELS = core.build_info()["simd_levels"]
 
 
-def run(level, *arguments):
-    return subprocess.run(
-        [sys.executable, *arguments],
-        # MALLOC_PERTURB_: memory that is freed does not keep what it held
-        env={**os.environ, "DICE_OP_SIMD": level, "MALLOC_PERTURB_": "165"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run_at(level, *arguments):
+    # With MALLOC_PERTURB_, memory that is freed does not keep what it held.
+    return run(sys.executable, *arguments, DICE_OP_SIMD=level, MALLOC_PERTURB_="165")
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_level(level):
     code = "from dice_op import core; print(core.build_info()['simd_level'])"
-    if run(level, "-c", code).stdout.strip() != level:
+    if run_at(level, "-c", code).stdout.strip() != level:
         pytest.skip(f"this processor has no {level}")
     if level == core.build_info()["simd_level"]:
         pytest.skip("test_core.py ran at this level already")
-    result = run(level, "-m", "pytest", "-q", "-x", str(TESTS / "kernels" / "test_core.py"))
+    result = run_at(level, "-m", "pytest", "-q", "-x", str(TESTS / "kernels" / "test_core.py"))
     assert result.returncode == 0, result.stdout[-3000:]
 
 
 def test_an_unknown_level_is_the_best_one_and_warns_once():
     code = "from dice_op import core; print(core.build_info()['simd_level'])"
-    unknown, unset = run("sse9", "-c", code), run("", "-c", code)
+    unknown, unset = run_at("sse9", "-c", code), run_at("", "-c", code)
     assert unknown.stdout == unset.stdout
     warning = f"DICE_OP_SIMD is 'sse9', but must be one of {', '.join(LEVELS)}"
     assert unknown.stderr.count(warning) == 1 and "DICE_OP_SIMD" not in unset.stderr
     for level in LEVELS:
-        assert "DICE_OP_SIMD" not in run(level, "-c", code).stderr
+        assert "DICE_OP_SIMD" not in run_at(level, "-c", code).stderr
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -52,12 +45,7 @@ def test_an_object_exports_its_table_and_nothing_else(level):
     objects = list(BUILD.glob(f"CMakeFiles/{target}.dir/**/kernels.cc.o"))
     if not objects:
         pytest.skip("not built from this checkout")
-    symbols = subprocess.run(
-        ["nm", "--demangle", "--defined-only", "--extern-only", objects[0]],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    symbols = output_of("nm", "--demangle", "--defined-only", "--extern-only", objects[0])
     defined = [line.split(maxsplit=2)[1:] for line in symbols.splitlines()]
     # DW.ref.*: a pointer to the unwinder's entry, the same in every object
     defined = [(kind, name) for kind, name in defined if not name.startswith("DW.ref.")]

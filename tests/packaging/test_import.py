@@ -1,16 +1,68 @@
-"""Importing: a second time, beside another copy, beside Keras 2; and what `info` says of a machine
-on which something is broken."""
+"""Importing: without TensorFlow, a second time, beside another copy, beside Keras 2."""
 
 import importlib.util
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from helpers.paths import PACKAGE
+
+
+def test_importing_the_package_imports_no_tensorflow(run_python):
+    loaded = run_python(
+        """
+        import sys
+        import numpy as np
+        import dice_op
+        dice_op.core.sums(np.zeros((1, 5, 3), np.float32), np.zeros((1, 5), np.uint8))
+        dice_op.core.build_info()
+        print("tensorflow" in sys.modules, "keras" in sys.modules)
+        """
+    )
+    assert loaded.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("built", ["2.20.0", "3.0.1", ""])
+def test_another_tensorflow_is_named(built, run_python):
+    """Both versions and the command that mends it. The build is made to look like another one's."""
+    out = run_python(
+        f"""
+        from dice_op import core
+        info = {{**core.build_info(), "tensorflow": {built or None!r}}}
+        core.build_info = lambda: info
+        import tensorflow as tf
+        try:
+            import dice_op.losses
+        except ImportError as error:
+            print(tf.__version__, error)
+        """
+    )
+    running, _, message = out.partition(" ")
+    if not built:
+        assert "has no TensorFlow op" in message and "pip install" in message
+        return
+    assert f"built with {built}" in message and f"TensorFlow {running} is running" in message
+    assert re.search(rf'pip install "tensorflow(-cpu)?=={built.rpartition(".")[0]}\.\*"', message)
+    assert f"DICE_OP_TENSORFLOW={running.rpartition('.')[0]} pip install" in message
+
+
+def test_a_source_folder_that_is_not_built(tmp_path, run_python):
+    folder = tmp_path / "dice_op"
+    folder.mkdir()
+    (folder / "__init__.py").write_text((PACKAGE / "__init__.py").read_text())
+    out = run_python(
+        """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        try:
+            import dice_op
+        except ImportError as error:
+            print(error)
+        """,
+        tmp_path,
+    )
+    assert str(folder) in out and "run `make build`" in out
 
 
 def test_a_second_import_changes_nothing(run_python):
@@ -107,9 +159,6 @@ def test_another_copy_is_refused_in_words(tmp_path, run_python):
     assert str(copy) in out and "start a new process" in out
 
 
-# --- Keras 2 --------------------------------------------------------------------------------------
-
-
 def test_the_setting_for_keras_2_is_refused_at_import(run_python):
     run_python(
         """
@@ -179,57 +228,3 @@ def test_models_of_keras_2_are_refused_and_others_in_the_same_process_are_not(ru
         own.fit(x, y, verbose=0)
         """
     )
-
-
-# --- python -m dice_op info -----------------------------------------------------------------------
-
-
-def info(**environment):
-    return subprocess.run(
-        [sys.executable, "-m", "dice_op", "info"],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@pytest.mark.parametrize(
-    ("environment", "says"),
-    [
-        ({"KERAS_BACKEND": "bogus"}, r"losses +not loaded: ValueError: .*bogus"),
-        ({"KERAS_BACKEND": "jax"}, r"(losses|keras) +not loaded: "),
-        ({"TF_USE_LEGACY_KERAS": "1"}, r"losses +not loaded: ImportError: .*TF_USE_LEGACY_KERAS"),
-    ],
-)
-def test_info_tells_what_does_not_work(environment, says):
-    done = info(**environment)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert re.search(says, done.stdout), done.stdout
-
-
-@pytest.mark.parametrize(
-    ("broken", "error"),
-    [("tensorflow", "ImportError('no symbol')"), ("keras", "RuntimeError('other numpy')")],
-)
-def test_info_where_a_package_cannot_be_imported(broken, error, tmp_path):
-    (tmp_path / f"{broken}.py").write_text(f"raise {error}")
-    done = info(PYTHONPATH=str(tmp_path))
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    reason = error.partition("'")[2][:-2]
-    assert re.search(rf"^{broken} +not loaded: .*{reason}", done.stdout, re.MULTILINE)
-
-
-def test_info_where_the_module_is_missing(tmp_path):
-    (tmp_path / "dice_op").mkdir()
-    for module in PACKAGE.glob("*.py"):
-        shutil.copy(module, tmp_path / "dice_op")
-    done = subprocess.run(
-        [sys.executable, "-m", "dice_op", "info"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
-    assert "compiled module cannot be loaded" in done.stderr
