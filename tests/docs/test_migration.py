@@ -28,6 +28,7 @@ from helpers.peers import (
     W,
     assert_conforms,
     hot,
+    keras_tversky,
     kornia_loss,
     mri_loss,
     nnunet_loss,
@@ -40,6 +41,8 @@ from helpers.peers import (
     spatial,
     volume,
 )
+from helpers.reference import dice_losses
+from helpers.tape import value_and_gradient
 
 if HAS_PEERS:
     import torch
@@ -164,19 +167,12 @@ def by_keras(loss, activation=tf.nn.softmax):
     return functools.partial(of_keras, of_logits)
 
 
-def keras_tversky(alpha, beta):
-    """With alpha for the false negatives, as in Keras until 3.15."""
-    if tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 16):
-        alpha, beta = beta, alpha
-    return keras.losses.Tversky(alpha=alpha, beta=beta, dtype="float64")
-
-
 def cross_entropy_and_dice(y, x):
     """Keras' cross-entropy plus Dice as in docs/mathematics.md."""
     cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True, dtype="float64")
     p, t = tf.nn.softmax(x), tf.one_hot(y, x.shape[-1], dtype=x.dtype)
     i, p, t = (tf.reduce_sum(v, list(range(1, x.shape.rank - 1))) for v in (p * t, p, t))
-    return cross_entropy(y, x) + tf.reduce_mean(1 - (2 * i + 1e-5) / (p + t + 1e-5))
+    return cross_entropy(y, x) + tf.reduce_mean(dice_losses(i, p, t))
 
 
 BOTH = (False, True)
@@ -469,10 +465,9 @@ def in_setting(loss, x, y, labels, data_format, channel):
     if channel:
         y = np.expand_dims(y, 1 if first else -1)
     x = tf.constant(np.moveaxis(x, -1, 1) if first else x)
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        value = loss(tf.constant(y, labels), x)
-    gradient = tape.gradient(value, x).numpy().astype(np.float64)
+    y = tf.constant(y, labels)
+    value, gradient = value_and_gradient(lambda x: loss(y, x), x)
+    gradient = gradient.numpy().astype(np.float64)
     return value.numpy(), np.moveaxis(gradient, 1, -1) if first else gradient
 
 
@@ -531,10 +526,6 @@ def assert_differ(ours, theirs):
 def total(*parts):
     """The sum of losses."""
     return lambda y, x: sum(part(y, x) for part in parts)
-
-
-def dice_of_sums(i, p, t):
-    return 1 - (2 * i + 1e-5) / (p + t + 1e-5)
 
 
 def sums_of(p, t, mask=1):
@@ -610,7 +601,7 @@ def test_monai_masked_dice_of_class_indices_differs(batch, volume_name):
             t[:, 0] += (~counted).sum((1, *spatial(x)))
         if batch:
             i, p, t = i.sum(0), p.sum(0), t.sum(0)
-        return dice_of_sums(i, p, t).mean()
+        return dice_losses(i, p, t).mean()
 
     ours, theirs = of_masked(loss, x, y, mask), of_torch(masked, x, y)
     assert_differ(ours, theirs)
@@ -668,7 +659,7 @@ def test_monai_weights_of_single_samples_differ(background, volume_name):
         voxels = tuple(range(1, each.ndim))
         of_samples = each.sum(voxels) / weights.sum(voxels)
         first = 0 if background else 1
-        losses = dice_of_sums(*sums_of(torch.softmax(x, 1), hot(y, CLASSES, x.dtype)))
+        losses = dice_losses(*sums_of(torch.softmax(x, 1), hot(y, CLASSES, x.dtype)))
         losses = losses[:, first:] * torch.tensor(w[first:], dtype=x.dtype)
         return losses.mean() + of_samples.mean()
 

@@ -7,9 +7,10 @@ import tensorflow as tf
 import dice_op
 from dice_op import composite
 from helpers import reference
+from helpers.kernel_inputs import FORMATS
+from helpers.tape import value_and_gradient
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
-FORMATS = ("channels_last", "channels_first")
 LABELS = ("index uint8", "index int64", "index float", "one-hot bool", "one-hot float", "soft")
 
 
@@ -72,14 +73,8 @@ def test_compute_gradient(activation, labels, data_format, dtype):
         )
         return weighted_total(sums)
 
-    def gradient(x):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            value = total(x)
-        return tape.gradient(value, x)
-
     assert_jacobians(total, [x], tolerance)
-    assert_jacobians(gradient, [x], tolerance)
+    assert_jacobians(lambda x: value_and_gradient(total, x)[1], [x], tolerance)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -153,10 +148,6 @@ def test_forward_mode_persistent_tapes_and_jacobian():
     assert reference.relative_error(accumulator.jvp(sums), expected) <= 1e-12
 
 
-def mean_dice(i, p, t):
-    return np.mean(reference.dice_losses(i, p, t))
-
-
 def textbook_loss(x, y, dtype):
     """What people write, in the logits' own type."""
     p = tf.nn.softmax(x)
@@ -166,13 +157,6 @@ def textbook_loss(x, y, dtype):
     return tf.reduce_mean(1 - (2 * i + 1e-5) / (p + t + 1e-5))
 
 
-def value_and_gradient(loss, x):
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        value = loss(x)
-    return value, tape.gradient(value, x)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_loss_against_float64(dtype):
     """float32: 1e-6 and 1e-5. Half types: at most twice the error that TensorFlow's own operations
@@ -180,9 +164,11 @@ def test_loss_against_float64(dtype):
     rng = np.random.default_rng(0)
     x = tf.constant(2 * rng.normal(size=(2, 12, 12, 12, 4)), dtype)
     y = tf.constant(rng.integers(0, 4, size=(2, 12, 12, 12)), tf.uint8)
-    x64 = tf.cast(x, tf.float64).numpy().reshape(2, -1, 4)
-    t64 = reference.one_hot(y.numpy().reshape(2, -1), 4)
-    loss, gradient = reference.loss_and_gradient(x64, t64, mean_dice, activation="softmax")
+    x64 = reference.flat(tf.cast(x, tf.float64).numpy())
+    t64 = reference.flat(reference.one_hot(y, 4))
+    loss, gradient = reference.loss_and_gradient(
+        x64, t64, reference.mean_dice, activation="softmax"
+    )
     gradient = gradient.reshape(x.shape)
 
     ours, our_gradient = value_and_gradient(lambda x: dice_op.losses.DiceLoss()(y, x), x)
@@ -209,10 +195,13 @@ def test_half_logits_where_sums_pass_65504():
     loss = dice_op.losses.DiceLoss()
     value, gradient = value_and_gradient(lambda x: loss(y, x) * scale, tf.constant(x))
     expected, wanted = reference.loss_and_gradient(
-        x.reshape(1, -1, 2), reference.one_hot(y.reshape(1, -1), 2), mean_dice, activation="softmax"
+        reference.flat(x),
+        reference.flat(reference.one_hot(y, 2)),
+        reference.mean_dice,
+        activation="softmax",
     )
     assert abs(float(value) / scale - expected) <= 1e-3 * expected
-    gradient = gradient.numpy().astype(np.float64).reshape(1, -1, 2) / scale
+    gradient = reference.flat(gradient.numpy().astype(np.float64)) / scale
     assert np.isfinite(gradient).all()
     assert reference.gradient_error(gradient, wanted) <= 1e-3
     # the textbook's way, to show what this test is about

@@ -1,10 +1,8 @@
 """The ops in programs that XLA compiles: the same numbers, wherever the loss stands."""
 
 import concurrent.futures
-import os
 import re
 import shutil
-import subprocess
 
 import keras
 import numpy as np
@@ -14,9 +12,10 @@ import tensorflow as tf
 import dice_op
 from dice_op import core
 from helpers import emulation, reference
+from helpers.kernel_inputs import FORMATS
 from helpers.paths import EXAMPLES
-
-FORMATS = ("channels_last", "channels_first")
+from helpers.processes import output_of, run
+from helpers.tape import value_and_gradient
 
 
 def compile_library(source, text):
@@ -26,12 +25,10 @@ def compile_library(source, text):
     folders = [include] + [
         f"{include}/external/{p}" for p in ("highwayhash", "farmhash_archive/src")
     ]
-    subprocess.run(
-        ["c++", "-std=c++17", "-w", "-shared", "-fPIC", *(f"-I{f}" for f in folders), source]
-        + [f"-L{tf.sysconfig.get_lib()}", *tf.sysconfig.get_link_flags()[1:]]
-        + ["-l:libtensorflow_cc.so.2", "-o", source.with_suffix(".so")],
-        check=True,
-    )
+    compiler = ["c++", "-std=c++17", "-w", "-shared", "-fPIC", *(f"-I{f}" for f in folders)]
+    libraries = [f"-L{tf.sysconfig.get_lib()}", *tf.sysconfig.get_link_flags()[1:]]
+    libraries += ["-l:libtensorflow_cc.so.2", "-o", source.with_suffix(".so")]
+    output_of(*compiler, source, *libraries)
 
 
 def jit(function, **options):
@@ -55,10 +52,7 @@ def sums_and_gradient(y, x, **options):
 
 
 def dice_and_gradient(x, y):
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        loss = dice_op.losses.DiceLoss()(y, x)
-    return loss, tape.gradient(loss, x)
+    return value_and_gradient(lambda x: dice_op.losses.DiceLoss()(y, x), x)
 
 
 def assert_same_bits(results, expected):
@@ -140,21 +134,13 @@ def test_loss_and_gradient_against_float64(classes):
     x, y = volume((2, 9, 10, 11), classes)
     activation = "sigmoid" if classes == 1 else "softmax"
     loss = dice_op.losses.DiceLoss(activation=activation)
-
-    def function(x):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            value = loss(y, x)
-        return value, tape.gradient(value, x)
-
-    value, gradient = jit(function)(x)
-    flat = np.reshape(x, (2, -1, classes))
-    t = reference.one_hot(np.reshape(y, (2, -1)), classes)
+    value, gradient = jit(lambda x: value_and_gradient(lambda x: loss(y, x), x))(x)
+    t = reference.one_hot(y, classes)
     wanted, wanted_gradient = reference.loss_and_gradient(
-        flat, t, lambda *s: reference.dice_losses(*s).mean(), activation=activation
+        reference.flat(x), reference.flat(t), reference.mean_dice, activation=activation
     )
     assert reference.relative_error(value, wanted) <= 1e-6
-    reference.assert_gradient(np.reshape(gradient, flat.shape), wanted_gradient, 2e-6)
+    reference.assert_gradient(reference.flat(gradient), wanted_gradient, 2e-6)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4, 3), (2, 0, 4, 3), (2, 1, 1, 3), (1, 3)])
@@ -215,10 +201,7 @@ def test_control_flow():
     for program in (in_cond, in_while_loop, in_map_fn, in_recompute_grad, in_an_inner_function):
 
         def gradient(x, program=program):
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                value = program(x)
-            return value, tape.gradient(value, x)
+            return value_and_gradient(program, x)
 
         assert_close(jit(gradient)(x), gradient(x))
 
@@ -299,7 +282,7 @@ def test_auto_clustering(run_python):
     x = 2 * np.sin(np.arange(96.0)).reshape(2, 16, 3)
     t = reference.one_hot(np.cos(x).argmax(-1), 3)
     wanted, wanted_gradient = reference.loss_and_gradient(
-        x, t, lambda *s: reference.dice_losses(*s).mean(), activation="softmax"
+        x, t, reference.mean_dice, activation="softmax"
     )
     assert float(loss) == pytest.approx(wanted, rel=1e-5)
     assert float(gradient) == pytest.approx(np.abs(wanted_gradient).sum(), rel=1e-5)
@@ -417,12 +400,8 @@ def run_handlers(tmp_path_factory):
     program = emulation.build_handlers(tf.sysconfig.get_include(), folder)
 
     def run(*arguments, **environment):
-        command = [program, *map(str, arguments)]
-        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", **environment}
-        options = {"env": environment, "capture_output": True, "text": True, "timeout": 60}
-        done = subprocess.run(command, **options)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout.splitlines()
+        environment = {"ASAN_OPTIONS": "detect_leaks=0", **environment}
+        return output_of(program, *arguments, timeout=60, **environment).splitlines()
 
     return run
 
@@ -586,8 +565,7 @@ def test_shapes_that_only_the_data_tells():
 def test_a_locale_with_a_decimal_comma(tmp_path, run_python):
     """XLA's attributes are text."""
     if shutil.which("localedef"):
-        command = ["localedef", "-i", "de_DE", "-f", "UTF-8", tmp_path / "de_DE.UTF-8"]
-        subprocess.run(command, capture_output=True)
+        run("localedef", "-i", "de_DE", "-f", "UTF-8", tmp_path / "de_DE.UTF-8")
     if not (tmp_path / "de_DE.UTF-8").exists():
         pytest.skip("no German locale can be made here")
     out = run_python(

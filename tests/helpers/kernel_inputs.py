@@ -6,6 +6,7 @@ from helpers import reference
 
 NAMES = ("intersection", "pred_sum", "label_sum", "cross_entropy")
 FORMATS = ("channels_last", "channels_first")
+REGIONS = [(1, 2, 3), (2, 3), (3,), (0, 4)]  # the label values of each class, which overlap
 
 
 def make(shape, label_kind="uint8", activation="softmax", seed=0):

@@ -7,9 +7,12 @@ compute in double precision on the very float32 logits that ours get.
 
 import importlib.util
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+
+from helpers.tape import value_and_gradient
 
 HAS_PEERS = all(importlib.util.find_spec(name) for name in ("monai", "torch"))
 NEEDS_PEERS = [
@@ -64,11 +67,9 @@ def volume(name, classes=CLASSES):
 
 
 def of_ours(loss, x, y):
-    x = tf.constant(x)
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        value = loss(tf.constant(y, tf.uint8), x)
-    return value.numpy(), tape.gradient(value, x).numpy()
+    y = tf.constant(y, tf.uint8)
+    value, gradient = value_and_gradient(lambda x: loss(y, x), tf.constant(x))
+    return value.numpy(), gradient.numpy()
 
 
 def of_torch(loss, x, y):
@@ -80,11 +81,19 @@ def of_torch(loss, x, y):
 
 
 def of_keras(loss, x, y):
-    x = tf.constant(x, tf.float64)
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        value = loss(y, x)
-    return value.numpy(), tape.gradient(value, x).numpy()
+    value, gradient = value_and_gradient(lambda x: loss(y, x), tf.constant(x, tf.float64))
+    return value.numpy(), gradient.numpy()
+
+
+def keras_tversky(alpha, beta):
+    """Keras' Tversky loss whose alpha weighs the false negatives, in every version.
+
+    Until 3.15 Keras' own alpha does so, against its own documentation; from 3.16 on it weighs the
+    false positives.
+    """
+    if tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 16):
+        alpha, beta = beta, alpha
+    return keras.losses.Tversky(alpha=alpha, beta=beta, dtype="float64")
 
 
 def assert_conforms(ours, theirs, tolerance=1e-5, gradient_tolerance=1e-5):

@@ -7,7 +7,7 @@ import sys
 from helpers.paths import ROOT
 
 
-def run(*command, cwd=None, **environment):
+def run(*command, cwd=None, timeout=None, **environment):
     """Waits for a program. Its result has returncode, stdout and stderr; failing is no error here.
 
     Args:
@@ -16,6 +16,7 @@ def run(*command, cwd=None, **environment):
     return subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
+        timeout=timeout,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -23,9 +24,9 @@ def run(*command, cwd=None, **environment):
     )
 
 
-def output_of(*command, **environment):
+def output_of(*command, timeout=None, **environment):
     """What a program prints; the test fails if the program does."""
-    done = run(*command, **environment)
+    done = run(*command, timeout=timeout, **environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 

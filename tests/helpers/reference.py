@@ -17,6 +17,20 @@ def one_hot(index, classes):
     )
 
 
+def flat(x):
+    """[N, spatial..., C] to [N, V, C]."""
+    return np.reshape(x, (len(x), -1, np.shape(x)[-1]))
+
+
+def log_softmax(x):
+    shifted = x - x.real.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def softmax(x):
+    return np.exp(log_softmax(x))
+
+
 def _softplus(x):
     size = x * np.where(x.real < 0, -1, 1)
     return np.where(x.real < 0, 0, x) + np.log1p(np.exp(-size))
@@ -32,8 +46,7 @@ def voxel_terms(x, t, activation, squared=False, gamma=0.0, smoothing=0.0, thres
         p = (largest if activation == "argmax" else x > threshold).astype(float)
         return p * t, p**power, t**power + 0 * p, 0 * p
     if activation == "softmax":
-        shifted = x - x.real.max(-1, keepdims=True)
-        log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+        log_p = log_softmax(x)
         p = np.exp(log_p)
     elif activation == "sigmoid":
         log_p = -_softplus(-x)
@@ -74,6 +87,11 @@ def gradient(x, t, coefficients, weight=None, **options):
 def dice_losses(i, p, t, smooth_nr=1e-5, smooth_dr=1e-5):
     """1 - (2 I + nr) / (P + T + dr), per sample and class."""
     return 1 - (2 * i + smooth_nr) / (p + t + smooth_dr)
+
+
+def mean_dice(i, p, t):
+    """The mean of `dice_losses` over samples and classes."""
+    return np.mean(dice_losses(i, p, t))
 
 
 def loss_and_gradient(x, t, of_sums, weight=None, **options):

@@ -13,7 +13,7 @@ import pytest
 
 from dice_op import core
 from helpers import reference
-from helpers.kernel_inputs import FORMATS, NAMES, in_format, make, renamed
+from helpers.kernel_inputs import FORMATS, NAMES, REGIONS, in_format, make, renamed
 
 # (N, V, C): which part of the CPU path a shape reaches
 REGIMES = {
@@ -158,9 +158,6 @@ def test_scores_of_nan():
     ones = np.ones((1, 2), np.float32)
     with pytest.raises(ValueError, match="has no gradient"):
         core.gradient(x, y, activation="argmax", d_intersection=ones, d_pred_sum=ones)
-
-
-REGIONS = [(1, 2, 3), (2, 3), (3,), (0, 4)]
 
 
 @pytest.mark.parametrize("data_format", FORMATS)

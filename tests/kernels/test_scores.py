@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from dice_op import core
+from helpers.kernel_inputs import REGIONS
 
 # Voxels of a sample: within one chunk, over one, over one task (of 2^20) and no multiple of a chunk
 SIZES = {"one": (1,), "a chunk and one": (5, 5, 41), "two tasks": (2**20 + 333,)}
-REGIONS = [(1, 2, 3), (2, 3), (3,), (0, 4)]
 
 
 def maps(size, values, blobs, seed=0):

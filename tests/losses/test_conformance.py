@@ -20,6 +20,7 @@ from helpers.peers import (
     W,
     assert_conforms,
     hot,
+    keras_tversky,
     kornia_loss,
     mri_loss,
     nnunet_loss,
@@ -179,22 +180,20 @@ def test_keras_dice(volume_name):
 @pytest.mark.parametrize("volume_name", VOLUMES)
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_keras_tversky(activation, volume_name):
-    """Until Keras 3.15 its alpha weighs the false negatives, against its own documentation.
+    """The alpha of `keras_tversky` weighs the false negatives, ours the false positives.
 
     With a softmax there are as many false positives as false negatives once all classes are added
-    up, so that the exchange changes nothing; with sigmoids it does.
+    up, so that exchanging them would change nothing; with sigmoids it would.
     """
     x, y = volume(volume_name)
-    exchanged = tuple(map(int, keras.__version__.split(".")[:2])) < (3, 16)
-    theirs = keras.losses.Tversky(alpha=0.2, beta=0.8, dtype="float64")
-    alpha, beta = (0.8, 0.2) if exchanged else (0.2, 0.8)
+    theirs = keras_tversky(alpha=0.2, beta=0.8)
     exact = {"average": "micro", "batch": True, "smooth_nr": 0, "smooth_dr": 1e-7}
 
     def keras_loss(y, x):
         p = getattr(tf.nn, activation)(x)
         return theirs(tf.one_hot(y, CLASSES, dtype=tf.float64), p)
 
-    ours = losses.TverskyLoss(activation=activation, alpha=alpha, beta=beta, **exact)
+    ours = losses.TverskyLoss(activation=activation, alpha=0.8, beta=0.2, **exact)
     assert_conforms(of_ours(ours, x, y), of_keras(keras_loss, x, y))
 
 

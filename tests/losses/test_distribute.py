@@ -13,6 +13,7 @@ import tensorflow as tf
 import dice_op
 from dice_op import formulas
 from helpers import reference
+from helpers.tape import value_and_gradient
 
 # Trains under a strategy and prints losses, the metric and the trained weights. One half of each
 # batch lacks a class: the batch's Dice is not the mean of the halves'.
@@ -181,22 +182,20 @@ def test_sums_of_patches_add_up(axis):
     x = tf.constant(rng.normal(size=(2, 12, 10, 8, 3)), tf.float32)
     y = tf.constant(rng.integers(0, 3, size=x.shape[:-1]), tf.uint8)
     loss = dice_op.losses.DiceLoss()
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        whole = loss(y, x)
-    gradient = tape.gradient(whole, x)
+    whole, gradient = value_and_gradient(lambda x: loss(y, x), x)
 
     parts = [
         (tf.gather(x, at, axis=axis), tf.gather(y, at, axis=axis)) for at in ([0, 1, 2], [5, 4])
     ]
     rest = [i for i in range(x.shape[axis]) if i not in (0, 1, 2, 5, 4)]
     parts.append((tf.gather(x, rest, axis=axis), tf.gather(y, rest, axis=axis)))
-    with tf.GradientTape() as tape:
-        tape.watch([p for p, _ in parts])
-        sums = [dice_op.dice_sums(q, p, activation="softmax") for p, q in parts]
-        value = tf.reduce_mean(loss.from_sums(formulas.added(sums)))
+
+    def of_patches(logits):
+        each = zip(logits, [labels for _, labels in parts], strict=True)
+        sums = [dice_op.dice_sums(q, p, activation="softmax") for p, q in each]
+        return tf.reduce_mean(loss.from_sums(formulas.added(sums)))
+
+    value, gradients = value_and_gradient(of_patches, [logits for logits, _ in parts])
     np.testing.assert_allclose(value, whole, rtol=1e-6)
-    for got, at in zip(
-        tape.gradient(value, [p for p, _ in parts]), ([0, 1, 2], [5, 4], rest), strict=True
-    ):
+    for got, at in zip(gradients, ([0, 1, 2], [5, 4], rest), strict=True):
         reference.assert_gradient(got, tf.gather(gradient, at, axis=axis), 1e-6)

@@ -9,6 +9,7 @@ import tensorflow as tf
 from dice_op import dice_sums, losses, metrics
 from dice_op.losses import DiceCELoss, DiceLoss
 from helpers import reference
+from helpers.tape import value_and_gradient
 
 CLASSES = 3
 SHAPES = {"a signal": (4, 7), "an image": (4, 6, 5), "a volume": (4, 3, 4, 5)}  # [N, spatial...]
@@ -21,15 +22,11 @@ def make(shape, seed=0):
     return x, rng.integers(0, CLASSES, shape).astype(np.uint8)
 
 
-def flat(x):
-    return x.reshape(len(x), -1, CLASSES)
-
-
 def expected_losses(x, y, weight=None, lambda_dice=1.0, lambda_ce=1.0):
     """Dice and cross-entropy of each sample, in float64."""
     t = reference.one_hot(y.reshape(len(y), -1), CLASSES)
     m = np.ones(t.shape[:2]) if weight is None else np.asarray(weight, float).reshape(len(y), -1)
-    i, p, t_sum, ce = reference.sums(flat(x), t, m, activation="softmax")
+    i, p, t_sum, ce = reference.sums(reference.flat(x), t, m, activation="softmax")
     total = m.sum(1)
     ce = np.divide(ce.sum(1), total, out=np.zeros(len(y)), where=total > 0)
     return lambda_dice * reference.dice_losses(i, p, t_sum).mean(1) + lambda_ce * ce
@@ -69,8 +66,8 @@ def test_the_cross_entropy_of_masked_steps_is_that_of_keras(lengths, batch, jit_
     ours = masking_model(DiceCELoss(lambda_dice=0, batch=batch), jit_compile)
     theirs = masking_model(keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     logits = ours.predict_on_batch(x)
-    shifted = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    by_hand = -np.take_along_axis(shifted, y[..., None], -1)[steps].mean()
+    log_p = reference.log_softmax(logits.astype(np.float64))
+    by_hand = -np.take_along_axis(log_p, y[..., None], -1)[steps].mean()
     for model in (ours, theirs):
         assert_close(model.evaluate(x, y, verbose=0), by_hand)
         model.train_on_batch(x, y)
@@ -128,9 +125,8 @@ def test_a_metric_leaves_masked_steps_out(over, jit_compile):
     labels = np.eye(CLASSES, dtype=np.float32)[y]
     found = model.evaluate(x, labels, verbose=0, return_dict=True)["dice_score"]
     hard = model.predict_on_batch(x).argmax(-1)
-    one_hot = [a[..., None] == np.arange(CLASSES) for a in (hard, y)]
-    p, t = (np.where(steps[..., None], a, False) for a in one_hot)
-    i, p, t = (a.sum(1).astype(float) for a in (p & t, p, t))
+    p, t = (steps[..., None] * reference.one_hot(a, CLASSES) for a in (hard, y))
+    i, p, t = (a.sum(1) for a in (p * t, p, t))
     if over == "dataset":
         i, p, t = (a.sum(0, keepdims=True) for a in (i, p, t))
     else:  # the sample of which nothing is left counts for nothing
@@ -340,7 +336,7 @@ class Constant(losses.SumsLoss):
 @pytest.mark.parametrize("dtype", ["uint8", "int64"])
 def test_a_subclass_gets_labels_and_predictions_as_keras_has_them(dtype):
     x, y = make((4, 6, 5))
-    wanted = ((np.eye(CLASSES)[y] - x) ** 2).mean((1, 2, 3))
+    wanted = ((reference.one_hot(y, CLASSES) - x) ** 2).mean((1, 2, 3))
     weight = np.arange(4.0)
     assert_close(MeanSquaredError()(y.astype(dtype), x, weight), (wanted * weight).mean())
     assert_close(MeanSquaredError()(y.astype(dtype), tf.cast(x, tf.float64)), wanted.mean())
@@ -503,13 +499,13 @@ def test_gradients_of_weights_where_the_channels_of_one_hot_labels_are_unknown()
 
     @tf.function(input_signature=[tf.TensorSpec([None] * 4), tf.TensorSpec([None] * 3)])
     def gradient(labels, weight):
-        with tf.GradientTape() as tape:
-            tape.watch(weight)
+        def total(weight):
             sums = dice_sums(labels, tf.constant(x), activation="softmax", voxel_weight=weight)
-            total = tf.reduce_sum(sums.intersection)
-        return tape.gradient(total, weight)
+            return tf.reduce_sum(sums.intersection)
 
-    p = np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+        return value_and_gradient(total, weight)[1]
+
+    p = reference.softmax(x.astype(np.float64))
     found = gradient(np.eye(CLASSES, dtype=np.float32)[y], tf.ones([2, 4, 4]))
     wanted = np.take_along_axis(p, y[..., None], -1)[..., 0]
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
@@ -537,7 +533,7 @@ def test_options_keep_the_digits_of_a_double(way, activation):
     x, y = make((4, 50))
     x = x.astype(np.float64)
     if activation == "none":
-        x = np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+        x = reference.softmax(x)
         x[0, 0] = 0, 0.5, 0.5  # at the floor of the cross-entropy
     options = {"label_smoothing": 0.1, "focal_gamma": 1.7}
     coefficients = np.random.default_rng(0).normal(size=(3, 4, CLASSES))

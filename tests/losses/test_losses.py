@@ -9,6 +9,8 @@ import dice_op
 from dice_op import losses
 from dice_op.losses import DiceLoss, GeneralizedDiceLoss, TverskyLoss
 from helpers import reference
+from helpers.reference import dice_losses, flat, mean_dice
+from helpers.tape import value_and_gradient
 
 SHAPE = (3, 6, 5, 4, 3)  # [N, D, H, W, C]
 
@@ -20,14 +22,6 @@ def make(classes=3, dtype="float32", seed=0):
     y = rng.integers(0, max(classes, 2), size=SHAPE[:-1]).astype(np.uint8)
     y[-1][y[-1] == max(classes, 2) - 1] = 0
     return x.astype(dtype), y
-
-
-def flat(a):
-    return a.reshape(a.shape[0], -1, a.shape[-1])
-
-
-def per_class(i, p, t, nr=1e-5, dr=1e-5):
-    return 1 - (2 * i + nr) / (p + t + dr)
 
 
 def jaccard(i, p, t, nr=1e-5, dr=1e-5):
@@ -45,39 +39,39 @@ def over_batch(*sums):
 W = np.array([0.1, 2.0, 5.0])
 # What people write in NumPy, next to the arguments that ask for it. I, P, T: [N, C].
 FORMS = {
-    "multi-class": ({}, lambda *s: per_class(*s).mean()),
+    "multi-class": ({}, mean_dice),
     "class-weighted": (
         dict(class_weight=list(W)),
-        lambda *s: (W * per_class(*s)).sum(1).mean(),
+        lambda *s: (W * dice_losses(*s)).sum(1).mean(),
     ),
     "binary, jointly": (
         dict(activation="sigmoid", average="micro"),
-        lambda *s: per_class(*over_classes(*s)).mean(),
+        lambda *s: dice_losses(*over_classes(*s)).mean(),
     ),
     "binary, one tensor": (
         dict(activation="sigmoid", average="micro", batch=True),
-        lambda *s: per_class(*over_batch(*over_classes(*s))).mean(),
+        lambda *s: dice_losses(*over_batch(*over_classes(*s))).mean(),
     ),
     "no background": (
         dict(include_background=False),
-        lambda *s: per_class(*s)[:, 1:].mean(),
+        lambda *s: dice_losses(*s)[:, 1:].mean(),
     ),
     "no background, weighted": (
         dict(include_background=False, class_weight=[1, 3]),
-        lambda *s: (np.array([1, 3]) * per_class(*s)[:, 1:]).sum(1).mean(),
+        lambda *s: (np.array([1, 3]) * dice_losses(*s)[:, 1:]).sum(1).mean(),
     ),
     "weighted sums": (
         dict(average="micro", class_weight=list(W)),
-        lambda *s: per_class(*over_classes(*(W * v for v in s))).mean(),
+        lambda *s: dice_losses(*over_classes(*(W * v for v in s))).mean(),
     ),
-    "squared": (dict(squared_pred=True), lambda *s: per_class(*s).mean()),
+    "squared": (dict(squared_pred=True), mean_dice),
     "jaccard": (dict(jaccard=True), lambda *s: jaccard(*s).mean()),
-    "batch": (dict(batch=True), lambda *s: per_class(*over_batch(*s)).mean()),
+    "batch": (dict(batch=True), lambda *s: dice_losses(*over_batch(*s)).mean()),
     "smoothing": (
         dict(smooth_nr=1.0, smooth_dr=3.0),
-        lambda *s: per_class(*s, nr=1.0, dr=3.0).mean(),
+        lambda *s: dice_losses(*s, smooth_nr=1.0, smooth_dr=3.0).mean(),
     ),
-    "probabilities": (dict(activation="none"), lambda *s: per_class(*s).mean()),
+    "probabilities": (dict(activation="none"), mean_dice),
 }
 
 
@@ -107,11 +101,9 @@ def test_forms(form, data_format, labels):
         y = np.moveaxis(y, -1, 1) if y.ndim == x.ndim else y
     x = tf.constant(x)
     loss = DiceLoss(**arguments, data_format=data_format)
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        value = loss(y, x)
+    value, found = value_and_gradient(lambda x: loss(y, x), x)
     assert abs(float(value) - expected) <= 1e-6
-    reference.assert_gradient(tape.gradient(value, x), gradient)
+    reference.assert_gradient(found, gradient)
 
     @tf.function(input_signature=[tf.TensorSpec([None] * 5, x.dtype)])
     def compiled(x):
@@ -150,21 +142,21 @@ FAMILY = {
     ),
     "log Dice": (
         DiceLoss(transform="log", absent="skip"),
-        lambda i, p, t: of_present(-np.log(1 - per_class(i, p, t)), t, False),
+        lambda i, p, t: of_present(-np.log(1 - dice_losses(i, p, t)), t, False),
     ),
     "log-cosh Dice": (
         DiceLoss(transform="log_cosh"),
-        lambda *s: np.log(np.cosh(per_class(*s))).mean(),
+        lambda *s: np.log(np.cosh(dice_losses(*s))).mean(),
     ),
     "absent skipped": (
         DiceLoss(absent="skip"),
-        lambda i, p, t: of_present(per_class(i, p, t), t, False),
+        lambda i, p, t: of_present(dice_losses(i, p, t), t, False),
     ),
     "absent scores one": (
         DiceLoss(absent="one"),
-        lambda i, p, t: of_present(per_class(i, p, t), t, True),
+        lambda i, p, t: of_present(dice_losses(i, p, t), t, True),
     ),
-    "a loss per class": (DiceLoss(average="none"), lambda *s: per_class(*s).mean()),
+    "a loss per class": (DiceLoss(average="none"), mean_dice),
     "generalized": (GeneralizedDiceLoss(), lambda *s: generalized(*s, 2).mean()),
     "generalized, simple": (
         GeneralizedDiceLoss(weight_type="simple", smooth_nr=0.5, smooth_dr=0.5),
@@ -186,11 +178,9 @@ def test_family(name):
         flat(x), flat(t), of_sums, activation="softmax"
     )
     x = tf.constant(x)
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        value = loss(y, x)
+    value, found = value_and_gradient(lambda x: loss(y, x), x)
     assert abs(float(value) - expected) <= 1e-6
-    reference.assert_gradient(tape.gradient(value, x), gradient.reshape(x.shape))
+    reference.assert_gradient(found, gradient.reshape(x.shape))
 
 
 ALL = {
@@ -258,14 +248,12 @@ def test_ignore_label():
     t = reference.one_hot(y, 3)
     counts = (y != 255).astype(float).reshape(3, -1)
     expected, gradient = reference.loss_and_gradient(
-        flat(x), flat(t), lambda *s: per_class(*s).mean(), counts, activation="softmax"
+        flat(x), flat(t), mean_dice, counts, activation="softmax"
     )
     x = tf.constant(x)
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        value = DiceLoss(ignore_label=255)(y, x)
+    value, found = value_and_gradient(lambda x: DiceLoss(ignore_label=255)(y, x), x)
     assert abs(float(value) - expected) <= 1e-6
-    reference.assert_gradient(tape.gradient(value, x), gradient.reshape(x.shape))
+    reference.assert_gradient(found, gradient.reshape(x.shape))
 
 
 def test_equals_keras_dice():
@@ -293,7 +281,7 @@ def test_sample_weight():
     expected, gradient = reference.loss_and_gradient(
         flat(x),
         flat(t),
-        lambda *s: per_class(*s).mean(),
+        mean_dice,
         voxels.reshape(3, -1),
         activation="softmax",
     )
@@ -306,11 +294,9 @@ def test_sample_weight():
     np.testing.assert_allclose(of_unknown_shapes(x, weight), loss(y, x, weight), rtol=1e-6)
     np.testing.assert_allclose(of_unknown_shapes(x, voxels), loss(y, x, voxels), rtol=1e-6)
     for given in (voxels, voxels[..., None], voxels.astype(np.uint8)):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            value = loss(y, x, given)
+        value, found = value_and_gradient(lambda x, given=given: loss(y, x, given), x)
         assert abs(float(value) - expected) <= 1e-6
-        reference.assert_gradient(tape.gradient(value, x), gradient.reshape(x.shape))
+        reference.assert_gradient(found, gradient.reshape(x.shape))
 
 
 def test_sample_weight_with_batch():
@@ -320,17 +306,17 @@ def test_sample_weight_with_batch():
     expected, gradient = reference.loss_and_gradient(
         flat(x),
         flat(reference.one_hot(y, 3)),
-        lambda *s: per_class(*over_batch(*s)).mean(),
+        lambda *s: dice_losses(*over_batch(*s)).mean(),
         np.repeat(weight[:, None], y[0].size, axis=1),
         activation="softmax",
     )
     x = tf.constant(x)
     for given in (weight, weight[:, None]):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            value = DiceLoss(batch=True)(y, x, given)
+        value, found = value_and_gradient(
+            lambda x, given=given: DiceLoss(batch=True)(y, x, given), x
+        )
         assert abs(float(value) - expected) <= 1e-6
-        reference.assert_gradient(tape.gradient(value, x), gradient.reshape(x.shape))
+        reference.assert_gradient(found, gradient.reshape(x.shape))
 
 
 @pytest.fixture
@@ -609,11 +595,9 @@ def test_generalized_dice_of_a_large_volume():
 def test_log_dice_of_a_class_that_is_absent_keeps_its_gradient():
     x = tf.zeros((1, 60, 60, 60, 2))
     y = np.zeros((1, 60, 60, 60), np.uint8)
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        value = DiceLoss(transform="log", average="none")(y, x)
-    gradient = tape.gradient(value, x).numpy()
-    assert np.isfinite(value) and (gradient[..., 1] > 1e-7).all()
+    loss = DiceLoss(transform="log", average="none")
+    value, gradient = value_and_gradient(lambda x: loss(y, x), x)
+    assert np.isfinite(value) and (gradient.numpy()[..., 1] > 1e-7).all()
 
 
 @pytest.mark.parametrize(
