@@ -159,14 +159,3 @@ def test_errors_say_what_is_wrong(run_python):
     assert len(said) == len(says)
     for line, words in zip(said, says, strict=True):
         assert words in line
-
-
-def test_workspace_sizes_are_checked():
-    from dice_op import core
-
-    assert core.ffi_workspace("cpu", 1, 10**10, 120) > 0
-    for sizes in [(-1, 2, 3), (1, -2, 3), (1, 2, -3), (1, 2**62, 2**40)]:
-        with pytest.raises(ValueError, match="at least 0"):
-            core.ffi_workspace("cpu", *sizes)
-    with pytest.raises(ValueError, match="no kernels for XLA's platform TPU"):
-        core.ffi_workspace("TPU", 1, 2, 3)

@@ -562,6 +562,15 @@ def test_shapes_that_only_the_data_tells():
     assert_close([jit(as_advised)(x, y)], [of_some_samples(x, y)])
 
 
+def test_workspace_sizes_are_checked():
+    assert core.ffi_workspace("cpu", 1, 10**10, 120) > 0
+    for sizes in [(-1, 2, 3), (1, -2, 3), (1, 2, -3), (1, 2**62, 2**40)]:
+        with pytest.raises(ValueError, match="at least 0"):
+            core.ffi_workspace("cpu", *sizes)
+    with pytest.raises(ValueError, match="no kernels for XLA's platform TPU"):
+        core.ffi_workspace("TPU", 1, 2, 3)
+
+
 def test_a_locale_with_a_decimal_comma(tmp_path, run_python):
     """XLA's attributes are text."""
     if shutil.which("localedef"):

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dice_op import dice_sums, losses, metrics
+from dice_op import losses, metrics
 from dice_op.losses import DiceCELoss, DiceLoss
 from helpers import reference
-from helpers.tape import value_and_gradient
 
 CLASSES = 3
 SHAPES = {"a signal": (4, 7), "an image": (4, 6, 5), "a volume": (4, 3, 4, 5)}  # [N, spatial...]
@@ -494,23 +493,6 @@ def test_labels_of_unknown_channels_that_may_be_soft_are_refused():
         tf.function(loss, input_signature=spec).get_concrete_function()
 
 
-def test_gradients_of_weights_where_the_channels_of_one_hot_labels_are_unknown():
-    x, y = make((2, 4, 4))
-
-    @tf.function(input_signature=[tf.TensorSpec([None] * 4), tf.TensorSpec([None] * 3)])
-    def gradient(labels, weight):
-        def total(weight):
-            sums = dice_sums(labels, tf.constant(x), activation="softmax", voxel_weight=weight)
-            return tf.reduce_sum(sums.intersection)
-
-        return value_and_gradient(total, weight)[1]
-
-    p = reference.softmax(x.astype(np.float64))
-    found = gradient(np.eye(CLASSES, dtype=np.float32)[y], tf.ones([2, 4, 4]))
-    wanted = np.take_along_axis(p, y[..., None], -1)[..., 0]
-    np.testing.assert_allclose(found, wanted, rtol=1e-5)
-
-
 def test_labels_that_may_be_soft_are_still_refused():
     x, y = make((1, 4, 4))
     one_hot = np.eye(CLASSES, dtype=np.float32)[y]
@@ -523,74 +505,6 @@ def test_labels_that_may_be_soft_are_still_refused():
     DiceCELoss(activation="sigmoid", **options)(y == 1, x[..., :1])
 
 
-# --- numbers in double precision ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
-@pytest.mark.parametrize("way", ["eager", "function", "XLA"])
-def test_options_keep_the_digits_of_a_double(way, activation):
-    """An attribute of an op is a float: 0.1 would be 1.5e-9 off."""
-    x, y = make((4, 50))
-    x = x.astype(np.float64)
-    if activation == "none":
-        x = reference.softmax(x)
-        x[0, 0] = 0, 0.5, 0.5  # at the floor of the cross-entropy
-    options = {"label_smoothing": 0.1, "focal_gamma": 1.7}
-    coefficients = np.random.default_rng(0).normal(size=(3, 4, CLASSES))
-
-    def of_logits(logits):
-        with tf.GradientTape(persistent=True) as tape:
-            tape.watch(logits)
-            with tf.GradientTape() as inner:
-                inner.watch(logits)
-                sums = dice_sums(y, logits, activation=activation, cross_entropy=True, **options)
-                chosen = (sums.intersection, sums.pred_sum, sums.cross_entropy)
-                total = tf.add_n(
-                    [tf.reduce_sum(a * b) for a, b in zip(chosen, coefficients, strict=True)]
-                )
-            gradient = inner.gradient(total, logits)
-            square = tf.reduce_sum(gradient**2)
-        return sums[:4], gradient, tape.gradient(square, logits)
-
-    if way != "eager":
-        of_logits = tf.function(of_logits, jit_compile=way == "XLA")
-    sums, gradient, second = of_logits(tf.constant(x))
-    t = reference.one_hot(y, CLASSES)
-    given = {"activation": activation, "smoothing": 0.1, "gamma": 1.7}
-    for actual, wanted in zip(sums, reference.sums(x, t, **given), strict=True):
-        assert reference.relative_error(actual, wanted) <= 1e-14
-    wanted = reference.gradient(x, t, coefficients, **given)
-    assert reference.gradient_error(gradient, wanted) <= 1e-13
-    # Of |gradient|^2, by central differences of the reference's own gradient along it.
-    step = 1e-6 * wanted / np.linalg.norm(wanted)
-    ahead, behind = (reference.gradient(x + s, t, coefficients, **given) for s in (step, -step))
-    along = (np.sum(ahead**2) - np.sum(behind**2)) / 2
-    if activation != "none":  # no derivative at the floor
-        assert abs(np.sum(second * step) - along) <= 1e-6 * abs(along)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("prediction", ["argmax", "threshold"])
-def test_weights_that_are_fractions_are_counted_in_double(prediction, dtype):
-    x, y = make((2, 4000))
-    x = x.astype(dtype)
-    weight = np.random.default_rng(0).random((2, 4000))
-    sums = dice_sums(y, x, activation=prediction, voxel_weight=weight, threshold=0.1)
-    t = reference.one_hot(y, CLASSES)
-    given = {"activation": prediction, "threshold": 0.1}
-    wanted = reference.sums(x, t, weight, **given)
-    for actual, expected in zip(sums[:3], wanted[:3], strict=True):
-        assert reference.relative_error(actual, expected) <= 1e-14
-    assert reference.relative_error(sums.weight_sum, weight.sum(1)) <= 1e-14
-
-
-def test_a_threshold_is_not_rounded():
-    """Voxels whose float64 prediction is the threshold itself are not above it."""
-    x = np.array([0.1, np.nextafter(0.1, 1), np.nextafter(0.1, 0)]).reshape(1, 3, 1)
-    sums = dice_sums(np.ones((1, 3), np.uint8), x, activation="threshold", threshold=0.1)
-    assert float(sums.pred_sum[0, 0]) == 1
-
-
 @pytest.mark.parametrize("weight", [None, "uint8", "int32", "float32", "float64"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_weights_of_1_change_nothing_at_the_threshold(dtype, weight):
@@ -600,24 +514,6 @@ def test_weights_of_1_change_nothing_at_the_threshold(dtype, weight):
     score = metrics.DiceScore(prediction="threshold", threshold=0.3, from_logits=False)
     score.update_state(np.array([[1, 1, 0, 1]]), x, ones)
     assert_close(score.result(), 0.5)
-
-
-@pytest.mark.parametrize("dtype", ["int32", "int64"])
-def test_large_weights_are_counted_exactly(dtype):
-    x, y = make((2, 4000))
-    weight = np.random.default_rng(0).integers(2**20, 2**30, (2, 4000)).astype(dtype)
-    sums = dice_sums(y, x, activation="argmax", voxel_weight=weight)
-    np.testing.assert_array_equal(sums.weight_sum, weight.sum(1))
-
-
-def test_options_may_be_numbers_of_numpy_and_stay_as_they_are():
-    x, y = make((2, 50))
-    smoothing = np.array(0.1)
-    given = {"activation": "softmax", "cross_entropy": True}
-    found = dice_sums(y, x, label_smoothing=smoothing, focal_gamma=np.float32(2), **given)
-    wanted = dice_sums(y, x, label_smoothing=0.1, focal_gamma=2, **given)
-    np.testing.assert_array_equal(found.cross_entropy, wanted.cross_entropy)
-    assert smoothing == 0.1
 
 
 # --- predictions that are no probabilities --------------------------------------------------------
