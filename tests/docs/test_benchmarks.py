@@ -26,7 +26,7 @@ def test_what_is_written_is_what_was_measured(record):
     assert RECORD.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_record_is_of_a_commit_and_whole(record):
+def test_the_record_is_complete_and_was_made_from_a_commit(record):
     assert not record["machine"]["changed"], "measure what is committed"
     names = {r["name"] for r in record["results"]}
     assert set(report.README_CASES) <= names and len(names) > 20

@@ -7,7 +7,7 @@ from helpers.paths import EXAMPLES
 from helpers.processes import output_of
 
 
-def test_quick_demo(tmp_path):
+def test_the_quick_demo_runs_and_writes_what_it_promises(tmp_path):
     demo = [sys.executable, EXAMPLES / "brain_segmentation.py", "--quick", "--output", tmp_path]
     printed = output_of(*demo)
     assert (tmp_path / "brain.png").read_bytes().startswith(b"\x89PNG")

@@ -9,7 +9,7 @@ from dice_op.metrics import DiceScore
 from helpers.paths import DOCS
 
 
-def test_the_score_from_those_of_numpy_as_the_docs_have_it():
+def test_the_code_that_averages_scores_gives_what_the_metric_gives():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, (3, 6, 5)).astype(np.uint8)
     labels[0][labels[0] == 3] = 0  # predicted, but not labelled

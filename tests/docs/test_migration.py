@@ -337,7 +337,9 @@ EQUAL = {
         "`DiceLoss(per_image=False)`, smooth 1e-5": [Case("{}", by_torch(sm_loss))],
         "`DiceLoss(per_image=True)`": [Case("{}", by_torch(sm_loss, per_image=True))],
         "`JaccardLoss()`": [Case("{}", by_torch(sm_loss, jaccard=True))],
-        "`class_weights=w`": [  # of mean 1; others: test_weights_of_segmentation_models
+        # Weights whose mean is 1. For other weights there is
+        # test_class_weights_of_segmentation_models_add_a_constant.
+        "`class_weights=w`": [
             Case(
                 "DiceLoss({}, batch=batch)",
                 by_torch(sm_loss, weights=w, per_image=not batch),
@@ -495,7 +497,7 @@ def operation_by_operation():
     ],
 )
 @runs(*(row for row, _ in FORMS.values()))
-def test_rows_that_say_equal(form, volume_name):
+def test_rows_marked_as_equal_are_equal(form, volume_name):
     row, case = FORMS[form]
     dtype, labels, data_format, channel = SETTINGS[volume_name]
     x, y = volume(volume_name, case.classes)
@@ -540,7 +542,7 @@ def a_mask(y):
 @pytest.mark.parametrize("volume_name", SOME)
 @pytest.mark.parametrize("batch", [False, True])
 @runs(in_monai('`reduction="none"`'))
-def test_monai_without_reduction(batch, volume_name):
+def test_monai_dice_without_reduction_is_equal(batch, volume_name):
     x, y = volume(volume_name)
     row = in_monai('`reduction="none"`')
     ours = written(row, "DiceLoss({}, batch=batch)", batch=batch)
@@ -566,7 +568,7 @@ def of_masked(loss, x, y, mask):
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("batch", [False, True])
 @runs(in_monai("`MaskedDiceLoss(softmax=True)` of one-hot labels"))
-def test_monai_masked_dice(batch, activation, volume_name):
+def test_monai_masked_dice_of_one_hot_labels_is_equal(batch, activation, volume_name):
     x, y = volume(volume_name)
     mask = a_mask(y)
     ours = written(in_monai("`MaskedDiceLoss(softmax=True)` of one-hot labels"), "{0}")
@@ -718,7 +720,7 @@ def test_monai_focal_loss_beside_a_softmax_differs(batch, volume_name):
 @pytest.mark.parametrize("volume_name", SOME)
 @pytest.mark.parametrize("batch", [False, True])
 @runs(in_monai("`DiceFocalLoss(sigmoid=True, include_background=False)`"))
-def test_monai_focal_loss_without_background(batch, volume_name):
+def test_monai_focal_loss_without_background_is_equal(batch, volume_name):
     """Without the row's weights all classes are in the focal term."""
     x, y = volume(volume_name)
     row = in_monai("`DiceFocalLoss(sigmoid=True, include_background=False)`")
@@ -769,7 +771,7 @@ def test_monai_metric_differs_where_classes_are_absent(background):
 @pytest.mark.parametrize("volume_name", SOME)
 @pytest.mark.parametrize("background", [False, True])
 @runs(in_monai("`DiceMetric(ignore_empty=False)`"))
-def test_monai_metric_with_empty_labels(background, volume_name):
+def test_monai_metric_that_counts_empty_labels_is_equal(background, volume_name):
     x, y = volume(volume_name)
     score = written(in_monai("`DiceMetric(ignore_empty=False)`"))
     theirs = monai_score(x, y, ignore_empty=False, include_background=background)
@@ -829,7 +831,7 @@ def test_nnunet_adds_the_cross_entropy_of_regions_up_where_a_label_is_ignored():
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("batch_size", [2, 4])
 @runs(in_nnunet("batch Dice gathered over GPUs (`AllGatherGrad`)"))
-def test_nnunet_batch_dice_of_two_gpus(batch_size, ignored):
+def test_nnunet_batch_dice_of_two_gpus_is_that_of_the_whole_batch(batch_size, ignored):
     """Two halves of a batch as two GPUs: Dice of all, the mean of the two cross-entropies.
 
     That a strategy's replicas are one batch is tests/losses/test_distribute.py's.
@@ -875,7 +877,7 @@ def test_keras_losses_are_1_where_labels_and_probabilities_are_0(shape, dtype):
 @pytest.mark.parametrize("volume_name", SOME)
 @pytest.mark.parametrize("batch", [False, True])
 @runs(in_sm("`class_weights=w`"))
-def test_weights_of_segmentation_models(batch, volume_name):
+def test_class_weights_of_segmentation_models_add_a_constant(batch, volume_name):
     """Of another mean than 1: ours is larger by that mean minus 1, and the gradient the same."""
     x, y = volume(volume_name)
     ours = written(in_sm("`class_weights=w`"), "DiceLoss({}, batch=batch)", w=W, batch=batch)
@@ -916,7 +918,7 @@ OF_PROBABILITIES = {
 @pytest.mark.parametrize("volume_name", SOME)
 @pytest.mark.parametrize("name", OF_PROBABILITIES)
 @runs()
-def test_of_probabilities(name, volume_name):
+def test_losses_of_probabilities_are_equal(name, volume_name):
     """activation="none" for models that end in a softmax: the gradient is the probabilities'."""
     row, theirs = OF_PROBABILITIES[name]
     x, y = volume(volume_name)
@@ -926,7 +928,7 @@ def test_of_probabilities(name, volume_name):
 
 @pytest.mark.parametrize("volume_name", SOME)
 @runs(in_smp('`DiceLoss("multiclass", log_loss=True)`'))
-def test_smallest_score_of_smp(volume_name):
+def test_smp_raises_smaller_scores_to_1e_7_before_the_logarithm(volume_name):
     """smp takes the logarithm of 1e-7 for every smaller score, which then has no gradient."""
     x, y = volume(volume_name)
     x[..., 1] -= 50
@@ -967,7 +969,7 @@ def test_gamma_of_smp_differs(gamma, volume_name):
     in_kornia('`DiceLoss(average="macro", eps=1e-8)`'),
     in_kornia("`TverskyLoss(alpha=a, beta=b, eps=1e-8)`"),
 )
-def test_kornia_by_hand():
+def test_kornia_losses_are_what_a_calculation_by_hand_gives():
     """Four pixels labelled 0, 0, 1, 1, each with p = 1/2, 1/4, 1/4: class 2 is absent.
 
     TP, FP, FN are 1, 1, 1 of class 0 and 1/2, 1/2, 3/2 of class 1. kornia 0.9 takes the mean of
@@ -994,7 +996,7 @@ def test_kornia_by_hand():
 
 @pytest.mark.parametrize("ignored", [-1, 9, 2])
 @runs(in_kornia("`ignore_index=k`"))
-def test_a_sample_that_kornia_ignores_as_a_whole(ignored):
+def test_a_sample_that_is_ignored_as_a_whole_is_1_in_kornia(ignored):
     """Its mean over no class is 1, ours 0; where all classes are added up both are 1."""
     x, y = volume("random")
     y = with_ignored(y, ignored)
@@ -1013,7 +1015,7 @@ def test_a_sample_that_kornia_ignores_as_a_whole(ignored):
 @pytest.mark.parametrize("gamma", [0.25, 0.75])
 @pytest.mark.parametrize("volume_name", SOME)
 @runs()
-def test_exponent_of_monai_unified_focal_loss(volume_name, gamma):
+def test_monai_unified_focal_loss_has_an_exponent_for_the_foreground_alone(volume_name, gamma):
     """Its foreground is our loss with gamma = 1 - its gamma; its background has no exponent."""
     x, y = volume(volume_name, 2)
     theirs = unified_focal_loss.AsymmetricFocalTverskyLoss(
@@ -1046,7 +1048,7 @@ STOPS = (
 
 @pytest.mark.parametrize("case", STOPS)
 @runs(*map(of_stability, STOPS))
-def test_where_the_others_stop(case):
+def test_the_numbers_about_where_the_others_stop_are_right(case):
     """The row's numbers: the exact ones and ours to their last digit, the others' to 2 %."""
     exact, *cells = map(float, rows_of_page()[of_stability(case)])
     edge, kind, dtype, background = stability.CASES[case]
@@ -1065,7 +1067,7 @@ def test_where_the_others_stop(case):
 
 @pytest.mark.parametrize("size", SIZES)
 @runs(*map(of_stability, SIZES))
-def test_generalized_dice_of_large_volumes(size):
+def test_the_numbers_about_generalized_dice_of_large_volumes_are_right(size):
     """Both classes have V / 2 voxels: MONAI's loss is 8 / V / (8 / V + 1e-5)."""
     ours, theirs = map(float, rows_of_page()[of_stability(size)])
     got = stability.generalized_dice(SIZES[size])
@@ -1078,8 +1080,8 @@ def test_generalized_dice_of_large_volumes(size):
 
 ELSEWHERE = {
     in_nnunet("`DeepSupervisionWrapper`, its weights"): [
-        "losses/test_deep_supervision.py::test_nnunets_weights",
-        "losses/test_deep_supervision.py::test_a_network_of_several_resolutions",
+        "losses/test_deep_supervision.py::test_the_default_weights_are_those_of_nnunet",
+        "losses/test_deep_supervision.py::test_a_network_of_several_resolutions_trains",
     ],
     in_nnunet("batch Dice gathered over GPUs (`AllGatherGrad`)"): [
         "losses/test_distribute.py::test_two_replicas_train_as_one_device",
@@ -1107,7 +1109,7 @@ def test_marks_say_what_the_tests_show():
             assert others == [mark], row
 
 
-def test_tests_elsewhere_are_there():
+def test_the_tests_named_in_other_files_exist():
     for file, test in (name.split("::") for tests in ELSEWHERE.values() for name in tests):
         tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
         assert test in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]

@@ -74,7 +74,7 @@ VALUES = """
 """
 
 
-def test_the_same_bits_as_on_numpy(run_python):
+def test_jax_gives_the_same_bits_as_numpy(run_python):
     """Those are held to the float64 reference by test_core."""
     assert run_python(SETUP + VALUES).splitlines() == ["False"]
 
@@ -95,7 +95,7 @@ DIFFERENTIATED = """
 """
 
 
-def test_a_loss_that_trains(run_python):
+def test_loss_and_gradient_are_those_of_plain_jax(run_python):
     errors = [float(line) for line in run_python(SETUP + DIFFERENTIATED).splitlines()]
     assert len(errors) == 3
     assert max(errors) <= 1e-12

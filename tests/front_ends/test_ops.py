@@ -63,7 +63,9 @@ def assert_jacobians(function, arguments, tolerance):
 @pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize("labels", LABELS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_compute_gradient(activation, labels, data_format, dtype):
+def test_first_and_second_order_gradients_agree_with_numeric_ones(
+    activation, labels, data_format, dtype
+):
     """First and second order, of all sums at once. The tolerance is the numeric derivative's."""
     x, y = make(labels, activation, data_format, dtype)
     tolerance = 5e-3 if dtype == "float32" else 1e-6
@@ -86,7 +88,7 @@ def test_compute_gradient(activation, labels, data_format, dtype):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("data_format", FORMATS)
-def test_gradients_of_dense_labels_and_weights(activation, data_format):
+def test_gradients_of_dense_labels_and_weights_agree_with_numeric_ones(activation, data_format):
     x, t = make("soft", activation, data_format, "float64")
     weight = tf.constant(np.random.default_rng(1).random((2, 3, 2)) + 0.5)
 
@@ -106,7 +108,7 @@ def test_gradients_of_dense_labels_and_weights(activation, data_format):
     assert_jacobians(total, [t, weight], 1e-6)
 
 
-def test_gradients_of_weights_where_the_channels_of_one_hot_labels_are_unknown():
+def test_weights_have_a_gradient_where_the_channels_of_one_hot_labels_are_unknown():
     x, y = volume((2, 4, 4))
 
     @tf.function(input_signature=[tf.TensorSpec([None] * 4), tf.TensorSpec([None] * 3)])
@@ -128,7 +130,7 @@ def test_gradients_of_weights_where_the_channels_of_one_hot_labels_are_unknown()
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("labels", LABELS)
 @pytest.mark.parametrize("classes", [1, 2, 4])
-def test_composite_is_the_same_function(classes, labels, activation):
+def test_composite_computes_what_the_kernels_compute(classes, labels, activation):
     """composite.py backs the rare derivatives: it must be the function that the kernels compute."""
     same = {"with_cross_entropy": True, "focal_gamma": 0.0, "label_smoothing": 0.0}
     same = {**same, "squared_pred": False, "ignore_label": [], "regions": []}
@@ -156,7 +158,7 @@ def test_composite_is_the_same_function(classes, labels, activation):
         assert_same(x, y, data_format, ignore_label=[1], with_cross_entropy=False)
 
 
-def test_forward_mode_persistent_tapes_and_jacobian():
+def test_forward_mode_persistent_tapes_and_jacobians_work():
     x, y = make("index uint8", "softmax", "channels_last", "float64")
 
     def pred_sum(x):
@@ -184,7 +186,7 @@ def textbook_loss(x, y, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_loss_against_float64(dtype):
+def test_loss_and_gradient_are_as_exact_as_their_type_allows(dtype):
     """float32: 1e-6 and 1e-5. Half types: at most twice the error that TensorFlow's own operations
     make in the same type, which bounds both rounding of the logits' gradient and of the sums."""
     rng = np.random.default_rng(0)
@@ -210,7 +212,7 @@ def test_loss_against_float64(dtype):
     )
 
 
-def test_half_logits_where_sums_pass_65504():
+def test_half_logits_work_where_sums_pass_65504():
     """160^3 voxels: a sum in half would be infinite. The loss scale is Keras' initial one."""
     rng = np.random.default_rng(0)
     shape = (1, 160, 160, 160)
@@ -236,7 +238,7 @@ def test_half_logits_where_sums_pass_65504():
     )
 
 
-def test_one_voxel_object_in_ten_million():
+def test_a_lesion_of_one_voxel_in_ten_million_has_the_right_gradient():
     """The lesion's own gradient is there, and the right one."""
     shape = (1, 216, 216, 216)
     y = np.zeros(shape, np.uint8)
@@ -256,7 +258,7 @@ def test_one_voxel_object_in_ten_million():
     )
 
 
-def test_empty_masks():
+def test_empty_masks_give_finite_losses_and_gradients():
     x = tf.constant(np.random.default_rng(0).normal(size=(2, 6, 6, 1)) - 30, tf.float32)
     empty = tf.zeros((2, 6, 6), tf.uint8)
     for smooth in (0.0, 1e-5):
@@ -269,7 +271,7 @@ def test_empty_masks():
     assert float(value) == 0 and not gradient.numpy().any()
 
 
-def test_zero_sized_batch():
+def test_a_batch_of_no_samples_has_loss_0():
     x = tf.zeros((0, 4, 4, 4, 3))
     y = tf.zeros((0, 4, 4, 4), tf.uint8)
     value, gradient = value_and_gradient(
@@ -279,7 +281,7 @@ def test_zero_sized_batch():
     assert tf.reduce_sum(value) == 0
 
 
-def test_the_same_bits_at_any_number_of_threads(run_python):
+def test_the_bits_are_the_same_at_any_number_of_threads(run_python):
     """Through TensorFlow's pool: one process per thread count."""
     code = """
         import hashlib, sys
@@ -339,7 +341,7 @@ MEMORY = """
 
 
 @pytest.mark.parametrize("function", ["given", "made_inside"])
-def test_peak_extra_memory(function, run_python):
+def test_the_gradient_is_the_only_extra_memory(function, run_python):
     """Beyond logits and labels: the gradient and nothing else. Where the logits are made inside the
     function and nobody else holds them, the gradient takes their memory: logits and gradient
     together need one buffer."""
@@ -350,7 +352,7 @@ def test_peak_extra_memory(function, run_python):
     assert 0.9 <= float(run_python(MEMORY.replace("{function}", function))) <= 1.05
 
 
-def test_graph_with_unknown_shapes():
+def test_graphs_work_with_unknown_shapes():
     @tf.function(
         input_signature=[
             tf.TensorSpec(None, tf.float32),
@@ -391,7 +393,7 @@ def test_graph_with_unknown_shapes():
         ((3, 4, 5), tf.uint8, r"labels \(y_true\) have shape \[3, 4, 5\]"),
     ],
 )
-def test_errors_before_anything_runs(shape, dtype, says, graph):
+def test_wrong_shapes_are_errors_before_anything_runs(shape, dtype, says, graph):
     def function():
         return dice_op.dice_sums(
             tf.zeros(shape, dtype), tf.zeros((2, 4, 5, 3)), activation="softmax"
@@ -401,7 +403,7 @@ def test_errors_before_anything_runs(shape, dtype, says, graph):
         (tf.function(function) if graph else function)()
 
 
-def test_other_errors():
+def test_wrong_arguments_are_errors_that_name_them():
     x, y = tf.zeros((2, 4, 5, 3)), tf.zeros((2, 4, 5), tf.int32)
     options = dict(activation="softmax")
     with pytest.raises(TypeError, match="y_pred has dtype int32, but must be one of: float16"):
@@ -421,7 +423,7 @@ def test_other_errors():
         raw(x, y, [], tf.ones((2, 3)), tf.ones((2, 2)), tf.ones((2, 0)), activation="softmax")
 
 
-def test_results_without_cross_entropy_have_none():
+def test_the_cross_entropy_is_none_where_nobody_asked_for_it():
     x, y = make("index uint8", "softmax", "channels_last", "float32")
     assert dice_op.dice_sums(y, x, activation="softmax").cross_entropy is None
 

@@ -84,7 +84,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_the_same_bits_as_outside(options, dtype):
+def test_xla_gives_the_same_bits_as_eager_execution(options, dtype):
     """Several blocks of the CPU kernels, the last not full, shared out over XLA's threads."""
     options = {"activation": "softmax", **OPTIONS[options]}
     x, y = volume((2, 50, 41, 23), 3, dtype)
@@ -95,7 +95,7 @@ def test_the_same_bits_as_outside(options, dtype):
 
 
 @pytest.mark.parametrize("activation", ["argmax", "threshold"])
-def test_the_same_scores_as_outside(activation):
+def test_xla_gives_the_same_scores_as_eager_execution(activation):
     x, y = volume((2, 50, 41, 23), 3, "float16")
 
     def sums(y, x):
@@ -110,7 +110,7 @@ DENSE = ["bool", "uint8", "float32", "float16"]
 
 @pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize("labels", [*LABELS, *(f"one-hot {d}" for d in DENSE), "soft"])
-def test_every_kind_of_label_and_weight(labels, data_format):
+def test_every_kind_of_label_and_weight_gives_the_same_bits(labels, data_format):
     x, y = volume()
     weight = tf.constant(np.random.default_rng(1).integers(0, 3, size=y.shape))
     if labels == "soft":
@@ -130,7 +130,7 @@ def test_every_kind_of_label_and_weight(labels, data_format):
 
 
 @pytest.mark.parametrize("classes", [1, 2, 14, 120])
-def test_loss_and_gradient_against_float64(classes):
+def test_loss_and_gradient_agree_with_float64(classes):
     x, y = volume((2, 9, 10, 11), classes)
     activation = "sigmoid" if classes == 1 else "softmax"
     loss = dice_op.losses.DiceLoss(activation=activation)
@@ -144,7 +144,7 @@ def test_loss_and_gradient_against_float64(classes):
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4, 3), (2, 0, 4, 3), (2, 1, 1, 3), (1, 3)])
-def test_degenerate_shapes(shape):
+def test_degenerate_shapes_give_the_same_numbers(shape):
     x, y = tf.ones(shape), tf.zeros(shape[:-1], tf.uint8)
     inside = jit(lambda: sums_and_gradient(y, x, activation="softmax"))()
     for result, wanted in zip(inside, sums_and_gradient(y, x, activation="softmax"), strict=True):
@@ -154,7 +154,7 @@ def test_degenerate_shapes(shape):
 # --- wherever the loss stands ---------------------------------------------------------------------
 
 
-def test_changing_shapes():
+def test_one_trace_serves_changing_shapes():
     function = jit(
         dice_and_gradient,
         input_signature=[
@@ -168,7 +168,7 @@ def test_changing_shapes():
     assert function.experimental_get_tracing_count() == 1
 
 
-def test_control_flow():
+def test_losses_work_inside_control_flow():
     x, y = volume((4, 6, 5, 7))
     loss = dice_op.losses.DiceLoss()
 
@@ -207,7 +207,7 @@ def test_control_flow():
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_second_order(activation):
+def test_second_order_gradients_agree_with_eager_ones(activation):
     x, y = volume((2, 3, 2), 3, "float64")
     t = tf.one_hot(y, 3, dtype=tf.float64)  # the gradient with respect to labels as well
     loss = dice_op.losses.DiceLoss(activation=activation)
@@ -225,7 +225,7 @@ def test_second_order(activation):
     assert_close(jit(function)(x, t), function(x, t), 1e-10)
 
 
-def test_from_several_threads_at_once():
+def test_several_threads_may_call_at_once():
     x, y = volume((1, 64, 64, 32))
     function = jit(dice_and_gradient)
     expected = dice_and_gradient(x, y)
@@ -236,7 +236,7 @@ def test_from_several_threads_at_once():
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_loaded_before_and_after_the_first_op(when, run_python):
+def test_dice_op_may_be_imported_before_or_after_the_first_compiled_op(when, run_python):
     losses = run_python(
         """
         import sys
@@ -255,7 +255,7 @@ def test_loaded_before_and_after_the_first_op(when, run_python):
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
 
 
-def test_auto_clustering(run_python):
+def test_auto_clustering_takes_our_ops(run_python):
     """XLA picks the operations to compile itself; it takes ours."""
     out = run_python(
         """
@@ -288,7 +288,7 @@ def test_auto_clustering(run_python):
     assert float(gradient) == pytest.approx(np.abs(wanted_gradient).sum(), rel=1e-5)
 
 
-def test_saved_model_in_another_process(tmp_path, run_python):
+def test_a_saved_model_runs_in_another_process(tmp_path, run_python):
     x, y = volume((2, 4, 4))
     module = tf.Module()
     signature = [tf.TensorSpec([None, None, None, 4]), tf.TensorSpec([None, None, None], tf.uint8)]
@@ -376,7 +376,7 @@ except ValueError as error:
 """
 
 
-def test_lowering_for_a_gpu(tmp_path, run_python):
+def test_lowering_for_a_gpu_emits_our_calls_or_says_why_not(tmp_path, run_python):
     """XLA's front end for GPUs makes the program; where TensorFlow has none, one is registered."""
     compile_library(tmp_path / "backend.cc", GPU_BACKEND)
     out = run_python(LOAD_BACKEND + STEP + LOWER, tmp_path / "backend.so")
@@ -407,7 +407,7 @@ def run_handlers(tmp_path_factory):
 
 
 @handlers
-def test_the_handlers_for_a_gpu_on_the_emulator(run_handlers):
+def test_the_handlers_for_a_gpu_agree_with_the_cpu(run_handlers):
     i = np.arange(2 * 1003 * 4).reshape(2, 1003, 4)
     x = ((i * 7919 % 1000 - 500) / 128).astype(np.float32)
     y = (np.arange(2 * 1003).reshape(2, 1003) * 31 % 7 % 4).astype(np.uint8)
@@ -430,7 +430,7 @@ def test_the_handlers_for_a_gpu_on_the_emulator(run_handlers):
 
 
 @handlers
-def test_what_a_cuda_graph_may_hold(run_handlers):
+def test_cuda_graphs_may_hold_our_calls_unless_they_check_labels(run_handlers):
     """Our calls; but none that waits for a label that is no class."""
     replayed = 1  # XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE
     for checks, traits in (("0", replayed), ("1", 0)):
@@ -474,7 +474,7 @@ def demo_network():
     return build_unet(), x, (x[..., 0] > 0.5).astype(np.uint8) + (x[..., 0] > 1)
 
 
-def test_fit_as_without(monkeypatch):
+def test_fit_gives_the_same_losses_with_and_without_xla(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     histories = {}
     for jit_compile in (False, True):
@@ -489,7 +489,7 @@ def test_fit_as_without(monkeypatch):
     assert histories[True][2] < histories[True][0]
 
 
-def test_the_default_where_there_is_a_gpu(monkeypatch):
+def test_a_model_trains_where_compile_chooses_xla_for_a_gpu(monkeypatch):
     """There, compile() chooses XLA; it does so if TensorFlow claims to have a GPU."""
     gpu = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
     devices = [*tf.config.list_physical_devices(), gpu]
@@ -508,7 +508,7 @@ def test_the_default_where_there_is_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_mixed_precision(policy):
+def test_a_model_in_mixed_precision_trains(policy):
     keras.utils.set_random_seed(0)
     x = np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)
     y = (x[..., 0] > 0).astype(np.uint8)
@@ -523,7 +523,7 @@ def test_mixed_precision(policy):
 # --- what goes wrong ------------------------------------------------------------------------------
 
 
-def test_a_label_that_is_no_class():
+def test_a_label_that_is_no_class_is_an_error():
     x, y = volume((2, 4, 4))
     y = tf.tensor_scatter_nd_update(y, [[1, 2, 3]], tf.constant([9], tf.uint8))
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"\[1, 2, 3\] have the value 9"):
@@ -531,7 +531,7 @@ def test_a_label_that_is_no_class():
     assert_close(jit(dice_and_gradient)(x, y % 4), dice_and_gradient(x, y % 4))  # and goes on
 
 
-def test_shapes_that_do_not_fit():
+def test_shapes_that_do_not_fit_are_an_error():
     x, y = volume((2, 4, 4))
     unknown = [tf.TensorSpec(None, tf.float32), tf.TensorSpec(None, tf.uint8)]
     function = jit(
@@ -544,7 +544,7 @@ def test_shapes_that_do_not_fit():
         function(x, y[..., 0])
 
 
-def test_shapes_that_only_the_data_tells():
+def test_shapes_that_only_the_data_tells_are_an_error_that_advises():
     x, y = volume((8, 6))
     assert 0 < np.count_nonzero(y[:, 0]) < 8
     loss = dice_op.losses.DiceLoss(reduction="sum")
@@ -571,7 +571,7 @@ def test_workspace_sizes_are_checked():
         core.ffi_workspace("TPU", 1, 2, 3)
 
 
-def test_a_locale_with_a_decimal_comma(tmp_path, run_python):
+def test_a_locale_with_a_decimal_comma_changes_nothing(tmp_path, run_python):
     """XLA's attributes are text."""
     if shutil.which("localedef"):
         run("localedef", "-i", "de_DE", "-f", "UTF-8", tmp_path / "de_DE.UTF-8")
@@ -627,7 +627,7 @@ USE = """
 """
 
 
-def test_handlers_that_xla_refuses(tmp_path, run_python):
+def test_handlers_that_xla_refuses_cause_a_warning_and_an_error(tmp_path, run_python):
     """As a TensorFlow with another version of the interface would: never a silent wrong path."""
     compile_library(tmp_path / "occupy.cc", OCCUPY)
     warning, value, error = run_python(USE, tmp_path / "occupy.so").splitlines()
@@ -636,7 +636,7 @@ def test_handlers_that_xla_refuses(tmp_path, run_python):
     assert "does not take dice_op's handlers" in error and "jit_compile=False" in error
 
 
-def test_a_missing_library(run_python):
+def test_a_missing_library_causes_a_warning(run_python):
     warning, value, _ = run_python(USE).splitlines()
     assert "pass jit_compile=False" in warning and "/nowhere/dice_op_xla.so is missing" in warning
     assert float(value) == pytest.approx(2 / 3, rel=1e-4)

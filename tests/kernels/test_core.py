@@ -71,7 +71,7 @@ def check(x, y, t, *, data_format="channels_last", weight=None, tolerance=1e-6, 
 @pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
 @pytest.mark.parametrize("regime", REGIMES)
-def test_regimes(regime, activation, data_format):
+def test_every_regime_agrees_with_the_reference(regime, activation, data_format):
     x, y, t = make(REGIMES[regime], activation=activation)
     check(x, y, t, activation=activation, data_format=data_format)
 
@@ -86,7 +86,7 @@ def test_regimes(regime, activation, data_format):
         for k in ("bool", "uint8", "int64", "float16", "bfloat16", "float32", "float64")
     ],
 )
-def test_label_kinds(label_kind, data_format):
+def test_every_kind_of_label_agrees_with_the_reference(label_kind, data_format):
     for classes in (1, 2, 5) if label_kind != "bool" else (1, 2):
         for activation in ("softmax", "sigmoid", "none"):
             x, y, t = make((2, 77, classes), label_kind, activation)
@@ -97,7 +97,7 @@ def test_label_kinds(label_kind, data_format):
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
 @pytest.mark.parametrize("focal_gamma", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("squared_pred", [False, True])
-def test_options(squared_pred, focal_gamma, activation, label_kind):
+def test_options_agree_with_the_reference(squared_pred, focal_gamma, activation, label_kind):
     for classes in (3, 7):
         x, y, t = make((2, 100, classes), label_kind, activation)
         check(x, y, t, activation=activation, squared_pred=squared_pred, focal_gamma=focal_gamma)
@@ -107,7 +107,9 @@ def test_options(squared_pred, focal_gamma, activation, label_kind):
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
 @pytest.mark.parametrize("label_smoothing", [0.125, 1.0])
 @pytest.mark.parametrize("classes", [1, 2, 3, 4, 14])
-def test_label_smoothing(classes, label_smoothing, activation, label_kind):
+def test_label_smoothing_agrees_with_the_reference(
+    classes, label_smoothing, activation, label_kind
+):
     x, y, t = make((2, 150, classes), label_kind, activation)
     for focal_gamma in (0.0, 2.0):
         options = {"label_smoothing": label_smoothing, "focal_gamma": focal_gamma}
@@ -117,7 +119,7 @@ def test_label_smoothing(classes, label_smoothing, activation, label_kind):
 @pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("regime", REGIMES)
-def test_scores(regime, dtype, data_format):
+def test_scores_are_counted_exactly(regime, dtype, data_format):
     """Counts are exact, and a tie goes to the first class."""
     for label_kind in ("uint8", "soft"):
         x, y, t = make(REGIMES[regime], label_kind)
@@ -132,14 +134,14 @@ def test_scores(regime, dtype, data_format):
                 assert reference.relative_error(actual[name], value) <= tolerance, (name, options)
 
 
-def test_scores_of_millions_of_classes():
+def test_argmax_takes_millions_of_classes():
     x = np.zeros((1, 1, 2**20 + 10), np.float32)
     x[0, 0, -2] = 1
     pred_sum = core.sums(x, np.zeros((1, 1), np.int32), activation="argmax")["pred_sum"]
     assert pred_sum.nonzero()[1].tolist() == [x.shape[2] - 2]
 
 
-def test_scores_of_nan():
+def test_nan_makes_scores_nan():
     """In all classes of the voxel, as in a softmax; or in its own, as in a sigmoid."""
     nan = np.nan
     for place in range(5):
@@ -163,7 +165,7 @@ def test_scores_of_nan():
 @pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize("activation", ["sigmoid", "none", "threshold"])
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "int64", "float32"])
-def test_regions_are_what_masks_of_them_are(dtype, activation, data_format):
+def test_regions_give_what_masks_of_them_give(dtype, activation, data_format):
     rng = np.random.default_rng(0)
     for classes in (1, 3, 4):
         x = rng.random(size=(2, 700, classes)).astype(np.float32)
@@ -208,7 +210,7 @@ def test_infinite_logits_that_are_right_cost_nothing():
 
 @pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float32", "float64"])
-def test_dtypes(dtype, data_format):
+def test_every_dtype_agrees_with_the_reference(dtype, data_format):
     for classes in (2, 4, 6):
         x, y, t = make((2, 203, classes))
         x = x.astype(dtype)
@@ -232,7 +234,7 @@ def test_dtypes(dtype, data_format):
         assert reference.gradient_error(gradient.astype(np.float64), wanted) <= tolerance
 
 
-def test_half_and_bfloat16_values():
+def test_half_and_bfloat16_are_read_and_written_exactly():
     """Reading: patterns of the whole range. Writing: rounding up, down, to even, to infinity."""
     bits = np.arange(2**16, dtype=np.uint16)
     floats = np.concatenate([np.float32(2.0) ** np.arange(-30, 20), np.linspace(-1e5, 1e5, 4001)])
@@ -271,7 +273,7 @@ def test_half_and_bfloat16_values():
 
 @pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "uint8", "bool"])
-def test_voxel_weight(dtype, data_format):
+def test_voxel_weights_agree_with_the_reference(dtype, data_format):
     for classes in (1, 3, 9):
         x, y, t = make((2, 213, classes), activation="sigmoid")
         weight = (
@@ -285,7 +287,7 @@ def test_voxel_weight(dtype, data_format):
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int32", "int64", "float32"])
 @pytest.mark.parametrize("ignore", [1, 100, -1])
-def test_ignore_label(ignore, dtype):
+def test_ignored_voxels_count_for_nothing(ignore, dtype):
     if ignore < 0 and dtype.startswith("u"):
         pytest.skip("unsigned labels are never negative")
     x, y, t = make((2, 213, 4), dtype)
@@ -319,7 +321,7 @@ def test_an_ignored_label_out_of_the_dtypes_range_matches_nothing():
 
 
 @pytest.mark.parametrize("shape", [(2, 40000, 4), (3, 7001, 14), (1, 3001, 104)])
-def test_the_same_bits_at_any_number_of_threads(shape):
+def test_the_bits_are_the_same_at_any_number_of_threads(shape):
     x, y, _ = make(shape)
     ones = np.ones((shape[0], shape[2]), np.float32)
 
@@ -348,7 +350,7 @@ def test_probabilities_are_exact_to_the_last_digits():
     assert np.all(zero["pred_sum"] == [[0, 1], [0, 1]])
 
 
-def test_extreme_logits():
+def test_sums_of_extreme_logits_are_right():
     x = np.array([[[1e4, -1e4, 0], [-1e4, 1e4, 1e4], [-np.inf, 3, 3]]], np.float32)
     y = np.array([[0, 1, 1]], np.uint8)
     t = reference.one_hot(y, 3)
@@ -368,7 +370,7 @@ def test_extreme_logits():
 
 @pytest.mark.parametrize("focal_gamma", [0.0, 2.0])
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_gradient_of_extreme_logits(activation, focal_gamma):
+def test_the_gradient_of_extreme_logits_is_right(activation, focal_gamma):
     for classes in (2, 4, 5):
         x, y, t = make((2, 100, classes))
         x = np.random.default_rng(6).choice(np.float32([1e4, -1e4, 88, -88, 3]), size=x.shape)
@@ -409,7 +411,7 @@ def test_nan_is_seen_not_hidden():
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
-def test_zero_sized(shape):
+def test_volumes_of_size_zero_give_zeros(shape):
     x = np.zeros(shape, np.float32)
     y = np.zeros(shape, np.float32)
     sums = core.sums(x, y, cross_entropy=True)
@@ -436,7 +438,7 @@ def test_long_sums_keep_their_precision():
 @pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize("classes", [1, 3, 4, 6, 7, 14])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
-def test_large_gradients_pass_the_caches(dtype, classes, data_format):
+def test_large_gradients_are_the_same_though_stored_past_the_caches(dtype, classes, data_format):
     """From 8 MB on the gradient is stored past the caches, not so in place: the same bits. An odd
     number of voxels and an odd address leave no piece of it aligned."""
     dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
@@ -480,7 +482,7 @@ def test_large_gradients_ask_for_huge_pages(megabytes, asks):
     assert ("hg" in flags) == asks
 
 
-def test_gradient_in_place():
+def test_the_gradient_may_overwrite_the_logits():
     for data_format in FORMATS:
         x, y, _ = make((2, 20001, 5))
         x, y = in_format(data_format, x, y)
@@ -550,7 +552,7 @@ def test_the_first_bad_label_is_named_by_its_coordinates():
         core.sums(x[..., :1].copy(), np.full(x.shape[:-1], 255, np.uint8), activation="sigmoid")
 
 
-def test_gradient_errors():
+def test_errors_of_the_gradient_say_what_is_wrong():
     ones = np.ones((2, 3), np.float32)
     with pytest.raises(ValueError, match=r"d_pred_sum must be of dtype float32 and shape \[2, 3\]"):
         core.gradient(X, Y, d_intersection=ones, d_pred_sum=ones[:1])
@@ -587,7 +589,7 @@ def overwrite_freed_memory(size):
 
 
 @pytest.mark.parametrize("kind", TEMPORARIES)
-def test_scores_of_temporaries(kind):
+def test_scores_of_temporaries_are_right(kind):
     rng = np.random.default_rng(0)
     shape = (2, 12, 12, 12) if "nested" in kind else (1, 96, 96, 96)
     labels = rng.integers(0, 3, shape).astype("uint8")
@@ -609,7 +611,7 @@ def test_scores_of_a_list_are_those_of_its_volume():
 
 
 @pytest.mark.parametrize("kind", TEMPORARIES)
-def test_sums_and_gradients_of_temporaries(kind):
+def test_sums_and_gradients_of_temporaries_are_right(kind):
     """Every argument that holds numbers, as something that is converted; floats are double."""
     make_temporary = TEMPORARIES[kind]
     x, y, _ = make((2, 700, 3))
@@ -728,14 +730,14 @@ def test_a_wrong_label_is_named_before_a_wrong_prediction_of_its_tile():
     ],
 )
 @pytest.mark.parametrize("dtype", ["int16", "int64", "float32"])
-def test_the_advice_about_wrong_labels(dtype, values, classes, advises, never):
+def test_an_error_advises_what_to_do_about_wrong_labels(dtype, values, classes, advises, never):
     y = np.resize(np.array(values, dtype), (2, 50))
     with pytest.raises(ValueError, match=advises) as error:
         core.sums(np.zeros((2, 50, classes), np.float32), y)
     assert never not in str(error.value)
 
 
-def test_the_advice_about_a_value_of_no_region():
+def test_an_error_advises_what_to_do_about_a_value_of_no_region():
     y = np.array([[0, 1, 2, 4]], np.uint8)  # as in BraTS
     with pytest.raises(
         ValueError, match="value 4, .*; name the value in the regions that it belongs"
@@ -767,5 +769,5 @@ def test_the_advice_about_a_value_of_no_region():
         ((None, None, None, 1), (None, None, None, None), "float32", {}, "mask"),
     ],
 )
-def test_label_kind(logits, labels, dtype, options, kind):
+def test_labels_are_taken_for_what_their_shape_and_dtype_say(logits, labels, dtype, options, kind):
     assert core.label_kind(logits, labels, dtype, **options) == kind

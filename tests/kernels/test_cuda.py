@@ -92,7 +92,7 @@ def few():
 
 @pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
-def test_regimes(dtype, data_format, program, tmp_path):
+def test_every_regime_agrees_with_the_reference(dtype, data_format, program, tmp_path):
     cases = regime_cases(dtype, data_format)
     results = emulation.run(program("plain"), cases.calls, tmp_path)
     cases.check(results)
@@ -146,7 +146,7 @@ def option_cases(data_format):
 
 @pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize("activation", ["sigmoid", "threshold"])
-def test_regions(activation, data_format, program, tmp_path):
+def test_regions_give_what_masks_of_them_give(activation, data_format, program, tmp_path):
     """What class indices in overlapping regions give is what a mask for each region gives."""
     rng = np.random.default_rng(0)
     options = {"activation": activation, "data_format": data_format}
@@ -176,7 +176,7 @@ def test_regions(activation, data_format, program, tmp_path):
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
-def test_options(data_format, program, tmp_path):
+def test_options_agree_with_the_reference(data_format, program, tmp_path):
     cases = option_cases(data_format)
     cases.check(emulation.run(program("plain"), cases.calls, tmp_path))
 
@@ -201,7 +201,7 @@ def test_long_sums_keep_their_precision(program, tmp_path):
     np.testing.assert_array_equal(result["label_sum"][0], [x.shape[1], 0])
 
 
-def test_extreme_logits(program, tmp_path):
+def test_sums_of_extreme_logits_are_right(program, tmp_path):
     x = np.array([[[1e4, -1e4, 0], [-1e4, 1e4, 1e4], [-np.inf, 3, 3], [1e4, 0, 0]]], np.float32)
     y = np.array([[0, 1, 1, 1]], np.uint8)
     (result,) = emulation.run(program("plain"), [simple_case(x, y)], tmp_path)
@@ -223,7 +223,7 @@ def test_nan_is_seen_not_hidden(program, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
-def test_zero_sized(shape, program, tmp_path):
+def test_volumes_of_size_zero_give_zeros(shape, program, tmp_path):
     x, y = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     (result,) = emulation.run(program("plain"), [simple_case(x, y)], tmp_path)
     for name in NAMES:
@@ -231,14 +231,14 @@ def test_zero_sized(shape, program, tmp_path):
     np.testing.assert_array_equal(result["weight_sum"], np.full(shape[0], float(shape[1])))
 
 
-def test_more_classes_than_the_gpu_takes(program, tmp_path):
+def test_more_classes_than_the_gpu_takes_are_an_error(program, tmp_path):
     x, y, _ = make((1, 3, 257), "int32")
     (result,) = emulation.run(program("plain"), [simple_case(x, y)], tmp_path)
     assert "257 classes" in result and "at most 256" in result and "CPU" in result
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64", "float32"])
-def test_a_label_that_is_no_class(dtype, program, tmp_path):
+def test_a_label_that_is_no_class_makes_its_sample_nan(dtype, program, tmp_path):
     """NaN for the sample, not for the others; who asks is told which voxel it is, and its value."""
     cases, wanted = [], []
     for c in (1, 2, 3, 4, 14, 104)[dtype == "float32" :]:  # one channel of floats is a soft mask
@@ -257,7 +257,7 @@ def test_a_label_that_is_no_class(dtype, program, tmp_path):
             assert np.isnan(result[name][1:]).all()
 
 
-def test_dense_labels_that_are_no_labels(program, tmp_path):
+def test_dense_labels_that_are_no_labels_make_their_sample_nan(program, tmp_path):
     cases = []
     for c in (3, 20):
         for dtype, value in (("uint8", 255), ("float32", 1.01), ("float32", np.nan), ("int32", -1)):
@@ -272,7 +272,9 @@ def test_dense_labels_that_are_no_labels(program, tmp_path):
 
 @pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_a_prediction_that_is_no_probability(dtype, data_format, program, tmp_path):
+def test_a_prediction_that_is_no_probability_makes_its_sample_nan(
+    dtype, data_format, program, tmp_path
+):
     """NaN for the sample, not for the others; who asks is told which voxel it is, and its value.
 
     1 to 4 classes of float: kernels of their own; the others: the general ones.
@@ -337,7 +339,7 @@ def test_weights_that_are_fractions_are_counted_in_double(activation, dtype, pro
 ORDERS = [("forward", 1), ("reverse", 1), ("random", 1), ("random", 2), ("random", 3)]
 
 
-def test_the_same_bits_in_every_order(few, tmp_path):
+def test_the_bits_are_the_same_in_every_order_of_threads(few, tmp_path):
     cases = few_cases()
     first = None
     for order, seed in ORDERS:
@@ -349,7 +351,7 @@ def test_the_same_bits_in_every_order(few, tmp_path):
 
 @pytest.mark.parametrize("order", ["forward", "random"])
 @pytest.mark.parametrize("kind", ["address", "thread"])
-def test_sanitizers(kind, order, few, tmp_path):
+def test_sanitizers_find_nothing(kind, order, few, tmp_path):
     cases = few_cases(small=True)
     emulation.run(few(kind), cases.calls, tmp_path, order, CUDA_EMULATOR_SMS="1")
 
@@ -357,7 +359,7 @@ def test_sanitizers(kind, order, few, tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("kind", ["address", "thread"])
-def test_sanitizers_on_every_kernel(kind, dtype, program, tmp_path):
+def test_sanitizers_find_nothing_in_any_kernel(kind, dtype, program, tmp_path):
     # the thread sanitizer takes most of a second for a call
     for data_format in FORMATS:
         calls = regime_cases(dtype, data_format, brief=kind == "thread").calls

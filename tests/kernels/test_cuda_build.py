@@ -123,7 +123,7 @@ def wanting(arch):
     return found_wanting
 
 
-def test_words_of_16_bytes():
+def test_memory_is_read_and_written_in_words_of_16_bytes():
     if not BUILD.exists():
         pytest.skip("not built from this checkout")
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -138,7 +138,7 @@ def test_an_architecture_of_another_form_is_named(tmp_path):
     assert "DICE_OP_CUDA_ARCHS has 'sm_90', but must list" in said
 
 
-def test_the_library_needs_no_cuda_of_others():
+def test_the_libraries_need_no_cuda_library():
     """TensorFlow's GPU package exports the runtime's symbols, in another version; its CPU package
     has none. A machine without a driver has no libcuda."""
     for library in LIBRARY.parent.glob("*.so"):
@@ -164,7 +164,7 @@ def test_the_library_is_small():
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
-def test_no_device_is_an_error_that_says_so():
+def test_a_missing_device_is_an_error_that_says_so():
     class OnDevice:
         __cuda_array_interface__ = {
             "shape": (1, 8, 4),

@@ -47,7 +47,7 @@ def check(actual, wanted):
 @pytest.mark.parametrize("blobs", [False, True])
 @pytest.mark.parametrize("classes", [1, 2, 5, 120])
 @pytest.mark.parametrize("size", SIZES)
-def test_label_maps(size, classes, blobs):
+def test_label_maps_are_counted_as_numpy_counts_them(size, classes, blobs):
     prediction, labels = maps(size, max(classes, 2), blobs)
     first = 1 if classes == 1 else 0  # one class is the foreground
     wanted = counted(prediction, labels, [(c,) for c in range(first, first + classes)])
@@ -59,7 +59,7 @@ DTYPES = ("uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "floa
 
 
 @pytest.mark.parametrize("ignore_label", [None, 0, 3, 100])
-def test_types_and_ignored_voxels(ignore_label):
+def test_labels_of_every_type_are_counted_but_for_ignored_voxels(ignore_label):
     prediction, labels = maps("a chunk and one", 4, True)
     prediction[0, 0, 0, :2] = 100 if ignore_label == 100 else 0  # of what is ignored nobody asks
     labels[0, 0, 0, :2] = 3 if ignore_label is None else ignore_label
@@ -73,7 +73,7 @@ def test_types_and_ignored_voxels(ignore_label):
 
 
 @pytest.mark.parametrize("ignore_label", [None, 2, 200])
-def test_regions(ignore_label):
+def test_regions_are_counted_as_numpy_counts_them(ignore_label):
     prediction, labels = maps("a chunk and one", 5, False)
     if ignore_label == 200:
         labels[1, 2] = 200
@@ -83,7 +83,7 @@ def test_regions(ignore_label):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-def test_logits(data_format, dtype):
+def test_logits_are_counted_as_numpy_counts_them(data_format, dtype):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(2, 9, 8, 7, 5)).astype(dtype)
     labels = rng.integers(0, 5, size=(2, 9, 8, 7)).astype(np.uint8)
@@ -106,7 +106,7 @@ def test_logits(data_format, dtype):
     np.testing.assert_array_equal(regions["pred_sum"], (logits[..., :4] > 0).sum((1, 2, 3)))
 
 
-def test_logits_of_a_volume_of_more_than_2_to_24_voxels():
+def test_more_than_2_to_24_voxels_are_counted_exactly():
     voxels = 2**24 + 3
     scores = core.scores(np.ones((1, voxels, 1), np.float16), np.ones((1, voxels), np.uint8))
     for name in ("intersection", "pred_sum", "label_sum"):
@@ -152,13 +152,13 @@ NAN[0, 0, 0, 0, 1] = np.nan
         (P, T, {"regions": [(1, 2), (2,)], "classes": 3}, "classes is 3, but there are 2"),
     ],
 )  # fmt: skip
-def test_errors(prediction, labels, options, says):
+def test_errors_say_what_is_wrong(prediction, labels, options, says):
     with pytest.raises((ValueError, TypeError), match=says):
         core.scores(prediction, labels, **options)
 
 
 @pytest.mark.parametrize("dtype", ["uint32", "uint64", ">u2", ">i2", ">i4", ">u8", ">f4", ">f8"])
-def test_types_and_byte_orders_that_are_converted(dtype):
+def test_other_types_and_byte_orders_are_converted(dtype):
     wanted = core.scores(P, T, classes=3)
     for prediction, labels in (
         (P.astype(dtype), T),

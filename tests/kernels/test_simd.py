@@ -17,7 +17,7 @@ def run_at(level, *arguments):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_level(level):
+def test_the_kernels_are_right_at_each_level(level):
     code = "from dice_op import core; print(core.build_info()['simd_level'])"
     if run_at(level, "-c", code).stdout.strip() != level:
         pytest.skip(f"this processor has no {level}")

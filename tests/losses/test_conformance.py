@@ -84,7 +84,7 @@ MONAI = {
 
 @pytest.mark.parametrize("volume_name", VOLUMES)
 @pytest.mark.parametrize("form", MONAI)
-def test_monai_softmax(form, volume_name):
+def test_softmax_losses_conform_to_monai(form, volume_name):
     ours, arguments, theirs, their_arguments = MONAI[form]
     x, y = volume(volume_name)
     their_arguments = dict(their_arguments)
@@ -123,7 +123,7 @@ MONAI_SIGMOID = {
 @pytest.mark.parametrize("classes", [1, 3])
 @pytest.mark.parametrize("volume_name", VOLUMES)
 @pytest.mark.parametrize("form", MONAI_SIGMOID)
-def test_monai_sigmoid(form, volume_name, classes):
+def test_sigmoid_losses_conform_to_monai(form, volume_name, classes):
     """Regions, each a class of its own; with one class, a binary mask."""
     ours, theirs, arguments = MONAI_SIGMOID[form]
     x, y = volume(volume_name, classes)
@@ -135,7 +135,7 @@ def test_monai_sigmoid(form, volume_name, classes):
     assert_conforms(of_ours(ours, x, y), of_torch(on_masks, x, y))
 
 
-def test_monai_binary_dice_and_cross_entropy():
+def test_binary_dice_and_cross_entropy_conform_to_monai():
     for name in VOLUMES:
         x, y = volume(name, 1)
         loss = monai.DiceCELoss(sigmoid=True)
@@ -150,7 +150,7 @@ def test_monai_binary_dice_and_cross_entropy():
 @pytest.mark.parametrize("volume_name", VOLUMES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_pytorch_cross_entropy(smoothing, weighted, volume_name):
+def test_cross_entropy_conforms_to_pytorch(smoothing, weighted, volume_name):
     x, y = volume(volume_name)
     weight = W if weighted else None
     ours = losses.DiceCELoss(
@@ -166,7 +166,7 @@ def test_pytorch_cross_entropy(smoothing, weighted, volume_name):
 
 
 @pytest.mark.parametrize("volume_name", VOLUMES)
-def test_keras_dice(volume_name):
+def test_dice_conforms_to_keras(volume_name):
     x, y = volume(volume_name)
     theirs = keras.losses.Dice(dtype="float64")
     exact = {"average": "micro", "batch": True, "smooth_nr": 0, "smooth_dr": 1e-7}
@@ -179,7 +179,7 @@ def test_keras_dice(volume_name):
 
 @pytest.mark.parametrize("volume_name", VOLUMES)
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_keras_tversky(activation, volume_name):
+def test_tversky_conforms_to_keras(activation, volume_name):
     """The alpha of `keras_tversky` weighs the false negatives, ours the false positives.
 
     With a softmax there are as many false positives as false negatives once all classes are added
@@ -203,7 +203,7 @@ def test_keras_tversky(activation, volume_name):
 @pytest.mark.parametrize("volume_name", VOLUMES)
 @pytest.mark.parametrize("do_bg", [False, True])
 @pytest.mark.parametrize("batch_dice", [False, True])
-def test_nnunet(batch_dice, do_bg, volume_name):
+def test_dice_and_cross_entropy_conform_to_nnunet(batch_dice, do_bg, volume_name):
     """Ours is its loss plus 1: 1 - dice for -dice."""
     x, y = volume(volume_name)
 
@@ -215,7 +215,7 @@ def test_nnunet(batch_dice, do_bg, volume_name):
 
 
 @pytest.mark.parametrize("volume_name", [v for v in VOLUMES if v != "one voxel"])
-def test_nnunet_ignore_label(volume_name):
+def test_ignored_labels_conform_to_nnunet(volume_name):
     x, y = volume(volume_name)
     y[np.random.default_rng(9).random(y.shape) < 0.3] = 255
 
@@ -243,7 +243,7 @@ SMP = {
 
 @pytest.mark.parametrize("volume_name", VOLUMES)
 @pytest.mark.parametrize("form", SMP)
-def test_smp(form, volume_name):
+def test_losses_conform_to_segmentation_models_pytorch(form, volume_name):
     loss, arguments, their_arguments = SMP[form]
     x, y = volume(volume_name)
     ours = loss(batch=True, absent="one", smooth_nr=0, smooth_dr=0, **arguments)
@@ -292,7 +292,7 @@ BY_FORMULA = {
 
 @pytest.mark.parametrize("volume_name", VOLUMES)
 @pytest.mark.parametrize("form", BY_FORMULA)
-def test_published_formulas(form, volume_name):
+def test_losses_conform_to_published_formulas(form, volume_name):
     ours, theirs, arguments = BY_FORMULA[form]
     x, y = volume(volume_name)
     expected = of_torch(lambda x, y: theirs(x, y, **arguments), x, y)

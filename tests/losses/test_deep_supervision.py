@@ -27,7 +27,7 @@ def coarse(volume, first=1):
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-def test_labels_and_weights_at_the_centres(data_format):
+def test_labels_and_weights_are_taken_at_the_centres(data_format):
     first = data_format == "channels_first"
     x, y = make(first)
     loss = DiceLoss(data_format=data_format)
@@ -57,7 +57,7 @@ def model_of(resolutions, names=None):
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("names", [None, ["main", "half", "quarter"]])
-def test_a_network_of_several_resolutions(names, jit_compile):
+def test_a_network_of_several_resolutions_trains(names, jit_compile):
     """A dict's outputs are sorted by Keras: by name each keeps its weight."""
     keras.utils.set_random_seed(0)
     model = model_of(3, names)
@@ -85,11 +85,11 @@ def test_a_network_of_several_resolutions(names, jit_compile):
     ("outputs", "expected"),
     [(1, [1]), (2, [1, 0]), (3, [2 / 3, 1 / 3, 0]), (4, [4 / 7, 2 / 7, 1 / 7, 0])],
 )
-def test_nnunets_weights(outputs, expected):
+def test_the_default_weights_are_those_of_nnunet(outputs, expected):
     np.testing.assert_allclose(deep_supervision(DiceLoss(), outputs)["loss_weights"], expected)
 
 
-def test_weights_of_ones_own():
+def test_the_weights_that_are_given_are_taken():
     plan = deep_supervision(DiceLoss(), ["a", "b"], weights=np.array([3, 1]))
     assert plan["loss_weights"] == {"a": 3, "b": 1} and set(plan["loss"]) == {"a", "b"}
 
@@ -106,12 +106,12 @@ def test_weights_of_ones_own():
         (dict(outputs=2, weights=[1, -1]), "weights is .* at least 0"),
     ],
 )
-def test_wrong_arguments(arguments, says):
+def test_wrong_arguments_are_errors_in_words(arguments, says):
     with pytest.raises(ValueError, match=says):
         deep_supervision(**{"loss": DiceLoss(), **arguments})
 
 
-def test_volumes_that_do_not_fit():
+def test_volumes_that_do_not_fit_are_errors():
     x, y = make()
     loss = DownsampledLabels(DiceLoss())
     with pytest.raises(ValueError, match=r"y_true has shape \(2, 12, 9\), and y_pred \(2, 6, 4, 2"):
@@ -137,7 +137,7 @@ class TenTimes(DiceLoss):
         return 10 * super().__call__(y_true, y_pred, sample_weight)
 
 
-def test_a_loss_that_overrides_its_call():
+def test_a_loss_that_overrides_its_call_is_called():
     x, y = make()
     for weight in (None, np.arange(1.0, 1.0 + SHAPE[0]), np.random.default_rng(0).random(SHAPE)):
         plain = DownsampledLabels(DiceLoss())(y, x, weight)

@@ -75,7 +75,7 @@ def test_the_cross_entropy_of_masked_steps_is_that_of_keras(lengths, batch, jit_
 
 
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "mean_with_sample_weight"])
-def test_masks_and_weights_per_sample_are_those_of_keras(reduction):
+def test_masks_and_weights_per_sample_count_as_in_keras(reduction):
     x, y, _ = masked_series("nothing left of one")
     weight = np.array([[1.0], [2.0], [0.5], [3.0]], np.float32)
     ours = masking_model(DiceCELoss(lambda_dice=0, reduction=reduction))
@@ -106,7 +106,7 @@ def test_a_mask_leaves_voxels_out_as_weights_of_0_do(options, shape):
     assert_close(DiceCELoss(**options)(y, y_pred, voxel_weight), wanted)
 
 
-def test_a_mask_of_a_batch_as_one_volume():
+def test_a_mask_counts_where_a_batch_is_one_volume():
     x, y, steps = masked_series("different")
     model = masking_model(DiceLoss(batch=True))
     logits = model.predict_on_batch(x)
@@ -155,7 +155,7 @@ def weighted_loss(x, y, weight):
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_weights_of_both_kinds_in_turn(shape, jit_compile):
+def test_weights_of_both_kinds_may_come_in_turn(shape, jit_compile):
     """After two kinds Keras traces a function that does not know the rank of the weights."""
     x, y = make(SHAPES[shape])
     model = keras.Sequential([keras.Input(x.shape[1:]), keras.layers.Dense(CLASSES)])
@@ -168,7 +168,7 @@ def test_weights_of_both_kinds_in_turn(shape, jit_compile):
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-def test_weights_of_unknown_rank(data_format, jit_compile):
+def test_weights_may_have_an_unknown_rank(data_format, jit_compile):
     x, y = make((4, 6, 5))
     loss = DiceCELoss(data_format=data_format)
     logits = x if data_format == "channels_last" else np.moveaxis(x, -1, 1).copy()
@@ -183,7 +183,7 @@ def test_weights_of_unknown_rank(data_format, jit_compile):
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_weights_of_both_kinds_for_signals_of_any_number(jit_compile):
+def test_weights_of_both_kinds_may_come_in_turn_for_signals(jit_compile):
     """Both kinds have two axes; after batches of several sizes Keras knows the length of none."""
     x, y = make((5, 7))
     model = keras.Sequential([keras.Input(x.shape[1:]), keras.layers.Dense(CLASSES)])
@@ -197,7 +197,7 @@ def test_weights_of_both_kinds_for_signals_of_any_number(jit_compile):
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_weights_of_both_kinds_in_turn_at_several_resolutions(jit_compile):
+def test_weights_of_both_kinds_may_come_in_turn_at_several_resolutions(jit_compile):
     x, y = make((4, 8, 6))
     inputs = keras.Input((8, 6, CLASSES))
     outputs = [keras.layers.Conv2D(CLASSES, 1, strides=s)(inputs) for s in (1, 2)]
@@ -214,7 +214,7 @@ def test_weights_of_both_kinds_in_turn_at_several_resolutions(jit_compile):
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_a_weight_of_unknown_rank_that_fits_nothing(jit_compile):
+def test_a_weight_of_unknown_rank_that_fits_nothing_is_an_error(jit_compile):
     x, y = make((4, 6, 5))
     loss = DiceLoss()
 
@@ -239,7 +239,7 @@ def channels_first():
 
 @pytest.mark.parametrize("labels", ["indices", "one-hot"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_layout_is_that_of_keras_setting(shape, labels, channels_first):
+def test_the_layout_is_the_one_that_keras_is_set_to(shape, labels, channels_first):
     x, y = make(SHAPES[shape])
     first = np.moveaxis(x, -1, 1).copy()
     given = y if labels == "indices" else np.moveaxis(np.eye(CLASSES, dtype=np.float32)[y], -1, 1)
@@ -260,7 +260,7 @@ def test_the_layout_is_saved_as_it_was_found(cls, channels_first):
     assert cls().data_format == "channels_last"
 
 
-def test_labels_that_fit_the_other_layout_say_so():
+def test_labels_that_fit_the_other_layout_are_an_error_that_says_so():
     x, y = make((4, 6, 5))
     with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match="channels_first'"):
         DiceLoss()(y, np.moveaxis(x, -1, 1))
@@ -310,7 +310,7 @@ class WithWeights(DiceCELoss):
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("cls", [AsInKeras, WithWeights])
-def test_a_subclass_that_overrides_call(cls, jit_compile):
+def test_a_subclass_may_override_call(cls, jit_compile):
     x, y = make((4, 6, 5))
     per_sample = np.arange(4.0, dtype=np.float32)
     assert_close(cls()(y, x), 2 * expected_losses(x, y).mean())
@@ -375,7 +375,7 @@ def test_a_subclass_that_takes_no_weights_refuses_those_that_enter_the_sums():
         (metrics.JaccardScore, "sigmoid", r"threshold"),
     ],
 )
-def test_an_argument_that_is_not_there(cls, argument, says):
+def test_an_unknown_argument_is_an_error_that_advises(cls, argument, says):
     with pytest.raises(TypeError, match=says):
         cls(**{argument: True})
 
@@ -493,7 +493,7 @@ def test_labels_of_unknown_channels_that_may_be_soft_are_refused():
         tf.function(loss, input_signature=spec).get_concrete_function()
 
 
-def test_labels_that_may_be_soft_are_still_refused():
+def test_labels_that_may_be_soft_are_refused():
     x, y = make((1, 4, 4))
     one_hot = np.eye(CLASSES, dtype=np.float32)[y]
     options = {"squared_pred": True, "ce_class_weight": [1.0, 2.0, 3.0]}

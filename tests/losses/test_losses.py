@@ -78,7 +78,7 @@ FORMS = {
 @pytest.mark.parametrize("labels", ["indices", "indices with a channel", "float", "one-hot"])
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("form", FORMS)
-def test_forms(form, data_format, labels):
+def test_each_form_is_what_people_write_in_numpy(form, data_format, labels):
     arguments, of_sums = FORMS[form]
     x, y = make()
     if arguments.get("activation") == "none":
@@ -170,7 +170,7 @@ FAMILY = {
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_family(name):
+def test_each_loss_of_the_family_is_what_people_write_in_numpy(name):
     loss, of_sums = FAMILY[name]
     x, y = make()
     t = reference.one_hot(y, SHAPE[-1])
@@ -219,7 +219,7 @@ def test_every_loss_is_saved(name, tmp_path):
 
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "none"])
 @pytest.mark.parametrize("samples", [2, 3])
-def test_weights_per_sample_of_losses_per_class(samples, reduction):
+def test_weights_per_sample_apply_to_losses_per_class(samples, reduction):
     x, y = (v[:samples] for v in make())  # three classes: also as many samples as classes
     weight = np.float32([1, 0.5, 4][:samples])
     each = DiceLoss(average="none", reduction="none")(y, x).numpy()
@@ -232,7 +232,7 @@ def test_weights_per_sample_of_losses_per_class(samples, reduction):
 
 
 @pytest.mark.parametrize("batch", [False, True])
-def test_sample_weights_of_unknown_rank(batch):
+def test_sample_weights_of_unknown_rank_count_as_those_of_known_rank(batch):
     """Keras traces so after weights of both kinds."""
     x, y = make()
     for loss in (DiceLoss(batch=batch), losses.DiceCELoss(batch=batch)):
@@ -242,7 +242,7 @@ def test_sample_weights_of_unknown_rank(batch):
             np.testing.assert_allclose(traced(weight), loss(y, x, weight), rtol=1e-6)
 
 
-def test_ignore_label():
+def test_ignored_voxels_count_for_nothing():
     x, y = make()
     y[np.random.default_rng(1).random(y.shape) < 0.4] = 255
     t = reference.one_hot(y, 3)
@@ -256,7 +256,7 @@ def test_ignore_label():
     reference.assert_gradient(found, gradient.reshape(x.shape))
 
 
-def test_equals_keras_dice():
+def test_dice_equals_that_of_keras():
     x, y = make()
     p = tf.nn.softmax(x)
     t = reference.one_hot(y, 3).astype(np.float32)
@@ -265,7 +265,7 @@ def test_equals_keras_dice():
     assert abs(float(ours(y, p)) - float(theirs)) <= 1e-6
 
 
-def test_sample_weight():
+def test_weights_apply_per_sample_and_per_voxel():
     x, y = make()
     loss, each = DiceLoss(), DiceLoss(reduction="none")(y, x).numpy()
     assert each.shape == (3,)
@@ -299,7 +299,7 @@ def test_sample_weight():
         reference.assert_gradient(found, gradient.reshape(x.shape))
 
 
-def test_sample_weight_with_batch():
+def test_weights_per_sample_enter_the_sums_of_a_batch():
     """Weights per sample enter the batch's sums: as if each voxel had its sample's weight."""
     x, y = make()
     weight = np.float32([1, 0, 4])
@@ -349,7 +349,7 @@ def model_and_data(dtype=None, classes=3):
     return model, images, labels
 
 
-def test_compile_fit_evaluate(seen):
+def test_a_model_is_compiled_trained_and_evaluated(seen):
     model, images, labels = model_and_data()
     model.compile(optimizer=keras.optimizers.Adam(0.05), loss=DiceLoss())
     before = model.evaluate(images, labels, verbose=0)
@@ -363,7 +363,7 @@ def test_compile_fit_evaluate(seen):
     assert seen == {("uint8", "float32")}
 
 
-def test_fit_with_datasets_and_weights(seen):
+def test_fit_takes_datasets_and_weights(seen):
     model, images, labels = model_and_data()
     model.compile(optimizer="adam", loss=DiceLoss(), weighted_metrics=[])
     per_sample = np.float32([1, 0, 2, 0, 1, 3, 1, 1])
@@ -380,7 +380,7 @@ def test_fit_with_datasets_and_weights(seen):
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_mixed_precision_with_loss_scaling(policy, seen):
+def test_a_model_in_mixed_precision_with_loss_scaling_trains(policy, seen):
     model, images, labels = model_and_data(policy)
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.05))
     model.compile(optimizer=optimizer, loss=DiceLoss())
@@ -391,7 +391,7 @@ def test_mixed_precision_with_loss_scaling(policy, seen):
     assert seen == {("uint8", policy[6:])}
 
 
-def test_several_outputs_and_losses():
+def test_each_of_several_outputs_has_its_loss():
     model, images, labels = model_and_data()
     two = keras.Model(model.inputs, {"a": model.outputs[0], "b": -model.outputs[0]})
     loss = {"a": DiceLoss(), "b": DiceLoss(include_background=False)}
@@ -426,7 +426,7 @@ CONFIGURED = {
 
 
 @pytest.mark.parametrize("cls", CONFIGURED)
-def test_config(cls):
+def test_a_configuration_brings_back_the_loss(cls):
     given = CONFIGURED[cls]
     loss = cls(**given)
     again = keras.losses.deserialize(keras.losses.serialize(loss))
@@ -439,7 +439,7 @@ def test_config(cls):
         assert again.get_config()[name] == value, name
 
 
-def test_saved_keras_model_in_another_process(tmp_path, run_python):
+def test_a_saved_keras_model_trains_in_another_process(tmp_path, run_python):
     model, images, labels = model_and_data()
     model.compile(optimizer="adam", loss=DiceLoss(class_weight=[1, 2, 3]))
     model.fit(images, labels, epochs=1, verbose=0)
@@ -457,7 +457,7 @@ def test_saved_keras_model_in_another_process(tmp_path, run_python):
     np.testing.assert_allclose(float(run_python(code, tmp_path).split()[-1]), expected, rtol=1e-6)
 
 
-def test_saved_model_in_another_process(tmp_path, run_python):
+def test_a_saved_model_runs_in_another_process(tmp_path, run_python):
     """A training step as a SavedModel: loss and gradient, of any batch size."""
     loss = DiceLoss()
 
@@ -530,7 +530,7 @@ def test_saved_model_in_another_process(tmp_path, run_python):
         ),
     ],
 )
-def test_wrong_arguments(arguments, says):
+def test_wrong_arguments_are_errors_in_words(arguments, says):
     with pytest.raises(ValueError, match=says):
         DiceLoss(**arguments)
 
@@ -552,7 +552,7 @@ def test_wrong_arguments(arguments, says):
         (losses.DiceFocalLoss, dict(focal_gamma=-1), "focal_gamma is -1"),
     ],
 )
-def test_wrong_arguments_of_the_family(loss, arguments, says):
+def test_wrong_arguments_of_the_family_are_errors_in_words(loss, arguments, says):
     with pytest.raises(ValueError, match=says):
         loss(**arguments)
 
@@ -574,7 +574,7 @@ def test_the_cross_entropy_of_probabilities_is_categorical():
     assert 'pass activation="none"' not in str(error.value)
 
 
-def test_a_normalisation_that_squares_would_spoil():
+def test_class_weights_that_squares_would_spoil_are_refused():
     x, y = make()
     t = reference.one_hot(y, SHAPE[-1])
     loss = losses.DiceCELoss(squared_pred=True, ce_class_weight=[1, 2, 3])
@@ -583,7 +583,7 @@ def test_a_normalisation_that_squares_would_spoil():
         loss(t.astype(np.float32), x)
 
 
-def test_generalized_dice_of_a_large_volume():
+def test_generalized_dice_shows_the_errors_of_a_large_volume():
     """Its sums are near 1 / T, so that smoothing as elsewhere would hide the errors."""
     y = np.zeros((1, 100, 100, 100), np.uint8)
     y[:, :50] = 1
@@ -609,7 +609,7 @@ def test_log_dice_of_a_class_that_is_absent_keeps_its_gradient():
         (dict(class_weight=[1, 2, 3], include_background=False), 3, "but 2 classes count"),
     ],
 )
-def test_arguments_that_do_not_fit_the_logits(arguments, classes, says):
+def test_arguments_that_do_not_fit_the_logits_are_errors(arguments, classes, says):
     x, y = make(classes)
     with pytest.raises(ValueError, match=says):
         DiceLoss(**arguments)(y, x)
@@ -617,7 +617,7 @@ def test_arguments_that_do_not_fit_the_logits(arguments, classes, says):
 
 @pytest.mark.parametrize("last", [[], [keras.layers.Activation("linear", dtype="float32")]])
 @pytest.mark.parametrize("end", ["softmax", "sigmoid"])
-def test_a_model_that_ends_in_an_activation(end, last):
+def test_a_model_that_ends_in_an_activation_needs_a_loss_of_probabilities(end, last):
     model, images, labels = model_and_data()
     dtype = "mixed_float16" if last else None
     probabilities = keras.Sequential([model, keras.layers.Activation(end, dtype=dtype), *last])
@@ -632,7 +632,7 @@ def test_a_model_that_ends_in_an_activation(end, last):
         np.testing.assert_allclose(value, expected, rtol=1e-3 if last else 1e-5)
 
 
-def test_unknown_shapes():
+def test_unknown_shapes_are_checked_when_they_are_known():
     """Checks that need the number of classes happen when it is known: when running."""
     x, y = make()
 
@@ -646,7 +646,7 @@ def test_unknown_shapes():
         compiled(DiceLoss(class_weight=[1]))(x, y)
 
 
-def test_wrong_sample_weight():
+def test_a_weight_of_another_shape_is_an_error():
     x, y = make()
     with pytest.raises(ValueError, match=r"sample_weight has shape \(4,\), but y_pred \(3, 6"):
         DiceLoss()(y, x, np.ones(4, np.float32))

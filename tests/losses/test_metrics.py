@@ -52,7 +52,7 @@ def expected_of(sums, kind, over, average, absent, weight):
 @pytest.mark.parametrize("average", ["macro", "micro", "none"])
 @pytest.mark.parametrize("over", ["samples", "dataset"])
 @pytest.mark.parametrize("metric", [DiceScore, JaccardScore])
-def test_streamed_scores(metric, over, average, absent):
+def test_scores_of_several_batches_are_those_of_numpy(metric, over, average, absent):
     x, y = make()
     kind = "dice" if metric is DiceScore else "jaccard"
     p, t = (reference.one_hot(v, CLASSES) for v in (x.argmax(-1), y))
@@ -70,7 +70,7 @@ def test_streamed_scores(metric, over, average, absent):
         np.testing.assert_allclose(score.result(), expected, rtol=1e-6)
 
 
-def test_thresholds_and_regions():
+def test_thresholds_and_regions_give_the_scores_of_numpy():
     x, y = make()
     regions = [(1, 2), (2,), (0,), (3,)]
     t = np.stack([np.isin(y, r) for r in regions], -1).astype(float)
@@ -84,7 +84,7 @@ def test_thresholds_and_regions():
         np.testing.assert_allclose(score.result(), expected, rtol=1e-6)
 
 
-def test_ignored_and_weighted_voxels():
+def test_ignored_and_weighted_voxels_give_the_scores_of_numpy():
     x, y = make()
     ignored = np.random.default_rng(1).random(y.shape) < 0.3
     p, t = (reference.one_hot(v, CLASSES)[..., 1:] for v in (x.argmax(-1), y))
@@ -99,7 +99,7 @@ def test_ignored_and_weighted_voxels():
         np.testing.assert_allclose(score.result(), expected, rtol=1e-6)
 
 
-def test_channels_first_and_one_hot():
+def test_channels_first_and_one_hot_labels_give_the_same_score():
     x, y = make()
     score = DiceScore()
     score.update_state(y, x)
@@ -125,7 +125,7 @@ def test_no_voxel_is_lost():
     assert score.variables[0].numpy().tolist() == [0, total - 100]
 
 
-def test_before_any_batch_and_classes_never_seen():
+def test_a_score_is_nan_before_any_batch_and_of_classes_never_seen():
     assert np.isnan(DiceScore().result())
     x, y = make()
     score = DiceScore(average="none")
@@ -134,7 +134,7 @@ def test_before_any_batch_and_classes_never_seen():
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_in_fit(jit_compile):
+def test_metrics_work_in_fit_and_evaluate(jit_compile):
     keras.utils.set_random_seed(0)
     x, y = make(8)
     model = keras.Sequential([keras.Input(x.shape[1:]), keras.layers.Conv2D(CLASSES, 1)])
@@ -156,7 +156,7 @@ def test_in_fit(jit_compile):
     np.testing.assert_allclose(logs["each"], expected, rtol=1e-6)
 
 
-def test_config():
+def test_a_configuration_brings_back_the_metric():
     metric = JaccardScore(
         prediction="threshold",
         threshold=0.25,
@@ -193,12 +193,12 @@ def test_config():
         (dict(regions=[(1,), ()], prediction="threshold"), "regions must be"),
     ],
 )
-def test_wrong_arguments(arguments, says):
+def test_wrong_arguments_are_errors_in_words(arguments, says):
     with pytest.raises(ValueError, match=says):
         DiceScore(**arguments)
 
 
-def test_one_class_is_a_mask_with_a_threshold():
+def test_one_class_needs_a_threshold():
     x, y = make()
     with pytest.raises(ValueError, match='has one class.*use prediction="threshold"'):
         DiceScore().update_state(y > 0, x[..., :1])
@@ -206,7 +206,7 @@ def test_one_class_is_a_mask_with_a_threshold():
         DiceScore(prediction="threshold", include_background=False).update_state(y > 0, x[..., :1])
 
 
-def test_a_threshold_of_probabilities_that_are_taken_for_logits():
+def test_probabilities_that_are_taken_for_logits_are_an_error():
     model = keras.Sequential([keras.Input((6, 5, 4)), keras.layers.Conv2D(1, 1)])
     model.add(keras.layers.Activation("sigmoid"))
     x, y = make()
@@ -233,7 +233,7 @@ def test_a_score_of_nothing_is_nan(average, over):
     assert np.all(metric.result() == 1)
 
 
-def test_weights_of_both_kinds_in_turn():
+def test_weights_of_both_kinds_may_come_in_turn():
     """Keras traces again then, for weights of unknown rank."""
     x, y = make(4)
     each = [np.float32([1, 0.5, 2, 1]), (y > 1).astype(np.float32)]
@@ -251,7 +251,7 @@ def test_weights_of_both_kinds_in_turn():
     np.testing.assert_allclose(unknown.result(), expected, rtol=1e-6)
 
 
-def test_wrong_inputs():
+def test_wrong_labels_are_errors():
     x, y = make()
     with pytest.raises(tf.errors.InvalidArgumentError, match="have the value 4"):
         DiceScore().update_state(y + 4, x)

@@ -41,7 +41,7 @@ def test_the_kernels_export_what_the_headers_declare():
     assert len(names) > 20
 
 
-def test_build_info():
+def test_build_info_tells_how_the_library_was_built():
     info = core.build_info()
     import tensorflow as tf
 

@@ -9,7 +9,7 @@ from helpers.paths import BUILD_TOOLS, ROOT
 from helpers.processes import configure, run
 
 
-def test_configures_where_there_is_no_tensorflow(tmp_path):
+def test_cmake_needs_tensorflow_only_where_it_is_asked_for(tmp_path):
     blocked = tmp_path / "path" / "tensorflow"
     blocked.mkdir(parents=True)
     (blocked / "__init__.py").write_text("raise ImportError('no TensorFlow here')")
@@ -56,7 +56,7 @@ def test_a_build_names_what_is_missing():
         ("exit 1", "nvcc does not run"),
     ],
 )
-def test_a_cuda_that_does_not_do_is_named(says, message, tmp_path):
+def test_a_cuda_that_cannot_be_used_is_named(says, message, tmp_path):
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(f"#!/bin/sh\n{says}\n")
     nvcc.chmod(0o755)

@@ -31,7 +31,7 @@ from helpers.processes import output_of, run
         ("100f", (12, 0), True, False),
     ],
 )
-def test_which_gpus_code_runs_on(archs, capability, portable, covered):
+def test_code_runs_on_the_gpus_that_its_architectures_cover(archs, capability, portable, covered):
     assert _gpu.covers(archs.split(","), capability, portable) == covered
 
 
@@ -76,7 +76,9 @@ B200, H200, A100, V100 = (
         ("13.0", "120+PTX", (12, 8), [B200], r"newer driver \(580 or later\)$"),
     ],
 )
-def test_what_a_build_says_about_the_gpus(cuda, archs, driver, gpus, says, monkeypatch):
+def test_a_build_says_what_keeps_it_from_using_the_gpus(
+    cuda, archs, driver, gpus, says, monkeypatch
+):
     def problem():
         found = _gpu.Machine("1.2", driver, tuple(gpus))
         return _gpu.problem(cuda, archs.split(",") if archs else [], found)
@@ -112,7 +114,7 @@ int nvmlDeviceGetCudaComputeCapability(void* d, int* major, int* minor) {
 """
 
 
-def test_a_gpu_that_the_build_has_no_code_for(tmp_path, monkeypatch):
+def test_a_gpu_without_code_is_named_by_info_and_by_the_loader(tmp_path, monkeypatch):
     """With a library in the driver's place: `info` says so, and so does the loader, once."""
     (tmp_path / "nvml.c").write_text(NVML)
     library = tmp_path / "libnvidia-ml.so.1"

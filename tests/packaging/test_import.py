@@ -47,7 +47,7 @@ def test_another_tensorflow_is_named(built, run_python):
     assert f"DICE_OP_TENSORFLOW={running.rpartition('.')[0]} pip install" in message
 
 
-def test_a_source_folder_that_is_not_built(tmp_path, run_python):
+def test_a_source_folder_that_is_not_built_says_so(tmp_path, run_python):
     folder = tmp_path / "dice_op"
     folder.mkdir()
     (folder / "__init__.py").write_text((PACKAGE / "__init__.py").read_text())
@@ -120,7 +120,7 @@ def test_a_second_import_changes_nothing(run_python):
     )
 
 
-def test_a_package_of_links_is_imported_twice(tmp_path, run_python):
+def test_a_package_of_links_can_be_imported_twice(tmp_path, run_python):
     """As some installers make it: a folder whose files are links to another place."""
     (tmp_path / "dice_op").mkdir()
     for file in PACKAGE.iterdir():

@@ -14,7 +14,7 @@ from helpers.processes import output_of, run
 DICE_OP = (sys.executable, "-m", "dice_op")
 
 
-def test_info():
+def test_info_tells_of_the_build():
     report = json.loads(output_of(*DICE_OP, "info", "--json"))
     info = core.build_info()
     assert report["version"] == info["version"]
@@ -28,7 +28,7 @@ def test_info():
     assert run(*DICE_OP).returncode == 2  # no command: usage
 
 
-def test_info_without_tensorflow(run_python):
+def test_info_works_without_tensorflow(run_python):
     out = run_python(
         """
         import importlib.util
@@ -59,7 +59,7 @@ def test_info_tells_what_does_not_work(environment, says):
     ("broken", "error"),
     [("tensorflow", "ImportError('no symbol')"), ("keras", "RuntimeError('other numpy')")],
 )
-def test_info_where_a_package_cannot_be_imported(broken, error, tmp_path):
+def test_info_works_where_a_package_cannot_be_imported(broken, error, tmp_path):
     (tmp_path / f"{broken}.py").write_text(f"raise {error}")
     done = run(*DICE_OP, "info", PYTHONPATH=str(tmp_path))
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
@@ -67,7 +67,7 @@ def test_info_where_a_package_cannot_be_imported(broken, error, tmp_path):
     assert re.search(rf"^{broken} +not loaded: .*{reason}", done.stdout, re.MULTILINE)
 
 
-def test_info_where_the_module_is_missing(tmp_path):
+def test_info_says_that_the_compiled_module_is_missing(tmp_path):
     (tmp_path / "dice_op").mkdir()
     for module in PACKAGE.glob("*.py"):
         shutil.copy(module, tmp_path / "dice_op")

@@ -17,7 +17,7 @@ except ImportError:  # Python 3.10
     import tomli as tomllib
 
 
-def test_the_matrix_of_wheels():
+def test_the_matrix_lists_every_wheel():
     listed = output_of(sys.executable, BUILD_TOOLS / "wheels.py", "--list")
     for tensorflow in ("2.19", "2.20", "2.21"):
         for variant in ("cpu", "cu12", "cu13"):
@@ -87,7 +87,7 @@ def test_wheels_that_cannot_be_built_do_not_stop_the_others(wheels, monkeypatch,
     assert summary.endswith("\nFailed: tf2.20.cpu, Python 3.12\n")
 
 
-def test_all_wheels_that_were_asked_for(wheels, monkeypatch, tmp_path, capsys):
+def test_all_wheels_that_were_asked_for_are_built(wheels, monkeypatch, tmp_path, capsys):
     arguments = ("--variant", "cpu", "cu13", "--python", "3.11")
     built, status = build_wheels(wheels, monkeypatch, tmp_path, *arguments)
     assert len(built) == 6 and not status
@@ -134,7 +134,7 @@ def test_a_python_of_pyenv_or_uv_is_found(name, wheels, monkeypatch, tmp_path):
         (("apt-get", "dpkg-deb"), "apt cannot fetch Debian trixie's nvidia-cuda-toolkit"),
     ],
 )
-def test_a_machine_that_make_cuda12_cannot_help(programs, message, tmp_path):
+def test_make_cuda12_says_what_the_machine_lacks(programs, message, tmp_path):
     script = tmp_path / "build_tools" / "cuda12.sh"
     script.parent.mkdir()
     shutil.copy(BUILD_TOOLS / "cuda12.sh", script)
