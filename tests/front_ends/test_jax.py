@@ -1,0 +1,161 @@
+"""XLA's handlers called from JAX: the proof that they need no TensorFlow, and so work on a GPU
+machine that has none. In a process without TensorFlow; `make test-full` installs JAX."""
+
+import importlib.util
+
+import pytest
+
+from helpers.paths import EXAMPLES
+
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax") is None, reason="JAX is not installed: make test-full"
+    ),
+]
+
+SETUP = f"""
+    import os, sys
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    sys.path.append({str(EXAMPLES)!r})
+    import jax
+    jax.config.update("jax_enable_x64", True)
+    import jax.numpy as jnp
+    import ml_dtypes
+    import numpy as np
+    from dice_op import core
+    from jax_dice import dice_loss, dice_sums, dice_sums_grad, formula
+    rng = np.random.default_rng(0)
+"""
+
+VALUES = """
+    OPTIONS = [
+        {},
+        {"activation": "sigmoid", "cross_entropy": True, "focal_gamma": 2.0},
+        {"squared_pred": True, "cross_entropy": True, "ignore_label": 2},
+        {"data_format": "channels_first", "cross_entropy": True},
+        {"cross_entropy": True, "label_smoothing": 0.25},
+        {"activation": "sigmoid", "regions": [(0,), (1, 2), (2,), (3,), (4, 1)]},
+    ]
+    NAMES = ["intersection", "pred_sum", "label_sum", "cross_entropy", "weight_sum"]
+
+    def check(x, y, weight, options):
+        weights = () if weight is None else (weight,)
+        wanted = core.sums(x, y, voxel_weight=weight, **options)
+        sums = jax.jit(lambda *a: dice_sums(*a, **options))(x, y, *weights)
+        for name, result in zip(NAMES, sums):
+            if name in wanted:
+                np.testing.assert_array_equal(result, wanted[name])
+        without = {k: v for k, v in options.items() if k != "cross_entropy"}
+        d = [rng.normal(size=(2, 5)).astype(wanted["pred_sum"].dtype) for _ in range(3)]
+        if without == options:
+            wanted = core.gradient(
+                x, y, voxel_weight=weight, d_intersection=d[0], d_pred_sum=d[1], **without
+            )
+            d[2] = d[2][:, :0]
+        else:
+            wanted = core.gradient(
+                x, y, voxel_weight=weight, d_intersection=d[0], d_pred_sum=d[1],
+                d_cross_entropy=d[2], **without
+            )
+        result = jax.jit(lambda *a: dice_sums_grad(*a, **options))(x, y, *weights, *d)
+        assert np.any(wanted.astype(np.float64) != 0)
+        np.testing.assert_array_equal(result, wanted)
+
+    for dtype in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16):
+        for options in OPTIONS:
+            x = rng.normal(size=(2, 41, 37, 23, 5)).astype(dtype)
+            y = rng.integers(0, 5, size=x.shape[:-1]).astype(np.int16)
+            if "data_format" in options:
+                x = np.ascontiguousarray(np.moveaxis(x, -1, 1))
+            check(x, y, None, options)
+            check(x, y, rng.integers(0, 3, size=y.shape).astype(np.float32), options)
+    print("tensorflow" in sys.modules)
+"""
+
+
+def test_jax_gives_the_same_bits_as_numpy(run_python):
+    """Those are held to the float64 reference by test_core."""
+    assert run_python(SETUP + VALUES).splitlines() == ["False"]
+
+
+DIFFERENTIATED = """
+    def plain_loss(x, y):
+        p, t = jax.nn.softmax(x), jax.nn.one_hot(y, x.shape[-1])
+        return formula((p * t).sum((1, 2, 3)), p.sum((1, 2, 3)), t.sum((1, 2, 3)))
+
+    x = jnp.asarray(rng.normal(size=(2, 12, 13, 14, 6)))
+    y = jnp.asarray(rng.integers(0, 6, size=x.shape[:-1]))
+    loss, gradient = jax.jit(jax.value_and_grad(dice_loss))(x, y)
+    wanted, wanted_gradient = jax.value_and_grad(plain_loss)(x, y)
+    each = jax.jit(jax.vmap(jax.grad(dice_loss)))(x[:, None], y[:, None])[:, 0] / len(x)
+    print(jnp.abs(each - gradient).max() / jnp.abs(gradient).max())
+    print(abs(loss / wanted - 1))
+    print(jnp.linalg.norm(gradient - wanted_gradient) / jnp.linalg.norm(wanted_gradient))
+"""
+
+
+def test_loss_and_gradient_are_those_of_plain_jax(run_python):
+    errors = [float(line) for line in run_python(SETUP + DIFFERENTIATED).splitlines()]
+    assert len(errors) == 3
+    assert max(errors) <= 1e-12
+
+
+ERRORS = """
+    x, y = rng.normal(size=(2, 3, 4)).astype(np.float32), np.zeros((2, 3), np.int32)
+    d = np.zeros((2, 4), np.float32)
+
+    def attempt(function):
+        try:
+            jax.block_until_ready(function())
+            print("nothing")
+        except Exception as error:
+            print(str(error).splitlines()[0])
+
+    attempt(lambda: dice_sums(x, y + np.array([0, 0, 9], np.int32)))
+    attempt(lambda: dice_sums(x, y[:, :2]))
+    attempt(lambda: dice_sums(x, y, activation="soft"))
+    attempt(lambda: dice_sums(x, y, d, d))
+    attempt(lambda: dice_sums(x.astype(np.int32), y))
+    attempt(lambda: dice_sums(x, y.astype(np.uint32)))
+    attempt(lambda: dice_sums_grad(x, y, d, d))
+    attempt(lambda: dice_sums_grad(x, y, d, d, d[:, :0], activation="argmax"))
+    attempt(lambda: dice_sums_grad(x, y, d, d, d))
+    attempt(lambda: dice_sums_grad(x, y, d.astype(np.float64), d, d[:, :0]))
+    def raw(results, ignore_label=()):
+        call = jax.ffi.ffi_call("dice_op_sums", results)
+        return call(
+            x, y, activation="softmax", data_format="channels_last", squared_pred=False,
+            with_cross_entropy=False, focal_gamma=np.float64(0),
+            label_smoothing=np.float64(0), threshold=np.float64(0),
+            ignore_label=np.array(ignore_label, np.int64),
+            regions=np.array([], np.int64),
+        )
+
+    results = [jax.ShapeDtypeStruct((2, 4), np.float32)] * 6
+    attempt(lambda: raw(results[:5]))
+    attempt(lambda: raw(results))
+    attempt(lambda: raw(results, [1, 2]))
+"""
+
+
+def test_errors_say_what_is_wrong(run_python):
+    says = [
+        "labels (y_true) at voxel [0, 2] have the value 9",
+        "labels (y_true) have shape [2, 2]",
+        "activation is 'soft', but must be one of 'softmax', 'sigmoid', 'none'",
+        "4 operands, but there must be 2, and one more for a voxel weight",
+        "logits (y_pred) have dtype int32",
+        "labels have dtype U32[2, 3], which dice_op does not take: use a float of any",
+        "4 operands, but there must be 5, and one more for a voxel weight",
+        "activation 'argmax' has no gradient",
+        "d_cross_entropy must be float32[2, 0], but is F32[2, 4]",
+        "d_intersection must be float32[2, 4], but is F64[2, 4]",
+        "there must be 6 results",
+        "cross_entropy must be float32[2, 0], but is F32[2, 4]",
+        "ignore_label has several values, but must have none or one",
+    ]
+    said = run_python(SETUP + ERRORS).splitlines()
+    assert len(said) == len(says)
+    for line, words in zip(said, says, strict=True):
+        assert words in line

@@ -1,0 +1,1 @@
+"""What several test files need: `from helpers import reference`. It holds no test."""

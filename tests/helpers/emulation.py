@@ -1,0 +1,202 @@
+"""The CUDA path on the emulator: builds it, hands it calls, brings back what they give.
+
+Three builds of the very kernel sources: plain, with the address and undefined-behaviour sanitizers,
+with the thread sanitizer. No GPU and no CUDA toolkit is needed, only the C++ compiler.
+"""
+
+import concurrent.futures
+import fcntl
+import hashlib
+import os
+import subprocess
+
+import numpy as np
+
+from helpers.paths import BUILD, CSRC, TESTS
+
+EMULATOR = TESTS / "kernels" / "cuda_emulator"
+CXX = os.environ.get("CXX", "c++")
+FLAGS = {
+    "plain": ["-O2"],
+    "address": [
+        "-O1",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        # Checks as calls, not as code at each place: compiled sooner.
+        "--param=asan-instrumentation-with-call-threshold=0",
+    ],
+    "thread": ["-O1", "-fsanitize=thread"],
+}
+# As the enumerations in csrc/core/dice_op.h count them.
+DTYPES = "bool uint8 int8 uint16 int16 int32 int64 float16 bfloat16 float32 float64".split()
+ACTIVATIONS = "softmax sigmoid none argmax threshold".split()
+
+
+def _flags(kind, csrc):
+    include = [f"-I{csrc}", f"-I{EMULATOR}"]
+    return [*FLAGS[kind], *include, "-Wno-unknown-pragmas", "-Wno-psabi"]
+
+
+def _compile(source, output, flags):
+    command = [CXX, "-x", "c++", "-std=c++17", "-g1", *flags, "-c", source, "-o", output]
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def _link(kind, objects, program):
+    subprocess.run([CXX, *FLAGS[kind], *objects, "-o", program], check=True)
+
+
+def build(kind, few=False):
+    """The program of one kind ("plain", "address", "thread"), compiled if anything has changed.
+
+    few: one kernel of each sort instead of all, which takes seconds.
+    """
+    csrc = CSRC
+    sources = sorted(p for d in (csrc / "core", csrc / "cuda", EMULATOR) for p in d.iterdir())
+    key = hashlib.sha256(CXX.encode())
+    for source in sources:
+        key.update(source.read_bytes())
+    key.update(str(FLAGS[kind]).encode())
+    folder = BUILD / "cuda_emulator" / (f"few_{kind}" if few else kind)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # other processes of this test run wait for it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(kind, few, folder, key.hexdigest())
+
+
+def _build(kind, few, folder, key):
+    program, stamp = folder / "run_cases", folder / "key"
+    if program.exists() and stamp.exists() and stamp.read_text() == key:
+        return program
+    csrc = CSRC
+    flags = _flags(kind, csrc)
+    kernels = EMULATOR / "few_kernels.cc" if few else csrc / "cuda" / "kernels.cu"
+    tasks = [  # the engine speaks to the sanitizers and must not be compiled with them
+        (kernels, "kernels.o", flags),
+        (EMULATOR / "cuda_emulator.cc", "engine.o", [*_flags("plain", csrc)]),
+        (csrc / "cuda" / "dice_op_cuda.cu", "dice_op_cuda.o", flags),
+        (csrc / "core" / "problem.cc", "problem.o", flags),
+        (EMULATOR / "run_cases.cc", "run_cases.o", flags),
+    ]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in [pool.submit(_compile, s, folder / o, f) for s, o, f in tasks]:
+            done.result()
+    _link(kind, [folder / o for _, o, _ in tasks], program)
+    stamp.write_text(key)
+    return program
+
+
+def rebuild(kind, csrc, folder):
+    """The program of few kernels with those of another source tree; the rest is from `build`."""
+    objects = build(kind, few=True).parent
+    flags = _flags(kind, csrc)
+    _compile(EMULATOR / "few_kernels.cc", folder / "kernels.o", flags)
+    _compile(csrc / "cuda" / "dice_op_cuda.cu", folder / "dice_op_cuda.o", flags)
+    others = [objects / f"{name}.o" for name in ("engine", "problem", "run_cases")]
+    program = folder / "run_cases"
+    _link(kind, [folder / "kernels.o", folder / "dice_op_cuda.o", *others], program)
+    return program
+
+
+def build_handlers(include, folder):
+    """XLA's handlers over the same few kernels, called by an XLA that is a stand-in."""
+    objects = build("address", few=True).parent
+    csrc, names = CSRC, ("engine", "problem", "kernels", "dice_op_cuda")
+    flags = [*_flags("address", csrc), "-isystem", include, "-DDICE_OP_WITH_CUDA"]
+    sources = csrc / "xla" / "handlers.cc", csrc / "cpu" / "pool.cc", EMULATOR / "run_handlers.cc"
+    others = [folder / f"{source.stem}.o" for source in sources]
+    for source, other in zip(sources, others, strict=True):
+        _compile(source, other, flags)
+    program = folder / "run_handlers"
+    _link("address", [*others, *(objects / f"{name}.o" for name in names)], program)
+    return program
+
+
+def case(x, y, *, weight=None, coefficients, activation="softmax", data_format="channels_last",
+         squared_pred=False, cross_entropy=True, focal_gamma=0.0, label_smoothing=0.0,
+         threshold=0.0, ignore_label=None, regions=(), in_place=False, misalign=0):  # fmt: skip
+    """One call. x: [N, V, C] or [N, C, V]; y: [N, V], or as x; coefficients: three of [N, C]."""
+    n, *rest = x.shape
+    planar = data_format == "channels_first"
+    v, c = rest[::-1] if planar else rest
+    header = np.array(
+        [n, v, c, ACTIVATIONS.index(activation), planar, squared_pred, cross_entropy]
+        + [ignore_label is not None, ignore_label or 0, DTYPES.index(x.dtype.name)]
+        + [DTYPES.index(y.dtype.name), y.ndim == 3]
+        + [-1 if weight is None else DTYPES.index(weight.dtype.name), in_place, misalign]
+        + [len(regions), *regions, *[0] * (8 - len(regions))],
+        np.int64,
+    )
+    counts = activation in ("argmax", "threshold")
+    number = np.float64 if counts or x.dtype == np.float64 else np.float32
+    arrays = [x, y, *([] if weight is None else [weight])]
+    arrays += [np.asarray(k, number) for k in coefficients[: 3 if cross_entropy else 2]]
+    data = header.tobytes() + np.float64([focal_gamma, label_smoothing, threshold]).tobytes()
+    data += b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)
+    return {
+        "data": data,
+        "shape": (n, v, c),
+        "like": x,
+        "number": number,
+        "loss": cross_entropy,
+        "activation": ACTIVATIONS.index(activation),
+    }
+
+
+class Failed(Exception):  # noqa: N818
+    """The program found a broken rule, or a sanitizer did."""
+
+
+def run(program, cases, folder, order="forward", seed=1, **environment):
+    """What each call gives: a dict of arrays, or the error as a string."""
+    calls, results = folder / "calls", folder / "results"
+    calls.write_bytes(b"".join(c["data"] for c in cases))
+    done = subprocess.run(
+        [program, calls, results],
+        env={
+            **os.environ,
+            "CUDA_EMULATOR_ORDER": order,
+            "CUDA_EMULATOR_SEED": str(seed),
+            "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
+            "ASAN_OPTIONS": "detect_leaks=0",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=1200,
+    )
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if "makecontext" not in line]
+        raise Failed(f"exit {done.returncode}\n" + "\n".join(lines[:60]))
+    data = memoryview(results.read_bytes())
+
+    def take(dtype, shape):
+        nonlocal data
+        dtype, count = np.dtype(dtype), int(np.prod(shape))
+        array = np.frombuffer(data[: count * dtype.itemsize], dtype).reshape(shape)
+        data = data[count * dtype.itemsize :]
+        return array
+
+    def text():
+        return bytes(take(np.uint8, tuple(take(np.int64, (1,))))).decode()
+
+    out = []
+    for call in cases:
+        specialised = take(np.int64, (2,))
+        error, complaint = text(), text()
+        if error:
+            out.append(error)
+            continue
+        n, _, c = call["shape"]
+        number = call["number"]
+        result = {"bad_label": complaint, "specialised": tuple(specialised == 1)}
+        for name in ("intersection", "pred_sum", "label_sum"):
+            result[name] = take(number, (n, c))
+        result["cross_entropy"] = take(number, (n, c)) if call["loss"] else None
+        result["weight_sum"] = take(number, (n,))
+        result["gradient"] = take(call["like"].dtype, call["like"].shape)
+        out.append(result)
+    assert not data, "the results are longer than they should be"
+    return out

@@ -1,0 +1,42 @@
+"""Volumes and labels for the kernels, and what their options are called in reference.py."""
+
+import numpy as np
+
+from helpers import reference
+
+NAMES = ("intersection", "pred_sum", "label_sum", "cross_entropy")
+FORMATS = ("channels_last", "channels_first")
+REGIONS = [(1, 2, 3), (2, 3), (3,), (0, 4)]  # the label values of each class, which overlap
+
+
+def make(shape, label_kind="uint8", activation="softmax", seed=0):
+    """Logits [N, V, C] float32, labels as passed, labels as t [N, V, C]."""
+    n, v, c = shape
+    rng = np.random.default_rng(seed)
+    x = (3 * rng.normal(size=shape)).astype(np.float32)
+    if activation == "none":
+        x = np.exp(x) / np.exp(x).sum(-1, keepdims=True) if c > 1 else 1 / (1 + np.exp(-x))
+        x = x.astype(np.float32)
+    index = rng.integers(0, max(c, 2), size=(n, v))
+    if label_kind == "soft":
+        t = rng.random(size=shape).astype(np.float32)
+        t[rng.random(size=shape) < 0.3] = 0
+        return x, t, t
+    t = reference.one_hot(index, c)
+    if label_kind.startswith("dense "):
+        return x, t.astype(label_kind[6:]), t
+    if c > 127 and label_kind in ("uint8", "int8"):
+        label_kind = "uint16"
+    return x, index.astype(label_kind), t
+
+
+def in_format(data_format, *arrays):
+    """[N, V, C] arrays laid out as asked; those of rank 2 as they are."""
+    if data_format == "channels_last":
+        return arrays
+    return tuple(np.ascontiguousarray(a.swapaxes(1, 2)) if a.ndim == 3 else a for a in arrays)
+
+
+def renamed(options):
+    names = {"squared_pred": "squared", "focal_gamma": "gamma", "label_smoothing": "smoothing"}
+    return {names.get(k, k): v for k, v in options.items() if k != "ignore_label"}

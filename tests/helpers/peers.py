@@ -1,0 +1,249 @@
+"""Losses of other libraries, and how ours are compared with them.
+
+MONAI, PyTorch and Keras compute themselves; of nnU-Net, segmentation_models,
+segmentation_models_pytorch, tensorflow-mri and kornia the published formulas stand here. The others
+compute in double precision on the very float32 logits that ours get.
+"""
+
+import importlib.util
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from helpers.tape import value_and_gradient
+
+HAS_PEERS = all(importlib.util.find_spec(name) for name in ("monai", "torch"))
+NEEDS_PEERS = [
+    pytest.mark.full,
+    pytest.mark.skipif(not HAS_PEERS, reason="MONAI and PyTorch are not installed: make test-full"),
+]
+if HAS_PEERS:
+    import torch
+
+CLASSES = 4
+W = [0.5, 1.0, 2.0, 4.0]
+REGIONS = [(1, 2, 3), (2, 3), (3,)]
+VOLUMES = (
+    "random",
+    "two dimensions",
+    "absent class",
+    "all background",
+    "one class everywhere",
+    "single-voxel lesion",
+    "confident",
+    "one sample",
+    "one voxel",
+    "one dimension",
+)
+
+
+def volume(name, classes=CLASSES):
+    """Logits `[N, spatial..., C]`, float32, and class indices `[N, spatial...]`."""
+    rng = np.random.default_rng(VOLUMES.index(name))
+    shape = {
+        "two dimensions": (2, 9, 8),
+        "one sample": (1, 6, 5, 4),
+        "one voxel": (2, 1, 1, 1),
+        "one dimension": (3, 40),
+    }
+    shape = shape.get(name, (3, 6, 5, 4))
+    x = 2 * rng.normal(size=(*shape, classes))
+    y = rng.integers(0, max(classes, 2), size=shape)
+    if name == "absent class":
+        y[y == max(classes, 2) - 1] = 0
+        y[0] = 0
+    elif name == "all background":
+        y[:] = 0
+    elif name == "one class everywhere":
+        y[:] = 1
+    elif name == "single-voxel lesion":
+        y[:] = 0
+        y[:, 2, 1, 3] = 1
+    elif name == "confident":
+        x = x + 6 * (y[..., None] == np.arange(classes))
+    return x.astype(np.float32), y
+
+
+def of_ours(loss, x, y):
+    y = tf.constant(y, tf.uint8)
+    value, gradient = value_and_gradient(lambda x: loss(y, x), tf.constant(x))
+    return value.numpy(), gradient.numpy()
+
+
+def of_torch(loss, x, y):
+    """loss(logits `[N, C, spatial...]`, class indices `[N, 1, spatial...]`), double."""
+    x = torch.tensor(np.moveaxis(x, -1, 1), dtype=torch.float64, requires_grad=True)
+    value = loss(x, torch.tensor(y[:, None]))
+    value.backward()
+    return value.detach().numpy(), np.moveaxis(x.grad.numpy(), 1, -1)
+
+
+def of_keras(loss, x, y):
+    value, gradient = value_and_gradient(lambda x: loss(y, x), tf.constant(x, tf.float64))
+    return value.numpy(), gradient.numpy()
+
+
+def keras_tversky(alpha, beta):
+    """Keras' Tversky loss whose alpha weighs the false negatives, in every version.
+
+    Until 3.15 Keras' own alpha does so, against its own documentation; from 3.16 on it weighs the
+    false positives.
+    """
+    if tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 16):
+        alpha, beta = beta, alpha
+    return keras.losses.Tversky(alpha=alpha, beta=beta, dtype="float64")
+
+
+def assert_conforms(ours, theirs, tolerance=1e-5, gradient_tolerance=1e-5):
+    (value, gradient), (expected, expected_gradient) = ours, theirs
+    assert np.isfinite(expected) and np.isfinite(expected_gradient).all()
+    # Of a loss near 0 the error is that of the 1 it is taken from.
+    assert abs(value - expected) <= tolerance * max(abs(expected), 0.1)
+    norm = np.linalg.norm(expected_gradient)
+    if norm < 1e-12:
+        assert np.linalg.norm(gradient) <= 1e-9
+    else:
+        assert np.linalg.norm(gradient - expected_gradient) <= gradient_tolerance * norm
+
+
+def hot(y, classes, dtype):
+    return torch.nn.functional.one_hot(y[:, 0].long(), classes).movedim(-1, 1).to(dtype)
+
+
+# --- published formulas
+
+
+def nnunet_loss(
+    x, y, *, batch_dice, do_bg=False, smooth=1e-5, ignore_label=None, weight_ce=1, weight_dice=1
+):
+    """DC_and_CE_loss over MemoryEfficientSoftDiceLoss, nnunetv2/training/loss."""
+    mask = torch.ones_like(y, dtype=x.dtype)
+    target = y.clone()
+    if ignore_label is not None:
+        mask = (y != ignore_label).to(x.dtype)
+        target[y == ignore_label] = 0
+    p, t = torch.softmax(x, 1), hot(target, x.shape[1], x.dtype)
+    if not do_bg:
+        p, t = p[:, 1:], t[:, 1:]
+    axes = tuple(range(2, x.ndim))
+    sums = [(v * mask).sum(axes) for v in (p * t, p, t)]
+    if batch_dice:
+        sums = [s.sum(0) for s in sums]
+    intersect, sum_pred, sum_gt = sums
+    dice = (2 * intersect + smooth) / torch.clip(sum_gt + sum_pred + smooth, 1e-8)
+    ignored = -100 if ignore_label is None else ignore_label
+    ce = torch.nn.functional.cross_entropy(x, y[:, 0], ignore_index=ignored)
+    return weight_ce * ce - weight_dice * dice.mean()
+
+
+def nnunet_regions_loss(x, y, *, batch_dice, smooth=1e-5, ignore_label=None):
+    """DC_and_BCE_loss over the same Dice, with background: every channel is a region."""
+    t = torch.cat([torch.isin(y, torch.tensor(region)) for region in REGIONS], 1).to(x.dtype)
+    mask = torch.ones_like(y, dtype=x.dtype) if ignore_label is None else (y != ignore_label)
+    axes = (0, *spatial(x)) if batch_dice else spatial(x)
+    p = torch.sigmoid(x)
+    intersect, sum_pred, sum_gt = ((v * mask).sum(axes) for v in (p * t, p, t))
+    dice = (2 * intersect + smooth) / (sum_pred + sum_gt + smooth)
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(x, t, reduction="none")
+    bce = bce.mean() if ignore_label is None else (bce * mask).sum() / mask.sum()
+    return bce - dice.mean()
+
+
+def smp_loss(
+    x,
+    y,
+    *,
+    kind,
+    log_loss=False,
+    alpha=0.5,
+    beta=0.5,
+    gamma=1.0,
+    smooth=0.0,
+    eps=1e-7,
+    ignore_index=None,
+):
+    """DiceLoss, JaccardLoss, TverskyLoss of segmentation_models_pytorch/losses: multiclass, and
+    binary where there is one class."""
+    counted = torch.ones_like(y) if ignore_index is None else (y != ignore_index).long()
+    y = y * counted
+    if x.shape[1] == 1:
+        p, t = torch.sigmoid(x) * counted, y.to(x.dtype)
+    else:
+        p, t = torch.softmax(x, 1) * counted, hot(y, x.shape[1], x.dtype) * counted
+    axes = (0, *range(2, x.ndim))
+    i, p, t = (p * t).sum(axes), p.sum(axes), t.sum(axes)
+    numerator, denominator = {
+        "dice": (2 * i, p + t),
+        "jaccard": (i, p + t - i),
+        "tversky": (i, i + alpha * (p - i) + beta * (t - i)),
+    }[kind]
+    score = (numerator + smooth) / (denominator + smooth).clamp_min(eps)
+    loss = -torch.log(score.clamp_min(eps)) if log_loss else 1 - score
+    return (loss * (t > 0).to(x.dtype)).mean() ** gamma
+
+
+def counts(x, y, axes, activated=False):
+    """tp, fp, fn of softmax probabilities, added over `axes`; the probabilities; one-hot labels.
+
+    `activated`: x are the probabilities already.
+    """
+    p, t = x if activated else torch.softmax(x, 1), hot(y, x.shape[1], x.dtype)
+    return (p * t).sum(axes), (p * (1 - t)).sum(axes), ((1 - p) * t).sum(axes), p, t
+
+
+def spatial(x):
+    return tuple(range(2, x.ndim))
+
+
+def sm_loss(
+    x,
+    y,
+    *,
+    per_image=False,
+    jaccard=False,
+    weights=1.0,
+    focal=False,
+    first_class=0,
+    activated=False,
+):
+    """DiceLoss, JaccardLoss and CategoricalFocalLoss of segmentation_models/losses.py."""
+    axes = spatial(x) if per_image else (0, *spatial(x))
+    tp, fp, fn, p, t = counts(x, y, axes, activated)
+    if jaccard:
+        score = (tp + 1e-5) / (tp + fp + fn + 1e-5)
+    else:
+        score = (2 * tp + 1e-5) / (2 * tp + fn + fp + 1e-5)
+    loss = 1 - (score[..., first_class:] * torch.as_tensor(weights, dtype=x.dtype)).mean()
+    if focal:
+        clipped = p.clip(1e-7, 1 - 1e-7)
+        loss = loss - (t * 0.25 * (1 - clipped) ** 2 * torch.log(clipped)).mean()
+    return loss
+
+
+def mri_loss(x, y, *, alpha, beta, gamma=1.0, micro=False, weights=None, activated=False):
+    """FocalTverskyLoss of tensorflow_mri/python/losses/confusion_losses.py, and its children."""
+    tp, fp, fn, *_ = counts(x, y, spatial(x), activated)
+    if micro:
+        tp, fp, fn = (s.sum(1, keepdim=True) for s in (tp, fp, fn))
+    loss = (1 - (tp + 1e-5) / (tp + alpha * fp + beta * fn + 1e-5)) ** gamma
+    if weights is None:
+        return loss.mean()
+    return (loss * torch.tensor(weights, dtype=x.dtype)).sum(1).mean()
+
+
+def kornia_loss(x, y, *, tversky=None, micro=False, ignore_index=-100):
+    """kornia/losses: dice_loss with average="micro" or "macro"; tversky_loss, always macro."""
+    counted = (y != ignore_index).to(x.dtype)
+    p = torch.softmax(x, 1) * counted
+    t = hot(torch.where(y == ignore_index, 0, y), x.shape[1], x.dtype) * counted
+    axes = (1, *spatial(x)) if micro else spatial(x)
+    i, p, t = ((v.sum(axes)) for v in (p * t, p, t))
+    alpha, beta = tversky or (0.5, 0.5)
+    eps = 1e-8 if tversky else 0.5e-8  # Dice's is added to twice this denominator
+    score = i / (i + alpha * (p - i) + beta * (t - i) + eps)
+    if micro:
+        return (1 - score).mean()
+    present = (t > 0).to(x.dtype)  # in the sample's labels: where none is, the loss is 1
+    return (1 - (score * present).sum(1) / present.sum(1).clamp_min(1)).mean()

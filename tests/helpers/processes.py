@@ -1,0 +1,38 @@
+"""Programs that run in a process of their own."""
+
+import os
+import subprocess
+import sys
+
+from helpers.paths import ROOT
+
+
+def run(*command, cwd=None, timeout=None, **environment):
+    """Waits for a program. Its result has returncode, stdout and stderr; failing is no error here.
+
+    Args:
+      environment: variables that it has besides those of this process.
+    """
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        timeout=timeout,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def output_of(*command, timeout=None, **environment):
+    """What a program prints; the test fails if the program does."""
+    done = run(*command, timeout=timeout, **environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def configure(build, *options, **environment):
+    """Runs CMake on this repository without building anything; its error messages as one line."""
+    cmake = [sys.executable, "-m", "cmake", "-S", ROOT, "-B", build]
+    done = run(*cmake, *options, f"-DPython_EXECUTABLE={sys.executable}", **environment)
+    return done.returncode, " ".join(done.stderr.split())

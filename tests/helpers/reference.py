@@ -1,0 +1,131 @@
+"""An independent float64 reference in NumPy, and how results are compared with it.
+
+The mathematics is written as in a textbook. Derivatives are taken by the complex step
+(f(x + ih) ~ f(x) + ih f'(x), exact to rounding), so that no derivation is shared with the product.
+"""
+
+import numpy as np
+
+STEP = 1e-30
+
+
+def one_hot(index, classes):
+    """[...] class indices to [..., C]; an index that is no class gives zeros. C = 1: the mask."""
+    first = 1 if classes == 1 else 0
+    return (np.asarray(index, np.int64)[..., None] == np.arange(first, first + classes)).astype(
+        float
+    )
+
+
+def flat(x):
+    """[N, spatial..., C] to [N, V, C]."""
+    return np.reshape(x, (len(x), -1, np.shape(x)[-1]))
+
+
+def log_softmax(x):
+    shifted = x - x.real.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def softmax(x):
+    return np.exp(log_softmax(x))
+
+
+def _softplus(x):
+    size = x * np.where(x.real < 0, -1, 1)
+    return np.where(x.real < 0, 0, x) + np.log1p(np.exp(-size))
+
+
+def voxel_terms(x, t, activation, squared=False, gamma=0.0, smoothing=0.0, threshold=0.0):
+    """What each voxel adds to (intersection, pred_sum, label_sum, cross_entropy): [..., C] each."""
+    power = 2 if squared else 1
+    classes = x.shape[-1]
+    smooth_t = (1 - smoothing) * t + smoothing / (2 if activation == "sigmoid" else classes)
+    if activation in ("argmax", "threshold"):
+        largest = np.arange(classes) == x.argmax(-1)[..., None]
+        p = (largest if activation == "argmax" else x > threshold).astype(float)
+        return p * t, p**power, t**power + 0 * p, 0 * p
+    if activation == "softmax":
+        log_p = log_softmax(x)
+        p = np.exp(log_p)
+    elif activation == "sigmoid":
+        log_p = -_softplus(-x)
+        p = np.exp(log_p)
+    else:
+        p = x + 0
+        cut = np.where(p.real < 1e-7, 1e-7, p)  # the cross-entropy's smallest probability
+        return p * t, p**power, t**power + 0 * p, -smooth_t * (1 - cut) ** gamma * np.log(cut)
+    present = np.where(smooth_t != 0, -smooth_t * (1 - p) ** gamma * log_p, 0)
+    if activation == "sigmoid":
+        present = present + (1 - smooth_t) * p**gamma * _softplus(x)
+    return p * t, p**power, t**power + 0 * p, present
+
+
+def sums(x, t, weight=None, **options):
+    """(intersection, pred_sum, label_sum, cross_entropy) as [N, C]; x, t: [N, V, C]."""
+    x, t = np.asarray(x, np.float64), np.asarray(t, np.float64)
+    m = np.ones(x.shape[:2]) if weight is None else np.asarray(weight, np.float64)
+    x = np.where(m[..., None] == 0, 0, x)
+    return tuple((m[..., None] * term).sum(1) for term in voxel_terms(x, t, **options))
+
+
+def gradient(x, t, coefficients, weight=None, **options):
+    """d(sum of coefficient * sum)/dx, coefficients of (intersection, pred_sum, cross_entropy)."""
+    x, t = np.asarray(x, np.float64), np.asarray(t, np.float64)
+    m = np.ones(x.shape[:2]) if weight is None else np.asarray(weight, np.float64)
+    x = np.where(m[..., None] == 0, 0, x)
+    a, b, e = (np.asarray(k, np.float64)[:, None, :] for k in coefficients)
+    result = np.empty_like(x)
+    for c in range(x.shape[-1]):  # voxels do not interact: one step serves them all
+        stepped = x.astype(complex)
+        stepped[..., c] += 1j * STEP
+        i, p, _, ce = voxel_terms(stepped, t, **options)
+        result[..., c] = m * (a * i + b * p + e * ce).sum(-1).imag / STEP
+    return result
+
+
+def dice_losses(i, p, t, smooth_nr=1e-5, smooth_dr=1e-5):
+    """1 - (2 I + nr) / (P + T + dr), per sample and class."""
+    return 1 - (2 * i + smooth_nr) / (p + t + smooth_dr)
+
+
+def mean_dice(i, p, t):
+    """The mean of `dice_losses` over samples and classes."""
+    return np.mean(dice_losses(i, p, t))
+
+
+def loss_and_gradient(x, t, of_sums, weight=None, **options):
+    """A loss and its gradient with respect to x; of_sums(I, P, T) -> scalar, [N, C] each."""
+    values = sums(x, t, weight, **options)
+    coefficients = [np.zeros_like(values[0]) for _ in range(3)]
+    for which in (0, 1):
+        for at in np.ndindex(values[0].shape):
+            stepped = [v.astype(complex) for v in values[:3]]
+            stepped[which][at] += 1j * STEP
+            coefficients[which][at] = np.imag(of_sums(*stepped)) / STEP
+    return of_sums(*values[:3]), gradient(x, t, coefficients, weight, **options)
+
+
+def relative_error(actual, expected):
+    """Largest error over the largest expected value. Of two zeros: 0."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    scale = np.abs(expected).max(initial=0)
+    error = np.abs(actual - expected).max(initial=0)
+    return error / scale if scale else error
+
+
+def gradient_error(actual, expected):
+    """Relative L2 distance. A gradient of zeros has error 1, whatever the volume's size."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    norm = np.linalg.norm(expected)
+    assert norm > 0, "a gradient of zeros proves nothing"
+    return np.linalg.norm(actual - expected) / norm
+
+
+def assert_gradient(actual, expected, tolerance=1e-5):
+    """By relative L2 (catches a wrong scale) and by cosine (catches a wrong direction)."""
+    assert gradient_error(actual, expected) <= tolerance
+    a, b = np.ravel(actual).astype(np.float64), np.ravel(expected).astype(np.float64)
+    assert 1 - a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) <= tolerance

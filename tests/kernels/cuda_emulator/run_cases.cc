@@ -1,0 +1,139 @@
+// Runs the library's CUDA path on the emulator: reads calls from a file, writes what they give to
+// another. tests/helpers/emulation.py writes and reads the files, and says how they are laid out.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/dtype.h"
+#include "core/problem.h"
+#include "cuda/call.h"
+
+namespace dice_op {
+namespace cuda {
+const char* Archs() { return "emulated"; }
+}  // namespace cuda
+
+namespace {
+
+struct Header {
+  int64_t batch, voxels, classes;
+  int64_t activation, planar, squared_pred, cross_entropy, has_ignore_label, ignore_label;
+  int64_t logits_dtype, labels_dtype, dense_labels, weight_dtype;  // weight_dtype < 0: no weight
+  int64_t in_place;                                                // the gradient takes the logits' memory
+  int64_t misalign;                                                // bytes by which the arrays miss 16-byte alignment
+  int64_t region_labels, regions[8];
+  double focal_gamma, label_smoothing, threshold;
+};
+
+void Require(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "run_cases: %s\n", what);
+  std::exit(2);
+}
+
+// Memory as long as the array and not a byte longer, for the address sanitizer.
+class Array {
+ public:
+  Array(size_t bytes, int64_t misalign) : memory_(std::malloc(bytes + misalign + !bytes)), bytes_(bytes) {
+    data_ = static_cast<char*>(memory_) + misalign;
+    std::memset(data_, 0xff, bytes);
+  }
+  ~Array() { std::free(memory_); }
+  Array(const Array&) = delete;
+  void Read(FILE* file) { Require(bytes_ == 0 || std::fread(data_, bytes_, 1, file) == 1, "the cases end too early"); }
+  void Write(FILE* file) const { std::fwrite(data_, 1, bytes_, file); }
+  void* data() const { return data_; }
+
+ private:
+  void* memory_;
+  size_t bytes_;
+  char* data_;
+};
+
+void Run(const Header& header, FILE* in, FILE* out) {
+  Problem problem;
+  Options& options = problem.options;
+  options.activation = static_cast<Activation>(header.activation);
+  options.data_format = header.planar ? DataFormat::kChannelsFirst : DataFormat::kChannelsLast;
+  options.squared_pred = header.squared_pred;
+  options.cross_entropy = header.cross_entropy;
+  options.focal_gamma = header.focal_gamma;
+  options.label_smoothing = header.label_smoothing;
+  options.threshold = header.threshold;
+  const std::string no_regions = SetRegions({header.regions, header.regions + header.region_labels}, &options);
+  Require(no_regions.empty(), no_regions.c_str());
+  options.has_ignore_label = header.has_ignore_label;
+  options.ignore_label = header.ignore_label;
+  problem.logits_dtype = static_cast<DType>(header.logits_dtype);
+  problem.labels_dtype = static_cast<DType>(header.labels_dtype);
+  const bool weighted = header.weight_dtype >= 0;
+  if (weighted) problem.weight_dtype = static_cast<DType>(header.weight_dtype);
+
+  const int64_t n = header.batch, v = header.voxels, c = header.classes;
+  const Dims dims = header.planar ? Dims{n, c, v} : Dims{n, v, c};
+  std::optional<Dims> weight_dims;
+  if (weighted) weight_dims = Dims{n, v};
+  const std::string refused = MakeProblem(dims, header.dense_labels ? dims : Dims{n, v}, weight_dims, &problem);
+  Require(refused.empty(), refused.c_str());
+
+  const size_t sum = SizeOf(problem.sums_dtype()), logits_bytes = n * v * c * SizeOf(problem.logits_dtype);
+  Array logits(logits_bytes, header.misalign);
+  Array labels(n * v * (header.dense_labels ? c : 1) * SizeOf(problem.labels_dtype), header.misalign);
+  Array weight(weighted ? n * v * SizeOf(problem.weight_dtype) : 0, 0);
+  Array a(n * c * sum, 0), b(n * c * sum, 0), e(header.cross_entropy ? n * c * sum : 0, 0);
+  for (Array* array : {&logits, &labels, &weight, &a, &b, &e}) array->Read(in);
+  problem.logits = logits.data();
+  problem.labels = labels.data();
+  problem.voxel_weight = weighted ? weight.data() : nullptr;
+
+  std::string error;
+  const auto check = [&](const std::string& next) {
+    if (error.empty()) error = next;
+  };
+  size_t workspace_bytes = 0;
+  check(cuda::DiceSumsWorkspace(problem, &workspace_bytes));
+  Array workspace(workspace_bytes, 0), first_bad(8, 0), weight_sum(n * sum, 0);
+  Array intersection(n * c * sum, 0), pred_sum(n * c * sum, 0), label_sum(n * c * sum, 0);
+  Array cross_entropy(header.cross_entropy ? n * c * sum : 0, 0);
+  const Sums sums{intersection.data(), pred_sum.data(), label_sum.data(),
+                  header.cross_entropy ? cross_entropy.data() : nullptr, weight_sum.data()};
+  if (error.empty()) check(cuda::DiceSums(problem, sums, workspace.data(), nullptr));
+  BadValue bad;
+  int64_t label = 0;
+  if (error.empty()) check(cuda::FindBadValue(problem, first_bad.data(), nullptr, &bad, &label));
+  const std::string complaint = bad.sample < 0 ? "" : DescribeBadValue(problem, dims, bad, &label);
+  Array separate(header.in_place ? 0 : logits_bytes, header.misalign);
+  Array& d_logits = header.in_place ? logits : separate;
+  const SumsGrad grad{a.data(), b.data(), header.cross_entropy ? e.data() : nullptr, d_logits.data()};
+  const bool differentiable = !problem.hard();
+  if (error.empty() && differentiable) check(cuda::DiceSumsGrad(problem, grad, nullptr));
+
+  // whether a specialised kernel takes the call
+  const int64_t specialised[2] = {cuda::FindPlain(problem, nullptr).kernel != nullptr,
+                                  differentiable && cuda::FindPlain(problem, d_logits.data()).kernel};
+  std::fwrite(specialised, sizeof(specialised), 1, out);
+  for (const std::string& text : {error, complaint}) {
+    const int64_t length = text.size();
+    std::fwrite(&length, sizeof(length), 1, out);
+    std::fwrite(text.data(), 1, text.size(), out);
+  }
+  if (!error.empty()) return;
+  for (const Array* array : {&intersection, &pred_sum, &label_sum, &cross_entropy, &weight_sum}) array->Write(out);
+  d_logits.Write(out);
+}
+
+}  // namespace
+}  // namespace dice_op
+
+int main(int argc, char** argv) {
+  dice_op::Require(argc == 3, "usage: run_cases CASES RESULTS");
+  FILE* const in = std::fopen(argv[1], "rb");
+  FILE* const out = std::fopen(argv[2], "wb");
+  dice_op::Require(in && out, "a file cannot be opened");
+  for (dice_op::Header header; std::fread(&header, sizeof(header), 1, in) == 1;) dice_op::Run(header, in, out);
+  return std::fclose(out);
+}

@@ -1,0 +1,337 @@
+"""The tests of the tests: bugs planted in correct kernels, each of which must be noticed.
+
+A bug is a line of source text that is replaced. If the line is no longer there, the test fails: the
+bug must then be planted in what took its place.
+"""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from helpers import emulation
+from helpers.cuda_cases import bits, few_cases
+from helpers.paths import CSRC
+
+ORDERS = ("forward", "reverse", "random")
+SANITIZER_OPTIONS = {
+    "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
+    "ASAN_OPTIONS": "detect_leaks=0",
+}
+
+
+def plant(source, old, new):
+    text = source.read_text()
+    assert text.count(old) == 1, f"{source.name}: {old!r} stands there {text.count(old)} times"
+    source.write_text(text.replace(old, new))
+
+
+# --- the emulator's own kernels: each of its features ---------------------------------------------
+
+
+def selftest(kind, folder):
+    """Builds cuda_emulator/selftest.cc, or what stands in `folder` in its place."""
+    if not (folder / "selftest.cc").exists():
+        shutil.copy(emulation.EMULATOR / "selftest.cc", folder)
+    flags = ["-std=c++17", "-g1", f"-I{emulation.EMULATOR}", "-Wno-unknown-pragmas"]
+    engine, program = folder / f"engine_{kind}.o", folder / f"selftest_{kind}"
+    for command in (
+        [*flags, "-O2", "-c", emulation.EMULATOR / "cuda_emulator.cc", "-o", engine],
+        [*flags, *emulation.FLAGS[kind], folder / "selftest.cc", engine, "-o", program],
+    ):
+        subprocess.run([emulation.CXX, *command], check=True, capture_output=True)
+    return [
+        subprocess.run(
+            [program],
+            env={**os.environ, **SANITIZER_OPTIONS, "CUDA_EMULATOR_ORDER": order},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=100,
+        )
+        for order in ORDERS
+    ]
+
+
+def test_correct_kernels_pass(tmp_path):
+    outputs = set()
+    for kind in emulation.FLAGS:
+        for result in selftest(kind, tmp_path):
+            assert result.returncode == 0, result.stderr[-3000:]
+            outputs.add(result.stdout)
+    assert len(outputs) == 1 and outputs.pop().startswith("digest ")
+
+
+SELFTEST_BUGS = {  # what stands there, what takes its place, the build that sees it
+    "a missing barrier": ("  __syncthreads();  // the tree is filled\n", "", "thread"),
+    "a barrier that some threads miss": (
+        "  __syncthreads();  // the shares are written",
+        "  if (threadIdx.x < 32) __syncthreads();",
+        "plain",
+    ),
+    "a missing warp barrier": (
+        "    __syncwarp();  // the copies of all lanes are there\n",
+        "",
+        "plain",
+    ),
+    "a copy that nobody waits for": ("WaitGroup(1)", "WaitGroup(2)", "plain"),
+    "half a warp in the mask": (
+        "__shfl_xor_sync(kFullMask, sum, lanes)",
+        "__shfl_xor_sync(0x0000ffffu, sum, lanes)",
+        "plain",
+    ),
+    "a butterfly that ends too early": ("lanes = 16; lanes > 0", "lanes = 16; lanes > 1", "plain"),
+    "a write behind shared memory": (
+        "  tree[t] = in[first + t];",
+        "  tree[t + 1] = in[first + t];",
+        "address",
+    ),
+    "a read behind global memory": (
+        "  tree[t] = in[first + t];",
+        "  tree[t] = in[first + t + 1];",
+        "address",
+    ),
+    "a copy that is not aligned": (
+        "CopyAsync16(&ring[lane], &in[tile * 32 + lane])",
+        "CopyAsync16(&ring[lane], &in[tile * 32 + lane].y)",
+        "plain",
+    ),
+    "a missing fence": (
+        "    __threadfence();  // the partial sum before the ticket\n",
+        "",
+        "thread",
+    ),
+    "a fence of the block alone": (
+        "    __threadfence();  // the partial sum before the ticket\n",
+        "    __threadfence_block();\n",
+        "thread",
+    ),
+    "a ticket that is not atomic": ("atomicAdd(ticket, 1)", "(*ticket)++", "thread"),
+    "sums by float atomics": (
+        "  for (unsigned b = 0; b < gridDim.x; ++b) total[0] += __ldcg(&partial[b]);",
+        "}\n__global__ void Sum(const float* in, int n, float* total) {\n"
+        "  for (int i = threadIdx.x; i < n; i += kThreads) atomicAdd(total, in[i]);",
+        "plain",
+    ),
+}
+
+
+def find_in_the_emulators_kernels(bug, folder):
+    old, new, kind = SELFTEST_BUGS[bug]
+    shutil.copy(emulation.EMULATOR / "selftest.cc", folder)
+    plant(folder / "selftest.cc", old, new)
+    floats = "float atomics" in bug
+    if floats:
+        arguments = "floats, n, partial.data, ticket.data, total.data"
+        plant(
+            folder / "selftest.cc",
+            f"Launch(TicketSum, kBlocks, kThreads, 0, nullptr, {arguments})",
+            "Launch(Sum, kBlocks, kThreads, 0, nullptr, floats, n / 3, total.data)",
+        )
+    results = selftest(kind, folder)
+    other_bits = len({r.stdout for r in results}) > 1
+    return other_bits or not floats and any(r.returncode != 0 for r in results)
+
+
+# --- the library's kernels ------------------------------------------------------------------------
+
+KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that sees it
+    "staged: no wait for the other lanes' copies": (
+        "source.h",
+        "      __syncwarp();  // all lanes' copies are there, and no lane is at the stage before\n",
+        "",
+        "thread",
+    ),
+    "staged: one copy too many left on its way": (
+        "source.h",
+        "WaitForCopies<kStages - 2>();",
+        "WaitForCopies<kStages - 1>();",
+        "plain",
+    ),
+    "staged: the next tile over the one in use": (
+        "source.h",
+        "stage == 0 ? kStages - 1 : stage - 1);",
+        "stage);",
+        "plain",
+    ),
+    "staged: computed before it is there": (
+        "source.h",
+        "      if (t >= first) {",
+        "      if (t >= first - step) {",
+        "plain",
+    ),
+    "staged: labels after the last": (
+        "source.h",
+        "? Voxels(tile) - Lane() : 0;",
+        "? kTile - Lane() : 0;",
+        "address",
+    ),
+    "staged: stored before it is computed": (
+        "source.h",
+        "        __syncwarp();  // the whole tile is computed\n",
+        "",
+        "thread",
+    ),
+    "staged: the last tile taken for a full one": (
+        "source.h",
+        "const int elements = Voxels(tile) * classes(),",
+        "const int elements = kTile * classes(),",
+        "address",
+    ),
+    "staged: old memory where no voxel is": (
+        "source.h",
+        "reinterpret_cast<Word<T>*>(memory_)[w] = Word<T>{};",
+        "",
+        "plain",
+    ),
+    "staged: a padded row that begins elsewhere": (
+        "kernels.h",
+        "variant.row_magic = magic(row / 16);",
+        "variant.row_magic = magic(row / 16) - 1;",
+        "plain",
+    ),
+    "staged: rows that are not aligned": (
+        "kernels.h",
+        "variant.row_padding = 16;",
+        "variant.row_padding = 8;",
+        "plain",
+    ),
+    "direct: the last tile taken for a full one": (
+        "source.h",
+        "if (tile < call_.tiles - 1 || call_.last_voxels == kTile) {",
+        "if (tile < call_.tiles) {",
+        "address",
+    ),
+    "direct: words that are not aligned": (
+        "kernels.h",
+        "(at) % 16 == 0",
+        "(at) % 8 == 0",
+        "address",
+    ),
+    "direct: a gradient stored one word further": (
+        "source.h",
+        "StoreStreaming<T>(d_logits + first +",
+        "StoreStreaming<T>(d_logits + 1 + first +",
+        "address",
+    ),
+    "general: an element of the next row": (
+        "kernels.h",
+        "variant.row_magic = magic(classes);",
+        "variant.row_magic = magic(classes) - 1;",
+        "plain",
+    ),
+    "general: a tile overwritten while others read it": (
+        "source.h",
+        "      __syncwarp();  // no lane is at the tile before any more\n",
+        "",
+        "thread",
+    ),
+    "general: labels of voxels without weight": (
+        "source.h",
+        "if (m != R(0)) *index",
+        "*index",
+        "plain",
+    ),
+    "general: regions of a voxel without label": (
+        "source.h",
+        "call_.region_labels && index >= 0 ? call_.regions[index] : 0",
+        "call_.region_labels ? call_.regions[index] : 0",
+        "address",
+    ),
+    "scores: every class of a tie": (
+        "../core/voxel.h",
+        "first == Scalar(-k.Class(i))",
+        "z[i] == top",
+        "plain",
+    ),
+    "smoothing: none for the absent classes": (
+        "../core/voxel.h",
+        "k.Class(i), i) + R(terms.spread);",
+        "k.Class(i), i);",
+        "plain",
+    ),
+    "sums: the wrong lanes in the mask": (
+        "device.h",
+        "__shfl_xor_sync(0xffffffffu",
+        "__shfl_xor_sync(0x7fffffffu",
+        "plain",
+    ),
+    "sums: a butterfly one step short": (
+        "device.h",
+        "if constexpr (kDistance >= kLanes) {",
+        "if constexpr (kDistance > kLanes) {",
+        "plain",
+    ),
+    "sums: several lanes hold the same": (
+        "device.h",
+        "return Lane() / kLanes % kSharers == 0;",
+        "return true;",
+        "plain",
+    ),
+    "sums: the last voxels never added": (
+        "kernels.h",
+        "if (added >= kFlush || last) Flush();",
+        "if (added >= kFlush) Flush();",
+        "plain",
+    ),
+    "sums: bins of too few classes": (
+        "kernels.h",
+        "kLossBins && cross_entropy ? 3 : 2;",
+        "kLossBins && cross_entropy ? 2 : 2;",
+        "address",
+    ),
+    "sums: a class beyond the last": (
+        "source.h",
+        "const bool held = label < static_cast<uint32_t>(classes()) &&",
+        "const bool held = ++label < static_cast<uint32_t>(classes()) &&",
+        "plain",
+    ),
+    "sums: no barrier before the block's sums": ("kernels.h", "  __syncthreads();\n", "", "thread"),
+    "sums: a barrier for one warp": (
+        "kernels.h",
+        "  __syncthreads();\n",
+        "  if (warp == 0) __syncthreads();\n",
+        "plain",
+    ),
+    "sums: a block's row written to another's": (
+        "kernels.h",
+        "* call.blocks_per_sample + blockIdx.y) * width;",
+        "* call.blocks_per_sample + blockIdx.y + 1) * width;",
+        "address",
+    ),
+}
+
+
+def find_in_the_librarys_kernels(bug, folder):
+    file, old, new, kind = KERNEL_BUGS[bug]
+    csrc = folder / "csrc"
+    shutil.copytree(CSRC, csrc)
+    plant(csrc / "cuda" / file, old, new)
+    program = emulation.rebuild(kind, csrc, folder)
+    cases = few_cases(small=True)
+    first = None
+    for order in ORDERS:
+        try:
+            results = emulation.run(program, cases.calls, folder, order, CUDA_EMULATOR_SMS="1")
+            cases.check(results)
+        except (emulation.Failed, AssertionError):
+            return True
+        first = first or bits(results)
+        if bits(results) != first:
+            return True
+    return False
+
+
+# --- each of them ---------------------------------------------------------------------------------
+
+BUGS = {
+    **{f"emulator: {bug}": (find_in_the_emulators_kernels, bug) for bug in SELFTEST_BUGS},
+    **{bug: (find_in_the_librarys_kernels, bug) for bug in KERNEL_BUGS},
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_noticed(bug, tmp_path):
+    find, name = BUGS[bug]
+    assert find(name, tmp_path), "nobody noticed"

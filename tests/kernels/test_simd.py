@@ -1,0 +1,53 @@
+"""Every instruction set the processor has: all of test_core.py, and the objects themselves."""
+
+import sys
+
+import pytest
+
+from dice_op import core
+from helpers.paths import BUILD, TESTS
+from helpers.processes import output_of, run
+
+LEVELS = core.build_info()["simd_levels"]
+
+
+def run_at(level, *arguments):
+    # With MALLOC_PERTURB_, memory that is freed does not keep what it held.
+    return run(sys.executable, *arguments, DICE_OP_SIMD=level, MALLOC_PERTURB_="165")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_kernels_are_right_at_each_level(level):
+    code = "from dice_op import core; print(core.build_info()['simd_level'])"
+    if run_at(level, "-c", code).stdout.strip() != level:
+        pytest.skip(f"this processor has no {level}")
+    if level == core.build_info()["simd_level"]:
+        pytest.skip("test_core.py ran at this level already")
+    result = run_at(level, "-m", "pytest", "-q", "-x", str(TESTS / "kernels" / "test_core.py"))
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_an_unknown_level_is_the_best_one_and_warns_once():
+    code = "from dice_op import core; print(core.build_info()['simd_level'])"
+    unknown, unset = run_at("sse9", "-c", code), run_at("", "-c", code)
+    assert unknown.stdout == unset.stdout
+    warning = f"DICE_OP_SIMD is 'sse9', but must be one of {', '.join(LEVELS)}"
+    assert unknown.stderr.count(warning) == 1 and "DICE_OP_SIMD" not in unset.stderr
+    for level in LEVELS:
+        assert "DICE_OP_SIMD" not in run_at(level, "-c", code).stderr
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_object_exports_its_table_and_nothing_else(level):
+    """Inline functions with external linkage would be merged across levels by the linker, and the
+    copy that is kept might need an instruction that the processor lacks."""
+    target = f"dice_op_cpu_{level}".replace("-", "_")
+    objects = list(BUILD.glob(f"CMakeFiles/{target}.dir/**/kernels.cc.o"))
+    if not objects:
+        pytest.skip("not built from this checkout")
+    symbols = output_of("nm", "--demangle", "--defined-only", "--extern-only", objects[0])
+    defined = [line.split(maxsplit=2)[1:] for line in symbols.splitlines()]
+    # DW.ref.*: a pointer to the unwinder's entry, the same in every object
+    defined = [(kind, name) for kind, name in defined if not name.startswith("DW.ref.")]
+    assert len(defined) == 1, defined
+    assert defined[0][1].startswith("dice_op::cpu::k")

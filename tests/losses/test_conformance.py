@@ -1,0 +1,299 @@
+"""Values and gradients against MONAI, PyTorch and Keras themselves, and against the published
+formulas of nnU-Net, segmentation_models, segmentation_models_pytorch, tensorflow-mri and kornia,
+over ordinary and degenerate volumes.
+
+The others compute in double precision on the very float32 logits that ours get. `make test-full`
+installs what this needs. tests/docs/test_migration.py runs docs/migration.md with these formulas.
+"""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dice_op import losses
+from helpers.peers import (
+    CLASSES,
+    HAS_PEERS,
+    NEEDS_PEERS,
+    VOLUMES,
+    W,
+    assert_conforms,
+    hot,
+    keras_tversky,
+    kornia_loss,
+    mri_loss,
+    nnunet_loss,
+    of_keras,
+    of_ours,
+    of_torch,
+    sm_loss,
+    smp_loss,
+    volume,
+)
+
+if HAS_PEERS:
+    import torch
+    from monai import losses as monai
+
+pytestmark = NEEDS_PEERS
+
+# --- MONAI ----------------------------------------------------------------------------------------
+
+COMMON = {
+    "defaults": ({}, {}),
+    "no background": ({"include_background": False}, {"include_background": False}),
+    "batch": ({"batch": True}, {"batch": True}),
+    "smoothing": ({"smooth_nr": 1.0, "smooth_dr": 2.0}, {"smooth_nr": 1.0, "smooth_dr": 2.0}),
+}
+# MONAI's default, which hides the errors of large volumes
+SMALL = {"smooth_nr": 1e-5, "smooth_dr": 1e-5}
+SQUARED = ({"squared_pred": True}, {"squared_pred": True})
+# name: (ours, its arguments, MONAI's, its arguments)
+MONAI = {
+    **{f"Dice, {k}": ("DiceLoss", a, "DiceLoss", b) for k, (a, b) in COMMON.items()},
+    "Dice, squared": ("DiceLoss", SQUARED[0], "DiceLoss", SQUARED[1]),
+    "Dice, Jaccard": ("DiceLoss", {"jaccard": True}, "DiceLoss", {"jaccard": True}),
+    "Dice, weights": (
+        "DiceLoss", {"class_weight": [w / 4 for w in W]}, "DiceLoss", {"weight": W},
+    ),  # MONAI: the mean of w (1 - dice)
+    **{f"Tversky, {k}": ("TverskyLoss", a, "TverskyLoss", b) for k, (a, b) in COMMON.items()},
+    "Tversky, recall": (
+        "TverskyLoss", {"alpha": 0.3, "beta": 0.7}, "TverskyLoss", {"alpha": 0.3, "beta": 0.7},
+    ),
+    **{
+        f"generalized Dice, {k}": ("GeneralizedDiceLoss", SMALL | a, "GeneralizedDiceLoss", b)
+        for k, (a, b) in COMMON.items()
+    },
+    **{
+        f"generalized Dice, {w}": (
+            "GeneralizedDiceLoss", SMALL | {"weight_type": w}, "GeneralizedDiceLoss", {"w_type": w},
+        )
+        for w in ("simple", "uniform")
+    },
+    **{f"Dice + CE, {k}": ("DiceCELoss", a, "DiceCELoss", b) for k, (a, b) in COMMON.items()},
+    "Dice + CE, lambdas": (
+        "DiceCELoss", {"lambda_dice": 0.3, "lambda_ce": 2.0},
+        "DiceCELoss", {"lambda_dice": 0.3, "lambda_ce": 2.0},
+    ),
+    "Dice + CE, label smoothing": (
+        "DiceCELoss", {"label_smoothing": 0.1}, "DiceCELoss", {"label_smoothing": 0.1},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("volume_name", VOLUMES)
+@pytest.mark.parametrize("form", MONAI)
+def test_softmax_losses_conform_to_monai(form, volume_name):
+    ours, arguments, theirs, their_arguments = MONAI[form]
+    x, y = volume(volume_name)
+    their_arguments = dict(their_arguments)
+    if "weight" in their_arguments:
+        their_arguments["weight"] = torch.tensor(their_arguments["weight"])
+    loss = getattr(monai, theirs)(softmax=True, to_onehot_y=True, **their_arguments)
+    assert_conforms(of_ours(getattr(losses, ours)(**arguments), x, y), of_torch(loss, x, y))
+
+
+MONAI_SIGMOID = {
+    "Dice": (losses.DiceLoss(activation="sigmoid"), "DiceLoss", {}),
+    "Dice, jointly": (
+        losses.DiceLoss(activation="sigmoid", batch=True, squared_pred=True),
+        "DiceLoss",
+        {"batch": True, "squared_pred": True},
+    ),
+    "Tversky": (
+        losses.TverskyLoss(activation="sigmoid", alpha=0.2, beta=0.8),
+        "TverskyLoss",
+        {"alpha": 0.2, "beta": 0.8},
+    ),
+    "generalized Dice": (
+        losses.GeneralizedDiceLoss(activation="sigmoid", **SMALL),
+        "GeneralizedDiceLoss",
+        {},
+    ),
+    "Dice + focal": (losses.DiceFocalLoss(activation="sigmoid"), "DiceFocalLoss", {}),
+    "Dice + focal, gamma": (
+        losses.DiceFocalLoss(activation="sigmoid", focal_gamma=3.5, lambda_dice=0.5, lambda_ce=2),
+        "DiceFocalLoss",
+        {"gamma": 3.5, "lambda_dice": 0.5, "lambda_focal": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("volume_name", VOLUMES)
+@pytest.mark.parametrize("form", MONAI_SIGMOID)
+def test_sigmoid_losses_conform_to_monai(form, volume_name, classes):
+    """Regions, each a class of its own; with one class, a binary mask."""
+    ours, theirs, arguments = MONAI_SIGMOID[form]
+    x, y = volume(volume_name, classes)
+    loss = getattr(monai, theirs)(sigmoid=True, **arguments)
+
+    def on_masks(x, y):
+        return loss(x, y.to(x.dtype) if classes == 1 else hot(y, classes, x.dtype))
+
+    assert_conforms(of_ours(ours, x, y), of_torch(on_masks, x, y))
+
+
+def test_binary_dice_and_cross_entropy_conform_to_monai():
+    for name in VOLUMES:
+        x, y = volume(name, 1)
+        loss = monai.DiceCELoss(sigmoid=True)
+        ours = losses.DiceCELoss(activation="sigmoid")
+        theirs = of_torch(lambda x, y, loss=loss: loss(x, y.to(x.dtype)), x, y)
+        assert_conforms(of_ours(ours, x, y), theirs)
+
+
+# --- PyTorch --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("volume_name", VOLUMES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_cross_entropy_conforms_to_pytorch(smoothing, weighted, volume_name):
+    x, y = volume(volume_name)
+    weight = W if weighted else None
+    ours = losses.DiceCELoss(
+        lambda_dice=0, batch=True, ce_class_weight=weight, label_smoothing=smoothing
+    )
+    cross_entropy = torch.nn.CrossEntropyLoss(
+        weight and torch.tensor(weight, dtype=torch.float64), label_smoothing=smoothing
+    )
+    assert_conforms(of_ours(ours, x, y), of_torch(lambda x, y: cross_entropy(x, y[:, 0]), x, y))
+
+
+# --- Keras ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("volume_name", VOLUMES)
+def test_dice_conforms_to_keras(volume_name):
+    x, y = volume(volume_name)
+    theirs = keras.losses.Dice(dtype="float64")
+    exact = {"average": "micro", "batch": True, "smooth_nr": 0, "smooth_dr": 1e-7}
+
+    def keras_loss(y, x):
+        return theirs(tf.one_hot(y, CLASSES, dtype=tf.float64), tf.nn.softmax(x))
+
+    assert_conforms(of_ours(losses.DiceLoss(**exact), x, y), of_keras(keras_loss, x, y))
+
+
+@pytest.mark.parametrize("volume_name", VOLUMES)
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_tversky_conforms_to_keras(activation, volume_name):
+    """The alpha of `keras_tversky` weighs the false negatives, ours the false positives.
+
+    With a softmax there are as many false positives as false negatives once all classes are added
+    up, so that exchanging them would change nothing; with sigmoids it would.
+    """
+    x, y = volume(volume_name)
+    theirs = keras_tversky(alpha=0.2, beta=0.8)
+    exact = {"average": "micro", "batch": True, "smooth_nr": 0, "smooth_dr": 1e-7}
+
+    def keras_loss(y, x):
+        p = getattr(tf.nn, activation)(x)
+        return theirs(tf.one_hot(y, CLASSES, dtype=tf.float64), p)
+
+    ours = losses.TverskyLoss(activation=activation, alpha=0.8, beta=0.2, **exact)
+    assert_conforms(of_ours(ours, x, y), of_keras(keras_loss, x, y))
+
+
+# --- nnU-Net 2.8 (its published formulas) ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("volume_name", VOLUMES)
+@pytest.mark.parametrize("do_bg", [False, True])
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_dice_and_cross_entropy_conform_to_nnunet(batch_dice, do_bg, volume_name):
+    """Ours is its loss plus 1: 1 - dice for -dice."""
+    x, y = volume(volume_name)
+
+    def theirs(x, y):
+        return 1 + nnunet_loss(x, y, batch_dice=batch_dice, do_bg=do_bg)
+
+    ours = losses.DiceCELoss(batch=batch_dice, include_background=do_bg)
+    assert_conforms(of_ours(ours, x, y), of_torch(theirs, x, y))
+
+
+@pytest.mark.parametrize("volume_name", [v for v in VOLUMES if v != "one voxel"])
+def test_ignored_labels_conform_to_nnunet(volume_name):
+    x, y = volume(volume_name)
+    y[np.random.default_rng(9).random(y.shape) < 0.3] = 255
+
+    def theirs(x, y):
+        return 1 + nnunet_loss(x, y, batch_dice=True, do_bg=False, ignore_label=255)
+
+    ours = losses.DiceCELoss(batch=True, include_background=False, ignore_label=255)
+    assert_conforms(of_ours(ours, x, y), of_torch(theirs, x, y))
+
+
+# --- segmentation_models_pytorch 0.5 (its published formulas) -------------------------------------
+
+
+SMP = {
+    "Dice": (losses.DiceLoss, {}, {"kind": "dice"}),
+    "log Dice": (losses.DiceLoss, {"transform": "log"}, {"kind": "dice", "log_loss": True}),
+    "Jaccard": (losses.DiceLoss, {"jaccard": True}, {"kind": "jaccard"}),
+    "Tversky": (
+        losses.TverskyLoss,
+        {"alpha": 0.3, "beta": 0.7},
+        {"kind": "tversky", "alpha": 0.3, "beta": 0.7},
+    ),
+}
+
+
+@pytest.mark.parametrize("volume_name", VOLUMES)
+@pytest.mark.parametrize("form", SMP)
+def test_losses_conform_to_segmentation_models_pytorch(form, volume_name):
+    loss, arguments, their_arguments = SMP[form]
+    x, y = volume(volume_name)
+    ours = loss(batch=True, absent="one", smooth_nr=0, smooth_dr=0, **arguments)
+    theirs = of_torch(lambda x, y: smp_loss(x, y, **their_arguments), x, y)
+    assert_conforms(of_ours(ours, x, y), theirs)
+
+
+# --- segmentation_models 1.0, tensorflow-mri 0.23, kornia 0.9 (their published formulas) ----------
+
+
+TWICE = {"smooth_nr": 2e-5, "smooth_dr": 2e-5}  # 2 I / (P + T) is I / (I + (FP + FN) / 2)
+FLAT = {"smooth_nr": 0, "smooth_dr": 1e-8}
+BY_FORMULA = {
+    "segmentation_models, Dice": (losses.DiceLoss(batch=True), sm_loss, {}),
+    "segmentation_models, Dice per image": (losses.DiceLoss(), sm_loss, {"per_image": True}),
+    "segmentation_models, Jaccard": (
+        losses.DiceLoss(batch=True, jaccard=True, **TWICE), sm_loss, {"jaccard": True},
+    ),
+    "segmentation_models, class weights": (
+        losses.DiceLoss(batch=True, class_weight=[w / 4 for w in (0.5, 1, 2, 0.5)]),
+        sm_loss, {"weights": [0.5, 1, 2, 0.5]},
+    ),  # of mean 1: with others the two differ by a constant
+    "segmentation_models, Dice + focal": (
+        losses.DiceFocalLoss(batch=True, lambda_ce=0.25 / CLASSES), sm_loss, {"focal": True},
+    ),
+    "tensorflow-mri, focal Tversky": (
+        losses.TverskyLoss(alpha=0.3, beta=0.7, gamma=0.75),
+        mri_loss, {"alpha": 0.3, "beta": 0.7, "gamma": 0.75},
+    ),
+    "tensorflow-mri, Dice": (losses.DiceLoss(**TWICE), mri_loss, {"alpha": 0.5, "beta": 0.5}),
+    "tensorflow-mri, Jaccard": (
+        losses.DiceLoss(jaccard=True, **TWICE), mri_loss, {"alpha": 1, "beta": 1},
+    ),
+    "tensorflow-mri, micro": (
+        losses.DiceLoss(average="micro", **TWICE),
+        mri_loss, {"alpha": 0.5, "beta": 0.5, "micro": True},
+    ),
+    "kornia, Dice": (losses.DiceLoss(average="micro", **FLAT), kornia_loss, {"micro": True}),
+    "kornia, Dice macro": (losses.DiceLoss(absent="skip", **FLAT), kornia_loss, {}),
+    "kornia, Tversky": (
+        losses.TverskyLoss(alpha=0.2, beta=0.6, absent="skip", **FLAT),
+        kornia_loss, {"tversky": (0.2, 0.6)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("volume_name", VOLUMES)
+@pytest.mark.parametrize("form", BY_FORMULA)
+def test_losses_conform_to_published_formulas(form, volume_name):
+    ours, theirs, arguments = BY_FORMULA[form]
+    x, y = volume(volume_name)
+    expected = of_torch(lambda x, y: theirs(x, y, **arguments), x, y)
+    assert_conforms(of_ours(ours, x, y), expected)

@@ -1,0 +1,259 @@
+"""The Keras metrics: hard scores against NumPy, in fit, streamed, under a distribution strategy."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dice_op.metrics import DiceScore, JaccardScore
+from helpers import reference
+
+CLASSES = 4
+
+
+def make(samples=7, seed=0):
+    """Logits and labels; some classes are in no label of a sample, one is in none at all."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(samples, 6, 5, CLASSES)).astype(np.float32)
+    y = rng.integers(0, CLASSES - 1, size=x.shape[:-1]).astype(np.uint8)
+    y[::2][y[::2] == 2] = 1
+    y[0] = 0
+    return x, y
+
+
+def counts(p, t, weight=None):
+    """I, P, T `[N, C]` of masks `[N, spatial..., C]`."""
+    weight = np.ones(p.shape[:-1]) if weight is None else weight
+    axes = tuple(range(1, p.ndim - 1))
+    return [(weight[..., None] * v).sum(axes) for v in (p * t, p, t)]
+
+
+def scores_of(i, p, t, kind, absent):
+    """With NaN where a class does not count."""
+    numerator, denominator = (2 * i, p + t) if kind == "dice" else (i, p + t - i)
+    scores = np.where(denominator > 0, numerator / np.maximum(denominator, 1), 1)
+    return np.where((t > 0) | (absent == "keep"), scores, np.nan)
+
+
+def expected_of(sums, kind, over, average, absent, weight):
+    if average == "micro":
+        sums = [s.sum(1, keepdims=True) for s in sums]
+    if over == "dataset":
+        sums = [(weight[:, None] * s).sum(0, keepdims=True) for s in sums]
+        weight = np.ones(1)
+    scores = scores_of(*sums, kind, absent)
+    counted = weight[:, None] * ~np.isnan(scores)
+    with np.errstate(invalid="ignore"):
+        per_class = np.nansum(weight[:, None] * scores, 0) / counted.sum(0)
+    return per_class if average == "none" else np.nanmean(per_class)
+
+
+@pytest.mark.parametrize("absent", ["skip", "keep"])
+@pytest.mark.parametrize("average", ["macro", "micro", "none"])
+@pytest.mark.parametrize("over", ["samples", "dataset"])
+@pytest.mark.parametrize("metric", [DiceScore, JaccardScore])
+def test_scores_of_several_batches_are_those_of_numpy(metric, over, average, absent):
+    x, y = make()
+    kind = "dice" if metric is DiceScore else "jaccard"
+    p, t = (reference.one_hot(v, CLASSES) for v in (x.argmax(-1), y))
+    weight = np.array([1, 2, 0.5, 1, 0, 3, 1])
+    for w in (None, weight):
+        score = metric(over=over, average=average, absent=absent)
+        for at in (slice(0, 3), slice(3, 6), slice(6, 7)):
+            score.update_state(y[at], x[at], None if w is None else w[at])
+        given = np.ones(7) if w is None else w
+        expected = expected_of(counts(p, t), kind, over, average, absent, given)
+        np.testing.assert_allclose(score.result(), expected, rtol=1e-6)
+        score.reset_state()
+        score.update_state(y[:3], x[:3], None if w is None else w[:3])
+        expected = expected_of(counts(p[:3], t[:3]), kind, over, average, absent, given[:3])
+        np.testing.assert_allclose(score.result(), expected, rtol=1e-6)
+
+
+def test_thresholds_and_regions_give_the_scores_of_numpy():
+    x, y = make()
+    regions = [(1, 2), (2,), (0,), (3,)]
+    t = np.stack([np.isin(y, r) for r in regions], -1).astype(float)
+    for threshold, from_logits in ((0.5, True), (0.8, True), (0.3, False)):
+        cut = np.log(threshold / (1 - threshold)) if from_logits else threshold
+        score = DiceScore(
+            prediction="threshold", threshold=threshold, from_logits=from_logits, regions=regions
+        )
+        score.update_state(y, x)
+        expected = expected_of(counts(x > cut, t), "dice", "samples", "macro", "skip", np.ones(7))
+        np.testing.assert_allclose(score.result(), expected, rtol=1e-6)
+
+
+def test_ignored_and_weighted_voxels_give_the_scores_of_numpy():
+    x, y = make()
+    ignored = np.random.default_rng(1).random(y.shape) < 0.3
+    p, t = (reference.one_hot(v, CLASSES)[..., 1:] for v in (x.argmax(-1), y))
+    expected = expected_of(counts(p, t, ~ignored), "dice", "samples", "macro", "skip", np.ones(7))
+    for labels, weight, options in (
+        (np.where(ignored, 255, y), None, {"ignore_label": 255}),
+        (y, ~ignored, {}),
+        (y, (~ignored).astype(np.float32)[..., None], {}),
+    ):
+        score = DiceScore(include_background=False, **options)
+        score.update_state(labels, x, weight)
+        np.testing.assert_allclose(score.result(), expected, rtol=1e-6)
+
+
+def test_channels_first_and_one_hot_labels_give_the_same_score():
+    x, y = make()
+    score = DiceScore()
+    score.update_state(y, x)
+    for labels in (y[:, None], np.moveaxis(reference.one_hot(y, CLASSES), -1, 1)):
+        other = DiceScore(data_format="channels_first")
+        other.update_state(labels, np.moveaxis(x, -1, 1))
+        assert float(other.result()) == float(score.result())
+
+
+def test_no_voxel_is_lost():
+    """Counts past 2^24, where float32 would stand still."""
+    score = DiceScore(over="dataset", average="none")
+    x = np.zeros((1, 2_500_000, 2), np.float16)
+    x[..., 1] = 1
+    y = np.ones(x.shape[:2], np.uint8)
+    for _ in range(8):
+        score.update_state(y, x)
+    y[0, :100] = 0
+    score.update_state(y, x)
+    total = 9 * x.shape[1]
+    expected = 2 * (total - 100) / (2 * total - 100)
+    assert abs(float(score.result()[1]) - expected) <= 1e-7
+    assert score.variables[0].numpy().tolist() == [0, total - 100]
+
+
+def test_a_score_is_nan_before_any_batch_and_of_classes_never_seen():
+    assert np.isnan(DiceScore().result())
+    x, y = make()
+    score = DiceScore(average="none")
+    score.update_state(y, x)
+    np.testing.assert_array_equal(np.isnan(score.result()), [False, False, False, True])
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_metrics_work_in_fit_and_evaluate(jit_compile):
+    keras.utils.set_random_seed(0)
+    x, y = make(8)
+    model = keras.Sequential([keras.Input(x.shape[1:]), keras.layers.Conv2D(CLASSES, 1)])
+    metrics = [DiceScore(), JaccardScore(over="dataset"), DiceScore(average="none", name="each")]
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss, metrics=metrics, jit_compile=jit_compile)
+    history = model.fit(x, y, batch_size=3, epochs=2, verbose=0).history
+    assert set(history) == {"loss", "dice_score", "jaccard_score", "each"}
+    logs = model.evaluate(x, y, batch_size=3, verbose=0, return_dict=True)
+    p = reference.one_hot(model.predict(x, verbose=0).argmax(-1), CLASSES)
+    sums = counts(p, reference.one_hot(y, CLASSES))
+    for name, kind, over in (
+        ("dice_score", "dice", "samples"),
+        ("jaccard_score", "jaccard", "dataset"),
+    ):
+        expected = expected_of(sums, kind, over, "macro", "skip", np.ones(8))
+        np.testing.assert_allclose(logs[name], expected, rtol=1e-6)
+    expected = expected_of(sums, "dice", "samples", "none", "skip", np.ones(8))
+    np.testing.assert_allclose(logs["each"], expected, rtol=1e-6)
+
+
+def test_a_configuration_brings_back_the_metric():
+    metric = JaccardScore(
+        prediction="threshold",
+        threshold=0.25,
+        over="dataset",
+        average="none",
+        absent="keep",
+        ignore_label=9,
+        regions=[(1, 2), (2,)],
+        data_format="channels_first",
+        name="mine",
+    )
+    again = keras.metrics.deserialize(keras.metrics.serialize(metric))
+    assert type(again) is JaccardScore
+    assert again.get_config() == metric.get_config()
+    assert again.threshold == 0.25 and again.regions == [[1, 2], [2]] and again.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (dict(prediction="softmax"), "prediction is 'softmax'.*'argmax', 'threshold'"),
+        (dict(over="batches"), "over is 'batches'"),
+        (dict(average="mean"), "average is 'mean'"),
+        (dict(absent="zero"), "absent is 'zero'"),
+        (dict(threshold=1.5, prediction="threshold"), "threshold is 1.5"),
+        (dict(threshold="a"), "threshold is 'a', but must be a number"),
+        (dict(threshold=0.7), 'prediction="argmax" has none: use "threshold"'),
+        (dict(ignore_label=2.5), "ignore_label is 2.5, but must be an integer"),
+        (
+            dict(regions=[(1,)], prediction="threshold", include_background=False),
+            "would leave out the first of the regions",
+        ),
+        (dict(regions=[(1,), (2,)]), 'use "threshold"'),
+        (dict(regions=[(1,), ()], prediction="threshold"), "regions must be"),
+    ],
+)
+def test_wrong_arguments_are_errors_in_words(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        DiceScore(**arguments)
+
+
+def test_one_class_needs_a_threshold():
+    x, y = make()
+    with pytest.raises(ValueError, match='has one class.*use prediction="threshold"'):
+        DiceScore().update_state(y > 0, x[..., :1])
+    with pytest.raises(ValueError, match="include_background=False leaves no class"):
+        DiceScore(prediction="threshold", include_background=False).update_state(y > 0, x[..., :1])
+
+
+def test_probabilities_that_are_taken_for_logits_are_an_error():
+    model = keras.Sequential([keras.Input((6, 5, 4)), keras.layers.Conv2D(1, 1)])
+    model.add(keras.layers.Activation("sigmoid"))
+    x, y = make()
+    model.compile(metrics=[DiceScore(prediction="threshold")], loss="mse")
+    with pytest.raises(ValueError, match="y_pred are probabilities.*from_logits=False"):
+        model.evaluate(x, (y > 0).astype("float32")[..., None], verbose=0)
+    model.compile(metrics=[DiceScore(prediction="threshold", from_logits=False)], loss="mse")
+    assert np.isfinite(model.evaluate(x, (y > 0).astype("float32")[..., None], verbose=0)).all()
+
+
+@pytest.mark.parametrize("over", ["samples", "dataset"])
+@pytest.mark.parametrize("average", ["macro", "micro", "none"])
+def test_a_score_of_nothing_is_nan(average, over):
+    """Not 0, which would be a failure; only absent="keep" calls an empty prediction right."""
+    x = np.zeros((2, 6, 5, 3), np.float32)
+    x[..., 0] = 1
+    y = np.zeros((2, 6, 5), np.uint8)
+    options = dict(average=average, over=over, include_background=False)
+    metric = DiceScore(**options)
+    metric.update_state(y, x)
+    assert np.isnan(metric.result()).all()
+    metric = DiceScore(absent="keep", **options)
+    metric.update_state(y, x)
+    assert np.all(metric.result() == 1)
+
+
+def test_weights_of_both_kinds_may_come_in_turn():
+    """Keras traces again then, for weights of unknown rank."""
+    x, y = make(4)
+    each = [np.float32([1, 0.5, 2, 1]), (y > 1).astype(np.float32)]
+    metric = DiceScore()
+    for weight in each:
+        metric.update_state(y, x, weight)
+    expected = metric.result()
+    unknown = DiceScore()
+    unknown._build(CLASSES)
+    update = tf.function(
+        lambda w: unknown.update_state(y, x, w), input_signature=[tf.TensorSpec(None)]
+    )
+    for weight in each:
+        update(tf.constant(weight))
+    np.testing.assert_allclose(unknown.result(), expected, rtol=1e-6)
+
+
+def test_wrong_labels_are_errors():
+    x, y = make()
+    with pytest.raises(tf.errors.InvalidArgumentError, match="have the value 4"):
+        DiceScore().update_state(y + 4, x)
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match="labels .* have shape"):
+        DiceScore().update_state(y[:, :3], x)

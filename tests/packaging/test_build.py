@@ -1,0 +1,73 @@
+"""Building from source, and what is said where something is missing."""
+
+import shutil
+import sys
+
+import pytest
+
+from helpers.paths import BUILD_TOOLS, ROOT
+from helpers.processes import configure, run
+
+
+def test_cmake_needs_tensorflow_only_where_it_is_asked_for(tmp_path):
+    blocked = tmp_path / "path" / "tensorflow"
+    blocked.mkdir(parents=True)
+    (blocked / "__init__.py").write_text("raise ImportError('no TensorFlow here')")
+
+    build, path = tmp_path / "build", {"PYTHONPATH": str(blocked.parent)}
+    status, message = configure(build, "-DDICE_OP_WITH_TENSORFLOW=OFF", **path)
+    assert status == 0, message
+    status, message = configure(build, "-DDICE_OP_WITH_TENSORFLOW=ON", **path)
+    assert status != 0
+    assert "pip install tensorflow-cpu" in message
+    assert "-DDICE_OP_WITH_TENSORFLOW=OFF" in message
+
+
+def setup(*before, **variables):
+    """What `setup.py build_ext` says, in one line, where it cannot even begin."""
+    code = "; ".join((*before, "import runpy, sys", "sys.argv[1:] = ['--quiet', 'build_ext']"))
+    code += "; runpy.run_path('setup.py', run_name='__main__')"
+    done = run(sys.executable, "-c", code, cwd=ROOT, **variables)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if "dice_op:" in line]
+    return line
+
+
+def without(*modules):
+    return (
+        "import importlib.util as u; real = u.find_spec; "
+        f"u.find_spec = lambda name, *a: None if name in {modules!r} else real(name, *a)"
+    )
+
+
+def test_a_build_names_what_is_missing():
+    assert "compiler CXX=/no/compiler does not exist" in setup(CXX="/no/compiler")
+    assert "pip install cmake ninja" in setup(without("cmake", "ninja"))
+    assert "pip install tensorflow" in setup(without("tensorflow"))
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        (
+            "echo Cuda compilation tools, release 11.8, V11.8.89",
+            "is of CUDA 11.8, but dice_op needs 12",
+        ),
+        ("exit 1", "nvcc does not run"),
+    ],
+)
+def test_a_cuda_that_cannot_be_used_is_named(says, message, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\n{says}\n")
+    nvcc.chmod(0o755)
+    options = ["-DDICE_OP_WITH_TENSORFLOW=OFF", "-DDICE_OP_CUDA=on"]
+    status, said = configure(tmp_path / "build", *options, CUDACXX=str(nvcc))
+    assert status != 0
+    assert message in said
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
+def test_the_gpu_check_says_what_is_missing():
+    result = run(sys.executable, BUILD_TOOLS / "gpu_check.py")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1 and "GPU" in result.stderr

@@ -1,0 +1,51 @@
+"""The layers of csrc/: what each folder includes, and what it is compiled with."""
+
+import json
+import pathlib
+import re
+
+import pytest
+
+from helpers.paths import BUILD, CSRC
+
+# What each folder of csrc/ may include besides the standard library.
+MAY_INCLUDE = {
+    "core": r'"core/[a-z_]+\.h"',
+    "cpu": r'"(core|cpu)/[a-z_]+\.h"',
+    "cuda": r'"(core|cuda)/[a-z_]+\.h"|"cuda_emulator\.h"|<cuda_[a-z0-9_]+\.h>',
+    "tf": r'"core/(dice_op|problem)\.h"|"tf/[a-z_]+\.h"|"tensorflow/.*"|"xla/.*"',
+    "xla": r'"core/(dice_op|problem)\.h"|"xla/ffi/api/ffi\.h"',  # XLA's, and it stands alone
+    "pybind": r'"core/(dice_op|problem)\.h"|"pybind/[a-z_]+\.h"|<pybind11/.*>',
+}
+
+
+SYSTEM_HEADER = r"<(sys/)?[a-z_]+(\.h)?>"
+
+
+@pytest.mark.parametrize("layer", [p.name for p in sorted((CSRC).iterdir())])
+def test_each_layer_includes_only_what_it_may(layer):
+    sources = list((CSRC / layer).iterdir())
+    assert sources
+    # or "xla/..." would be ambiguous
+    assert layer != "xla" or not [s for s in sources if s.suffix == ".h"]
+    for source in sources:
+        for header in re.findall(r"^#\s*include (\S+)", source.read_text(), re.MULTILINE):
+            allowed = rf"({MAY_INCLUDE[layer]}|{SYSTEM_HEADER})"
+            assert re.fullmatch(allowed, header), f"{source.name} includes {header}"
+
+
+def test_only_the_op_is_compiled_with_tensorflow():
+    commands = json.loads((BUILD / "compile_commands.json").read_text())
+    with_tensorflow = {
+        pathlib.Path(c["file"]).parent.name
+        for c in commands
+        if "tensorflow" in c["command"].lower()
+    }
+    # core's module is told TensorFlow's version, for build_info(), and nothing more
+    includes = {
+        pathlib.Path(c["file"]).parent.name
+        for c in commands
+        if re.search(r"-(I|isystem) ?\S*tensorflow", c["command"])
+    }
+    assert includes == {"tf", "xla"}
+    assert with_tensorflow == {"tf", "xla", "pybind"}
