@@ -1,6 +1,7 @@
 """The wheels: the matrix, what this machine can build of it, and `make cuda12`."""
 
 import importlib
+import json
 import re
 import shutil
 import subprocess
