@@ -10,6 +10,10 @@
 #include <string>
 #include <vector>
 
+#include "core/error.h"
+#include "core/options.h"
+#include "core/sums.h"
+
 namespace dice_op {
 
 enum class DType : int {
@@ -26,31 +30,12 @@ enum class DType : int {
   kDouble,
 };
 
-// The last two give 0 or 1, for scores: they have neither cross-entropy nor gradient.
-enum class Activation : int { kSoftmax, kSigmoid, kNone, kArgmax, kThreshold };
-enum class DataFormat : int { kChannelsLast, kChannelsFirst };
-
-// What the sums are to be: the attributes of the op.
-struct Options {
-  Activation activation = Activation::kSoftmax;
-  DataFormat data_format = DataFormat::kChannelsLast;
-  bool squared_pred = false;     // cardinalities of squares: sum p^2 and sum t^2
-  bool cross_entropy = false;    // accumulate the cross-entropy as well
-  double focal_gamma = 0.0;      // its focal exponent; 0 is plain cross-entropy
-  double label_smoothing = 0.0;  // s: its labels are (1 - s) t + s / C, for sigmoid (1 - s) t + s / 2
-  double threshold = 0.0;        // of the activation of that name: logits above it count as 1
-  bool has_ignore_label = false;
-  int64_t ignore_label = 0;  // voxels with this integer label count for nothing
-  // Where classes are overlapping regions, each a set of label values: bit c of regions[label] says that the
-  // label belongs to class c. Labels below region_labels are known; 0: classes are label values.
-  static constexpr int kMaxRegions = 32;
-  int region_labels = 0;
-  uint32_t regions[kMaxRegions] = {};
-};
+using Dims = std::vector<int64_t>;  // -1: not known yet
 
 // One call. Made by `MakeProblem` (problem.h), which alone decides what is a legal one.
 struct Problem {
   Options options;
+  Dims logits_dims;           // [N, spatial..., C], or [N, C, spatial...] if channels first
   int64_t batch = 0;          // N
   int64_t voxels = 0;         // V
   int64_t classes = 0;        // C
@@ -63,55 +48,44 @@ struct Problem {
   const void* voxel_weight = nullptr;  // [N, V], or null for ones
 
   int64_t logits_count() const { return batch * voxels * classes; }
+  bool channels_last() const { return options.data_format == DataFormat::kChannelsLast; }
+  bool has_regions() const { return options.regions.labels > 0; }
 
   // With one class there is no background channel: integer labels are the foreground mask, so the
   // only channel is class 1 of {0, 1}.
-  int64_t first_class() const { return classes == 1 && !options.region_labels ? 1 : 0; }
-  int64_t label_limit() const { return options.region_labels ? options.region_labels : classes == 1 ? 2 : classes; }
+  int64_t first_class() const { return classes == 1 && !has_regions() ? 1 : 0; }
+  int64_t label_limit() const { return has_regions() ? options.regions.labels : classes == 1 ? 2 : classes; }
   // Whether every class has a categorical cross-entropy, not the label's alone.
   bool smoothed() const {
     return options.cross_entropy && options.label_smoothing != 0 && options.activation != Activation::kSigmoid;
   }
   // Whether the kernels take a label for each class, as it stands there or made of the index, and not one index.
-  bool labels_per_class() const { return dense_labels || options.region_labels || smoothed(); }
+  bool labels_per_class() const { return dense_labels || has_regions() || smoothed(); }
+  // Whether some voxels may count for nothing.
+  bool masked() const { return voxel_weight || options.ignore_label.given; }
   bool hard() const { return options.activation > Activation::kNone; }
   // Whether the arithmetic is double: that of counts, too, where sums of the voxels' weights would be rounded in float.
   bool in_double() const {
     return logits_dtype == DType::kDouble || (hard() && voxel_weight && weight_dtype >= DType::kInt32);
   }
-  // In the precision of the logits, so that those that are as large as the threshold are not above it.
-  double threshold() const {
-    return logits_dtype == DType::kDouble ? options.threshold : static_cast<float>(options.threshold);
-  }
   // Of the sums: that of the arithmetic, but for counts a double, which holds any.
   DType sums_dtype() const { return hard() || logits_dtype == DType::kDouble ? DType::kDouble : DType::kFloat; }
-  // Among so many labels the smoothing of one is spread.
-  double label_choices() const { return options.activation == Activation::kSigmoid ? 2 : static_cast<double>(classes); }
+  // Whether the call asks for that sum.
+  bool Has(Sum sum) const { return sum != Sum::kCrossEntropy || options.cross_entropy; }
+  // The shape of that sum, which is empty where the call does not ask for it.
+  Dims DimsOf(const SumInfo& info) const {
+    return info.per_class ? Dims{batch, Has(info.sum) ? classes : 0} : Dims{batch};
+  }
 };
 
-// Of the problem's sums_dtype(). A null cross_entropy is not written.
-struct Sums {
-  void* intersection;   // [N, C]  sum m p t
-  void* pred_sum;       // [N, C]  sum m p,  or sum m p^2
-  void* label_sum;      // [N, C]  sum m t,  or sum m t^2
-  void* cross_entropy;  // [N, C]  sum m t (1-p)^gamma (-log p); sigmoid: plus its mirror image
-  void* weight_sum;     // [N]     sum m
-};
+// Where each sum goes, of the problem's sums_dtype(); null for a sum that the call does not ask for.
+using Sums = PerSum<void*>;
 
-// The loss's derivatives with respect to the sums, of the sums' type.
 struct SumsGrad {
-  const void* d_intersection;   // [N, C]
-  const void* d_pred_sum;       // [N, C]
-  const void* d_cross_entropy;  // [N, C], or null
-  void* d_logits;               // as the logits; may be the logits' own memory
-};
-
-// A voxel with a label that is no class, or with a prediction that is no probability where the activation is none.
-// sample < 0: there was none.
-struct BadValue {
-  int64_t sample = -1;
-  int64_t voxel = -1;
-  bool in_prediction = false;
+  // The loss's derivatives with respect to the sums, [N, C] of the sums' dtype; null for the sums without a gradient
+  // and for those that the loss does not use.
+  PerSum<const void*> d_sums;
+  void* d_logits;  // as the logits; may be the logits' own memory
 };
 
 // What follows is what dice_op_kernels.so exports.
@@ -151,8 +125,9 @@ class PoolParallelFor : public ParallelFor {
 // Bytes of scratch memory that DiceSums needs, aligned to 8.
 size_t DiceSumsWorkspace(const Problem& problem);
 
-// A bad value makes the sums meaningless: the first one is returned.
-BadValue DiceSums(const Problem& problem, const Sums& sums, void* workspace, const ParallelFor& parallel);
+// A label that is no class, or with activation 'none' a prediction that is no probability, is an error that names the
+// first such voxel; the sums mean nothing then.
+Error DiceSums(const Problem& problem, const Sums& sums, void* workspace, const ParallelFor& parallel);
 
 // Expects labels that DiceSums accepted; others belong to no class.
 void DiceSumsGrad(const Problem& problem, const SumsGrad& grad, const ParallelFor& parallel);
@@ -164,11 +139,10 @@ struct Counts {
   int64_t* label_sum;     // [N, C]  in the labels
 };
 
-// prediction: [N, V] class indices, in the place of the problem's logits. A value that is no class makes the counts
-// meaningless: the first one of the labels is returned, the prediction's in *bad_prediction. Voxels that the labels
-// ignore may be predicted as anything.
-BadValue CountLabels(const Problem& problem, const void* prediction, DType prediction_dtype, const Counts& counts,
-                     const ParallelFor& parallel, BadValue* bad_prediction);
+// prediction: [N, V] class indices, in the place of the problem's logits. A value that is no class is an error, but
+// voxels that the labels ignore may be predicted as anything.
+Error CountLabels(const Problem& problem, const void* prediction, DType prediction_dtype, const Counts& counts,
+                  const ParallelFor& parallel);
 
 // Comma-separated names of the SIMD levels in this binary, and the one that runs here: the best
 // the processor has, or what the environment variable DICE_OP_SIMD asks for.
@@ -177,24 +151,24 @@ const char* SimdLevel();
 
 }  // namespace cpu
 
-// Everything is enqueued on `stream` (a cudaStream_t) of the current device; pointers are device
-// memory. Each returns what went wrong, in words, or an empty string.
+// Everything is enqueued on `stream` (a cudaStream_t) of the current device; pointers are device memory.
 namespace cuda {
 
 constexpr int kMaxClasses = 256;
 
 // Bytes of scratch memory that DiceSums or FindBadValue need, aligned to 8, on any GPU: it asks for none.
-std::string DiceSumsWorkspace(const Problem& problem, size_t* bytes);
+Error DiceSumsWorkspace(const Problem& problem, size_t* bytes);
 
-// A bad value makes its sample's sums NaN.
-std::string DiceSums(const Problem& problem, const Sums& sums, void* workspace, void* stream);
+// A label that is no class, or with activation 'none' a prediction that is no probability, makes its sample's sums NaN;
+// where ChecksLabels(), it is an error that FindBadValue describes.
+Error DiceSums(const Problem& problem, const Sums& sums, void* workspace, void* stream);
 
 // Expects labels that DiceSums accepted; others belong to no class.
-std::string DiceSumsGrad(const Problem& problem, const SumsGrad& grad, void* stream);
+Error DiceSumsGrad(const Problem& problem, const SumsGrad& grad, void* stream);
 
-// The first bad value, if there is one; `value`, 8 bytes on the host, receives it as it stands in the array, but not a
-// label that is one of several of its voxel. Waits for the stream: for those who look for the reason of a NaN.
-std::string FindBadValue(const Problem& problem, void* workspace, void* stream, BadValue* bad, void* value);
+// An error that names the first such voxel, if there is one. Waits for the stream: for those who look for the reason
+// of a NaN.
+Error FindBadValue(const Problem& problem, void* workspace, void* stream);
 
 // Whether the environment asks for that search before each DiceSums: DICE_OP_CHECK_LABELS=1.
 bool ChecksLabels();
@@ -202,9 +176,9 @@ bool ChecksLabels();
 int CurrentDevice();  // or -1
 
 // Memory in the order of the stream, for callers without a framework that has some. CopyToHost waits.
-std::string Allocate(size_t bytes, void* stream, void** memory);
-std::string Release(void* memory, void* stream);
-std::string CopyToHost(void* to, const void* from, size_t bytes, void* stream);
+Error Allocate(size_t bytes, void* stream, void** memory);
+Error Release(void* memory, void* stream);
+Error CopyToHost(void* to, const void* from, size_t bytes, void* stream);
 
 // What the kernels were compiled with ("13.0") and for ("75,80,90").
 const char* Version();
@@ -215,13 +189,11 @@ const char* Archs();
 // The same calls for the compiler XLA: handlers of its typed foreign function interface (FFI), for TensorFlow's
 // jit_compile and for JAX.
 //
-//   dice_op_sums(logits, labels [, voxel_weight])
-//     -> intersection, pred_sum, label_sum, cross_entropy, weight_sum, workspace
-//   dice_op_sums_grad(logits, labels [, voxel_weight], d_intersection, d_pred_sum, d_cross_entropy) -> d_logits
+//   dice_op_sums(logits, labels [, voxel_weight]) -> the sums of kSums, workspace
+//   dice_op_sums_grad(logits, labels [, voxel_weight], the derivatives of those with a gradient) -> d_logits
 //
 // Shapes and dtypes are those of the TensorFlow ops (cross_entropy and its derivative [N, 0] where it is not asked
-// for), and so are the attributes: activation, data_format (strings), squared_pred, with_cross_entropy (bool),
-// focal_gamma, label_smoothing, threshold (float64), ignore_label (int64 array of none or one), regions (int64 array).
+// for). The attributes are those of kOptions, all of them: strings, bools, float64, and arrays of int64.
 // workspace: uint8 [bytes], see below; an output, so that its memory is the compiled program's own, also where that is
 // replayed as a CUDA graph.
 namespace ffi {
@@ -233,11 +205,11 @@ struct Handler {
   uint32_t traits;       // XLA_FFI_Handler_Traits
 };
 
-// Of the platforms that this build serves.
+// Two for each platform that this build serves.
 const std::vector<Handler>& Handlers();
 
-// Bytes of the workspace on that platform; or what is wrong, in words.
-std::string DiceSumsWorkspace(const Problem& problem, const std::string& platform, size_t* bytes);
+// Bytes of the workspace on that platform.
+Error DiceSumsWorkspace(const Problem& problem, const std::string& platform, size_t* bytes);
 
 }  // namespace ffi
 

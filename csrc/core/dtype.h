@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "core/dice_op.h"
+#include "core/inline.h"
 
 namespace dice_op {
 
@@ -16,12 +17,6 @@ struct Half {
 struct BFloat16 {
   uint16_t bits;
 };
-
-#ifdef __CUDACC__
-#define DICE_OP_INLINE __host__ __device__ __forceinline__
-#else
-#define DICE_OP_INLINE inline __attribute__((always_inline))
-#endif
 
 namespace {  // see core/voxel.h
 
@@ -149,6 +144,14 @@ namespace {
 // In bytes.
 DICE_OP_INLINE int SizeOf(DType dtype) {
   return WithType(dtype, [](auto type) { return static_cast<int>(sizeof(typename decltype(type)::type)); });
+}
+// The place in the logits of class c of a voxel.
+DICE_OP_INLINE int64_t PlaceInLogits(int64_t sample, int64_t voxel, int64_t c, int64_t voxels, int64_t classes,
+                                     bool channels_last) {
+  return sample * voxels * classes + (channels_last ? voxel * classes + c : c * voxels + voxel);
+}
+inline int64_t PlaceInLogits(const Problem& problem, int64_t sample, int64_t voxel, int64_t c) {
+  return PlaceInLogits(sample, voxel, c, problem.voxels, problem.classes, problem.channels_last());
 }
 inline int64_t LogitsBytes(const Problem& problem) { return problem.logits_count() * SizeOf(problem.logits_dtype); }
 }  // namespace

@@ -32,33 +32,22 @@ Dims WithoutUnitAxis(Dims dims, size_t rank, size_t axis) {
   return dims;
 }
 
-size_t ClassAxis(size_t rank, DataFormat data_format) {
-  return data_format == DataFormat::kChannelsLast ? rank - 1 : 1;
-}
-
 // [N, spatial...] of the logits.
 Dims WithoutClasses(Dims logits, DataFormat data_format) {
   logits.erase(logits.begin() + ClassAxis(logits.size(), data_format));
   return logits;
 }
 
-constexpr const char* kActivations[] = {"softmax", "sigmoid", "none", "argmax", "threshold"};
-constexpr const char* kDataFormats[] = {"channels_last", "channels_first"};
-
-template <class E, size_t kCount>
-std::string ParseOne(const char* argument, const std::string& name, const char* const (&names)[kCount], E* value) {
-  std::string allowed;
-  for (size_t i = 0; i < kCount; ++i) {
-    *value = static_cast<E>(i);
-    if (name == names[i]) return "";
-    allowed += (i ? ", '" : "'") + std::string(names[i]) + "'";
-  }
-  return std::string(argument) + " is '" + name + "', but must be one of " + allowed;
+// Whether labels of that shape have one value for each voxel, for logits of the other shape; else one for each class.
+bool HaveOneValuePerVoxel(const Dims& labels, const Dims& logits, DataFormat data_format) {
+  const size_t rank = logits.size();
+  return Match(WithoutUnitAxis(labels, rank, ClassAxis(rank, data_format)), WithoutClasses(logits, data_format));
 }
 
 // [sample, spatial...] of a voxel.
-std::string Place(const Problem& problem, const Dims& logits, const BadValue& bad) {
-  const bool last = problem.options.data_format == DataFormat::kChannelsLast;
+std::string Place(const Problem& problem, const BadValue& bad) {
+  const bool last = problem.channels_last();
+  const Dims& logits = problem.logits_dims;
   const Dims spatial(logits.begin() + (last ? 1 : 2), logits.end() - (last ? 1 : 0));
   Dims position(spatial.size());
   int64_t rest = bad.voxel;
@@ -67,24 +56,31 @@ std::string Place(const Problem& problem, const Dims& logits, const BadValue& ba
   return Show(position);
 }
 
-// What stands in a label map where no class does.
+std::string Show(double number) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.15g", number);
+  return text;
+}
+
+// What stands in an array.
 struct Found {
   std::string value;
   bool whole = true;
 };
-Found Find(DType dtype, const void* map, int64_t at) {
+Found FoundAt(const void* place, DType dtype) {
   return WithType(dtype, [&](auto type) -> Found {
     using T = typename decltype(type)::type;
-    const T label = static_cast<const T*>(map)[at];
+    const T value = *static_cast<const T*>(place);
     if constexpr (std::is_integral_v<T>) {
-      return {std::to_string(label)};
+      return {std::to_string(value)};
     } else {
-      const double number = FromStorage<T, double>(label);
-      char text[32];
-      std::snprintf(text, sizeof(text), "%.15g", number);
-      return {text, number == std::trunc(number) && std::abs(number) < 1e15};
+      const double number = FromStorage<T, double>(value);
+      return {Show(number), number == std::trunc(number) && std::abs(number) < 1e15};
     }
   });
+}
+const void* At(const void* array, DType dtype, int64_t place) {
+  return static_cast<const char*>(array) + place * SizeOf(dtype);
 }
 std::string NoClass(const Problem& problem, const Found& found) {
   return " have the value " + found.value + ", but must be " + (found.whole ? "" : "whole numbers ") + "in [0, " +
@@ -122,7 +118,7 @@ Contents Survey(const Problem& problem) {
 std::string AdviceFor(const Problem& problem, const std::string& value, bool on_host) {
   const std::string limit = std::to_string(problem.label_limit());
   const std::string ignore = "to leave such voxels out, pass ignore_label=" + value;
-  if (problem.options.region_labels) return "; name the value in the regions that it belongs to, or, " + ignore;
+  if (problem.has_regions()) return "; name the value in the regions that it belongs to, or, " + ignore;
   const std::string map = "; map the values to 0.." + std::to_string(problem.label_limit() - 1);
   if (!on_host) return map + ", or, " + ignore;
   const Contents contents = Survey(problem);
@@ -131,59 +127,16 @@ std::string AdviceFor(const Problem& problem, const std::string& value, bool on_
     if (problem.label_limit() > 2) return map + ", or, " + ignore;
   }
   std::string list;
-  for (const double strange : contents.strange) {
-    char text[32];
-    std::snprintf(text, sizeof(text), "%.15g", strange);
-    list += (list.empty() ? "" : ", ") + std::string(text);
-  }
+  for (const double strange : contents.strange) list += (list.empty() ? "" : ", ") + Show(strange);
   return map + (contents.strange.size() > 1 ? " (" + list + " are no classes)" : "") +
          (value == limit ? ", or give the model more than " + limit + " classes" : "");
 }
 
-// The place in the logits of a class of a voxel.
-int64_t PlaceOf(const Problem& problem, const BadValue& bad, int64_t c) {
-  const bool last = problem.options.data_format == DataFormat::kChannelsLast;
-  return bad.sample * problem.voxels * problem.classes +
-         (last ? bad.voxel * problem.classes + c : c * problem.voxels + bad.voxel);
-}
-
 }  // namespace
 
-std::string Parse(const std::string& name, Activation* activation) {
-  return ParseOne("activation", name, kActivations, activation);
+size_t ClassAxis(size_t rank, DataFormat data_format) {
+  return data_format == DataFormat::kChannelsLast ? rank - 1 : 1;
 }
-std::string Parse(const std::string& name, DataFormat* data_format) {
-  return ParseOne("data_format", name, kDataFormats, data_format);
-}
-std::string RegionMasks(const std::vector<std::vector<int64_t>>& regions, std::vector<int64_t>* masks) {
-  bool legal = regions.size() <= Options::kMaxRegions;
-  masks->clear();
-  for (size_t c = 0; legal && c < regions.size(); ++c) {
-    legal = !regions[c].empty();
-    for (int64_t label : regions[c]) {
-      legal = legal && label >= 0 && label < Options::kMaxRegions;
-      if (!legal) break;
-      masks->resize(std::max<size_t>(masks->size(), label + 1));
-      (*masks)[label] |= int64_t{1} << c;
-    }
-  }
-  if (legal) return "";
-  const std::string most = std::to_string(Options::kMaxRegions);
-  return "regions must be the label values of each class: at least one, from 0 to " +
-         std::to_string(Options::kMaxRegions - 1) + ", of at most " + most + " classes";
-}
-std::string SetRegions(const std::vector<int64_t>& masks, Options* options) {
-  const auto outside = [](int64_t mask) { return mask < 0 || mask >> Options::kMaxRegions; };
-  if (masks.size() > Options::kMaxRegions || std::any_of(masks.begin(), masks.end(), outside)) {
-    const std::string most = std::to_string(Options::kMaxRegions);
-    return "regions must be masks of at most " + most + " classes, of at most " + most + " label values";
-  }
-  options->region_labels = static_cast<int>(masks.size());
-  std::copy(masks.begin(), masks.end(), options->regions);
-  return "";
-}
-const char* Name(Activation activation) { return kActivations[static_cast<int>(activation)]; }
-const char* Name(DataFormat data_format) { return kDataFormats[static_cast<int>(data_format)]; }
 
 std::string Show(const Dims& dims) {
   std::string text = "[";
@@ -201,26 +154,20 @@ const char* Name(DType dtype) {
   return kNames[static_cast<int>(dtype)];
 }
 
-bool HaveOneValuePerVoxel(const Dims& labels, const Dims& logits, DataFormat data_format) {
-  const size_t rank = logits.size();
-  return Match(WithoutUnitAxis(labels, rank, ClassAxis(rank, data_format)), WithoutClasses(logits, data_format));
-}
-
-std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optional<Dims>& weight, Problem* problem) {
+Error MakeProblem(const Dims& logits, const Dims& labels, const std::optional<Dims>& weight, Problem* problem) {
   const Options& options = problem->options;
-  const bool last = options.data_format == DataFormat::kChannelsLast;
+  const bool last = problem->channels_last();
   const DataFormat other = last ? DataFormat::kChannelsFirst : DataFormat::kChannelsLast;
   const std::string layout = last ? "[batch, spatial..., classes]" : "[batch, classes, spatial...]";
   if (!IsFloat(problem->logits_dtype)) {
-    return std::string("logits (y_pred) have dtype ") + Name(problem->logits_dtype) +
-           ", but must be half, bfloat16, float32 or float64";
+    return InvalidArgument(std::string("logits (y_pred) have dtype ") + Name(problem->logits_dtype) +
+                           ", but must be half, bfloat16, float32 or float64");
   }
   if (logits.size() < 2) {
-    return "logits (y_pred) have shape " + Show(logits) + ", but must be at least of rank 2: " + layout;
+    return InvalidArgument("logits (y_pred) have shape " + Show(logits) +
+                           ", but must be at least of rank 2: " + layout);
   }
-  if (!(options.focal_gamma >= 0) || std::isinf(options.focal_gamma)) {
-    return "focal_gamma is " + std::to_string(options.focal_gamma) + ", but must be finite and at least 0";
-  }
+  DICE_OP_RETURN_IF_ERROR(CheckRanges(options));
   const size_t rank = logits.size(), axis = ClassAxis(rank, options.data_format);
   const Dims spatial = WithoutClasses(logits, options.data_format);
   const int64_t classes = logits[axis];
@@ -229,107 +176,131 @@ std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optio
   // reading one of integers as class indices checks its values as well.
   const bool one_channel = HaveOneValuePerVoxel(labels, logits, options.data_format);
   const bool mask =
-      Match(classes, 1) && IsFloat(problem->labels_dtype) && !options.has_ignore_label && !options.region_labels;
+      Match(classes, 1) && IsFloat(problem->labels_dtype) && !options.ignore_label.given && !problem->has_regions();
   const bool indices = one_channel && !mask;
   if (!one_channel && !Match(labels, logits)) {
-    return "labels (y_true) have shape " + Show(labels) + ", but for logits (y_pred) of shape " + Show(logits) + " (" +
-           Name(options.data_format) + ") they must be class indices of shape " + Show(spatial) +
-           ", or one-hot or soft labels of shape " + Show(logits) +
-           (HaveOneValuePerVoxel(labels, logits, other) ? std::string("; they fit data_format='") + Name(other) + "'"
-                                                        : "");
+    return InvalidArgument("labels (y_true) have shape " + Show(labels) + ", but for logits (y_pred) of shape " +
+                           Show(logits) + " (" + ToAttribute(options.data_format) +
+                           ") they must be class indices of shape " + Show(spatial) +
+                           ", or one-hot or soft labels of shape " + Show(logits) +
+                           (HaveOneValuePerVoxel(labels, logits, other)
+                                ? std::string("; they fit data_format='") + ToAttribute(other) + "'"
+                                : ""));
   }
   problem->dense_labels = !indices;
   if (problem->hard() && options.cross_entropy) {
-    return std::string("activation '") + Name(options.activation) +
-           "' gives zeros and ones, which have no cross-entropy: use 'softmax', 'sigmoid' or 'none'";
+    return InvalidArgument(std::string("activation '") + ToAttribute(options.activation) +
+                           "' gives zeros and ones, which have no cross-entropy: use 'softmax', 'sigmoid' or 'none'");
   }
-  if (std::isnan(options.threshold)) return "threshold is NaN";
-  if (!(options.label_smoothing >= 0 && options.label_smoothing <= 1)) {
-    return "label_smoothing is " + std::to_string(options.label_smoothing) + ", but must be in [0, 1]";
-  }
-  if (options.region_labels) {
+  if (problem->has_regions()) {
     uint64_t any = 0;  // the classes that have a label
-    for (uint32_t classes_of_label : options.regions) any |= classes_of_label;
+    for (uint32_t classes_of_label : options.regions.classes_of) any |= classes_of_label;
     int64_t regions = 0;
     while (any >> regions & 1) ++regions;
-    if (any >> regions) return "class " + std::to_string(regions) + " of the regions has no label value";
+    if (any >> regions)
+      return InvalidArgument("class " + std::to_string(regions) + " of the regions has no label value");
     if (problem->dense_labels) {
-      return "regions are sets of class indices, but labels (y_true) have shape " + Show(labels) +
-             ": they must have shape " + Show(spatial);
+      return InvalidArgument("regions are sets of class indices, but labels (y_true) have shape " + Show(labels) +
+                             ": they must have shape " + Show(spatial));
     }
     if (!Match(classes, regions)) {
-      return "there are " + std::to_string(regions) + " regions, but logits (y_pred) of shape " + Show(logits) + " (" +
-             Name(options.data_format) + ") have " + std::to_string(classes) + " classes";
+      return InvalidArgument("there are " + std::to_string(regions) + " regions, but logits (y_pred) of shape " +
+                             Show(logits) + " (" + ToAttribute(options.data_format) + ") have " +
+                             std::to_string(classes) + " classes");
     }
     if (options.activation == Activation::kSoftmax || options.activation == Activation::kArgmax) {
-      return std::string("activation is '") + Name(options.activation) +
-             "', which gives a voxel one class, but regions overlap: use 'sigmoid' ('threshold' for scores)";
+      return InvalidArgument(
+          std::string("activation is '") + ToAttribute(options.activation) +
+          "', which gives a voxel one class, but regions overlap: use 'sigmoid' ('threshold' for scores)");
     }
   }
-  if (options.has_ignore_label && problem->dense_labels) {
-    return "ignore_label is " + std::to_string(options.ignore_label) +
-           ", which needs class indices, but labels (y_true) hold one value per class: pass a "
-           "voxel_weight (sample_weight) that is 0 where voxels are to be ignored";
+  if (options.ignore_label.given && problem->dense_labels) {
+    return InvalidArgument("ignore_label is " + std::to_string(options.ignore_label.value) +
+                           ", which needs class indices, but labels (y_true) hold one value per class: pass a "
+                           "voxel_weight (sample_weight) that is 0 where voxels are to be ignored");
   }
   if (weight && !Match(WithoutUnitAxis(*weight, rank, axis), spatial)) {
-    return "voxel_weight (sample_weight) has shape " + Show(*weight) + ", but for logits (y_pred) of shape " +
-           Show(logits) + " must have shape " + Show(spatial);
+    return InvalidArgument("voxel_weight (sample_weight) has shape " + Show(*weight) +
+                           ", but for logits (y_pred) of shape " + Show(logits) + " must have shape " + Show(spatial));
   }
+  problem->logits_dims = logits;
   problem->batch = logits[0];
   problem->classes = classes;
   problem->voxels = Product(Dims(spatial.begin() + 1, spatial.end()));
-  return "";
+  return {};
 }
 
-std::string CheckGradient(const Problem& problem) {
-  if (!problem.hard()) return "";
-  return std::string("activation '") + Name(problem.options.activation) + "' has no gradient: it gives zeros and ones";
+Error CheckGradient(const Problem& problem) {
+  if (!problem.hard()) return {};
+  return InvalidArgument("activation '" + ToAttribute(problem.options.activation) +
+                         "' has no gradient: it gives zeros and ones");
 }
 
-std::string DescribeBadValue(const Problem& problem, const Dims& logits, const BadValue& bad, const void* copy) {
-  const std::string place = Place(problem, logits, bad);
+Error FindLabelKind(const Dims& logits, const Dims& labels, Problem problem, LabelKind* kind) {
+  problem.options.activation = Activation::kSigmoid;  // one that regions have
+  DICE_OP_RETURN_IF_ERROR(MakeProblem(logits, labels, {}, &problem));
+  const size_t axis = ClassAxis(logits.size(), problem.options.data_format);
+  // An axis of unknown length has one value per class more often than it has length 1.
+  const bool unknown_channels = labels.size() == logits.size() && labels[axis] < 0 && logits[axis] != 1;
+  *kind = unknown_channels                                                    ? LabelKind::kPerClass
+          : !problem.dense_labels                                             ? LabelKind::kIndices
+          : HaveOneValuePerVoxel(labels, logits, problem.options.data_format) ? LabelKind::kMask
+                                                                              : LabelKind::kPerClass;
+  return {};
+}
+
+Error ErrorOf(const BadValue& bad, const Problem& problem, const CopyToHost& copy) {
+  if (bad.sample < 0) return {};
+  const std::string place = Place(problem, bad);
+  int64_t held = 0;  // a value of any type
+  const auto on_host = [&](const void* from, DType dtype, const void** value) -> Error {
+    *value = copy ? &held : from;
+    return copy ? copy(&held, from, SizeOf(dtype)) : Error{};
+  };
+  const void* value = nullptr;
   if (bad.in_prediction) {
-    Found found;
-    if (copy) found = Find(problem.logits_dtype, copy, 0);
-    for (int64_t c = 0; !copy && c < problem.classes; ++c) {
-      const int64_t at = PlaceOf(problem, bad, c);
+    for (int64_t c = 0; c < problem.classes; ++c) {
+      const int64_t at = PlaceInLogits(problem, bad.sample, bad.voxel, c);
+      DICE_OP_RETURN_IF_ERROR(on_host(At(problem.logits, problem.logits_dtype, at), problem.logits_dtype, &value));
       const bool probability = WithType(problem.logits_dtype, [&](auto type) {
         using T = typename decltype(type)::type;
-        return IsProbability(FromStorage<T, double>(static_cast<const T*>(problem.logits)[at]));
+        return IsProbability(FromStorage<T, double>(*static_cast<const T*>(value)));
       });
-      if (!probability) {
-        found = Find(problem.logits_dtype, problem.logits, at);
-        break;
-      }
+      if (!probability) break;
     }
-    return "predictions (y_pred) at voxel " + place + " hold the value " + found.value +
-           ", but activation='none' takes probabilities, in [0, 1]: if they are logits, pass activation='softmax' or "
-           "'sigmoid'";
+    return InvalidArgument("predictions (y_pred) at voxel " + place + " hold the value " +
+                           FoundAt(value, problem.logits_dtype).value +
+                           ", but activation='none' takes probabilities, in [0, 1]: if they are logits, pass "
+                           "activation='softmax' or 'sigmoid'");
   }
   const std::string where = "labels (y_true) at voxel " + place;
   if (problem.dense_labels) {
-    return where + ": " + (IsFloat(problem.labels_dtype) ? "soft" : "one-hot") + " labels of dtype " +
-           Name(problem.labels_dtype) + " must be " + (IsFloat(problem.labels_dtype) ? "in [0, 1]" : "0 or 1") +
-           " for every class, but another value stands there; scale the masks (255 is common) or pass class "
-           "indices";
+    const bool soft = IsFloat(problem.labels_dtype);
+    return InvalidArgument(where + ": " + (soft ? "soft" : "one-hot") + " labels of dtype " +
+                           Name(problem.labels_dtype) + " must be " + (soft ? "in [0, 1]" : "0 or 1") +
+                           " for every class, but another value stands there; scale the masks (255 is common) or pass "
+                           "class indices");
   }
-  const Found found = copy ? Find(problem.labels_dtype, copy, 0)
-                           : Find(problem.labels_dtype, problem.labels, bad.sample * problem.voxels + bad.voxel);
+  const int64_t at = bad.sample * problem.voxels + bad.voxel;
+  DICE_OP_RETURN_IF_ERROR(on_host(At(problem.labels, problem.labels_dtype, at), problem.labels_dtype, &value));
+  const Found found = FoundAt(value, problem.labels_dtype);
   const std::string text = where + NoClass(problem, found);
-  if (problem.options.has_ignore_label) {
-    return text + " or the ignore_label " + std::to_string(problem.options.ignore_label);
+  if (problem.options.ignore_label.given) {
+    return InvalidArgument(text + " or the ignore_label " + std::to_string(problem.options.ignore_label.value));
   }
-  if (problem.classes == 1 && !problem.options.region_labels)
-    return text + ": with one class they are a foreground mask; scale it (255 is common)";
-  if (!found.whole) return text + "; soft labels have one value per class, as the logits have";
-  return text + AdviceFor(problem, found.value, !copy);
+  if (problem.classes == 1 && !problem.has_regions()) {
+    return InvalidArgument(text + ": with one class they are a foreground mask; scale it (255 is common)");
+  }
+  if (!found.whole) return InvalidArgument(text + "; soft labels have one value per class, as the logits have");
+  return InvalidArgument(text + AdviceFor(problem, found.value, !copy));
 }
 
-std::string DescribeBadPrediction(const Problem& problem, const Dims& logits, const void* prediction, DType dtype,
-                                  const BadValue& bad) {
-  const Found found = Find(dtype, prediction, bad.sample * problem.voxels + bad.voxel);
-  return "predictions (y_pred) at voxel " + Place(problem, logits, bad) + NoClass(problem, found) +
-         (found.whole ? "" : "; logits have a class axis, which labels that are class indices do not have");
+Error ErrorOfPrediction(const BadValue& bad, const Problem& problem, const void* prediction, DType dtype) {
+  if (bad.sample < 0) return {};
+  const Found found = FoundAt(At(prediction, dtype, bad.sample * problem.voxels + bad.voxel), dtype);
+  return InvalidArgument(
+      "predictions (y_pred) at voxel " + Place(problem, bad) + NoClass(problem, found) +
+      (found.whole ? "" : "; logits have a class axis, which labels that are class indices do not have"));
 }
 
 }  // namespace dice_op

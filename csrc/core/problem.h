@@ -1,10 +1,10 @@
-// What is a legal call, decided in one place for every binding.
+// What is a legal call, decided in one place for every front end, and what is said of one that is not.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "core/dice_op.h"
 
@@ -12,35 +12,39 @@
 
 namespace dice_op {
 
-using Dims = std::vector<int64_t>;  // -1: not known yet
+// Fills in the shape of `problem`, whose options and dtypes are set. Unknown dimensions pass: the kernel asks again
+// when they are known.
+Error MakeProblem(const Dims& logits, const Dims& labels, const std::optional<Dims>& weight, Problem* problem);
 
-// Fills in the shape of `problem`, whose options and dtypes are set. Returns what is wrong, in
-// words for the person who made the call, or an empty string. Unknown dimensions pass: the kernel
-// asks again when they are known.
-std::string MakeProblem(const Dims& logits, const Dims& labels, const std::optional<Dims>& weight, Problem* problem);
+// An error if the activation has no gradient.
+Error CheckGradient(const Problem& problem);
 
-// Whether there is a gradient: what is wrong, or an empty string.
-std::string CheckGradient(const Problem& problem);
+// Index of the class axis among `rank` axes.
+size_t ClassAxis(size_t rank, DataFormat data_format);
 
-// Whether labels of that shape have one value for each voxel, for logits of the other shape; else one for each class.
-bool HaveOneValuePerVoxel(const Dims& labels, const Dims& logits, DataFormat data_format);
+// What labels are taken for: class indices, one per voxel; a foreground mask of floats, which may be soft, one per
+// voxel where there is one class; one-hot or soft labels, one per class.
+enum class LabelKind { kIndices, kMask, kPerClass };
+// By shapes and the labels' dtype alone, with the problem's options. Where the number of classes is not known, floats
+// that may be indices are a mask, and labels of the logits' rank are one per class.
+Error FindLabelKind(const Dims& logits, const Dims& labels, Problem problem, LabelKind* kind);
 
-// Names the voxel by its coordinates, the value found there, the values allowed, and what to do. `value` points to
-// that value on the host; null: labels and logits are on the host themselves.
-std::string DescribeBadValue(const Problem& problem, const Dims& logits, const BadValue& bad,
-                             const void* value = nullptr);
-// The same of a value in a predicted label map.
-std::string DescribeBadPrediction(const Problem& problem, const Dims& logits, const void* prediction, DType dtype,
-                                  const BadValue& bad);
+// A voxel with a label that is no class, or with a prediction that is no probability where the activation is none.
+// sample < 0: there is none.
+struct BadValue {
+  int64_t sample = -1;
+  int64_t voxel = -1;
+  bool in_prediction = false;
+};
 
-// The option of that name, such as "softmax" or "channels_first"; or what is wrong, as above.
-std::string Parse(const std::string& name, Activation* activation);
-std::string Parse(const std::string& name, DataFormat* data_format);
-// Of classes given as sets of label values, the mask of each value 0, 1, ...: bit c set where it belongs to class c.
-std::string RegionMasks(const std::vector<std::vector<int64_t>>& regions, std::vector<int64_t>* masks);
-std::string SetRegions(const std::vector<int64_t>& masks, Options* options);
-const char* Name(Activation activation);
-const char* Name(DataFormat data_format);
+// Copies from where labels and logits are to the host.
+using CopyToHost = std::function<Error(void* to, const void* from, size_t bytes)>;
+
+// Names the voxel by its coordinates, the value found there, the values allowed, and what to do; no error where there
+// is no bad value. `copy` is for labels and logits that are not on the host.
+Error ErrorOf(const BadValue& bad, const Problem& problem, const CopyToHost& copy = nullptr);
+// The same of a value in a predicted label map on the host.
+Error ErrorOfPrediction(const BadValue& bad, const Problem& problem, const void* prediction, DType dtype);
 
 bool IsFloat(DType dtype);
 const char* Name(DType dtype);

@@ -15,7 +15,7 @@
 
 #include <cmath>
 
-#include "core/dice_op.h"
+#include "core/terms.h"
 
 #ifdef __CUDACC__
 #define DICE_OP_HD __device__ __forceinline__
@@ -89,18 +89,6 @@ struct DenseLabel {
   DICE_OP_HD R Mix(R present, R absent, int, int i) const {  // an infinite logit makes one of the two infinite
     return Select(t[i] != R(0), present * t[i], R(0)) + Select(t[i] != R(1), absent * (R(1) - t[i]), R(0));
   }
-};
-
-// What the run-time options do to a voxel. `Scalar` is the plain number type beneath R.
-template <class Scalar>
-struct Terms {
-  bool squared;         // p^2 and t^2 in the cardinalities
-  bool masked;          // some voxels may have weight 0, and then count for nothing, whatever they hold
-  bool cross_entropy;   // wanted, where kCrossEntropy stands for "with or without"
-  Scalar gamma;         // focal exponent
-  Scalar keep, spread;  // label smoothing: the cross-entropy takes keep * t + spread for t; not where t is one-hot and
-                        // the activation is not binary, see Problem::smoothed
-  Scalar threshold;     // of the activation of that name
 };
 
 // The focal cross-entropy of a class whose label is one, f(p) = (1-p)^gamma (-log p), and p f'(p).

@@ -11,6 +11,7 @@
 
 #include "core/dice_op.h"
 #include "core/dtype.h"
+#include "core/problem.h"
 #include "cpu/kernels.h"
 
 namespace dice_op {
@@ -44,18 +45,18 @@ struct Blocks {
   int64_t Cost(const Problem& problem) const { return voxels * (problem.classes + 1); }
 };
 
-int64_t PartialSize(const Problem& problem) { return 4 * problem.classes + 1; }
-
+// Whether the processor has every instruction set that the compiler was allowed to use: CMakeLists.txt lists them, and
+// a test holds the two lists to each other.
 bool Supported(const Kernels& kernels) {
 #if defined(DICE_OP_X86_LEVELS)
   if (&kernels == &kX86V3) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-           __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c") &&
+           __builtin_cpu_supports("fma");
   }
   if (&kernels == &kX86V4) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    return Supported(kX86V3) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+           __builtin_cpu_supports("avx512vl");
   }
 #endif
   return &kernels == &kPortable;
@@ -82,29 +83,28 @@ const Kernels& Active() {
   return *active;
 }
 
-// Adds the blocks' sums in order and writes them in the type of the arithmetic.
+// Adds the blocks' sums in order and writes them in the type R.
 template <class R>
 void Combine(const Problem& problem, const Blocks& blocks, const double* partials, const Sums& sums) {
-  const int64_t classes = problem.classes, size = PartialSize(problem);
-  void* const outputs[] = {sums.intersection, sums.pred_sum, sums.label_sum, sums.cross_entropy};
+  const int64_t classes = problem.classes, row = RowLength(classes);
   for (int64_t n = 0; n < problem.batch; ++n) {
-    const double* const first = partials + n * blocks.per_sample * size;
-    const auto total = [&](int64_t i) {
-      double sum = 0;
-      for (int64_t block = 0; block < blocks.per_sample; ++block) sum += first[block * size + i];
-      return static_cast<R>(sum);
-    };
-    for (int which = 0; which < 4; ++which) {
-      R* const output = static_cast<R*>(outputs[which]);
-      if (!output) continue;
-      for (int64_t c = 0; c < classes; ++c) output[n * classes + c] = total(which * classes + c);
+    const double* const first = partials + n * blocks.per_sample * row;
+    int64_t place = 0;  // in a row
+    for (const SumInfo& info : kSums) {
+      const int64_t count = info.per_class ? classes : 1;
+      R* const output = static_cast<R*>(sums[info.sum]);
+      for (int64_t c = 0; output && c < count; ++c) {
+        double total = 0;
+        for (int64_t block = 0; block < blocks.per_sample; ++block) total += first[block * row + place + c];
+        output[n * count + c] = static_cast<R>(total);
+      }
+      place += count;
     }
-    static_cast<R*>(sums.weight_sum)[n] = total(4 * classes);
   }
 }
 
 // A large array comes fresh from the system each time, and the first write to each of its pages costs more than all of
-// the arithmetic. Many systems have huge pages for those alone who ask.
+// the arithmetic. Many systems give huge pages, which are fewer, only to a program that asks for them.
 void AskForHugePages(void* memory, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr int64_t kLarge = 4 << 20;  // as NumPy
@@ -119,23 +119,23 @@ void AskForHugePages(void* memory, int64_t bytes) {
 
 size_t DiceSumsWorkspace(const Problem& problem) {
   const Blocks blocks(problem);
-  return blocks.count * (PartialSize(problem) * sizeof(double) + sizeof(int64_t));
+  return blocks.count * (RowLength(problem.classes) * sizeof(double) + sizeof(int64_t));
 }
 
-BadValue DiceSums(const Problem& problem, const Sums& sums, void* workspace, const ParallelFor& parallel) {
+Error DiceSums(const Problem& problem, const Sums& sums, void* workspace, const ParallelFor& parallel) {
   const Blocks blocks(problem);
-  const int64_t size = PartialSize(problem);
+  const int64_t row = RowLength(problem.classes);
   double* const partials = static_cast<double*>(workspace);
-  int64_t* const bad = reinterpret_cast<int64_t*>(partials + blocks.count * size);
+  int64_t* const bad = reinterpret_cast<int64_t*>(partials + blocks.count * row);
   const Kernels& kernels = Active();
   parallel.ForRanges(blocks.count, blocks.Cost(problem), [&](int64_t first, int64_t last) {
-    std::fill(partials + first * size, partials + last * size, 0.0);
+    std::fill(partials + first * row, partials + last * row, 0.0);
     blocks.ForEach(problem, first, last, [&](int64_t block, int64_t sample, int64_t begin, int64_t end) {
-      bad[block] = kernels.sums(problem, sample, begin, end, partials + block * size);
+      bad[block] = kernels.sums(problem, sample, begin, end, partials + block * row);
     });
   });
   for (int64_t block = 0; block < blocks.count; ++block) {
-    if (bad[block] >= 0) return {block / blocks.per_sample, bad[block] / 2, bad[block] % 2 == 1};
+    if (bad[block] >= 0) return ErrorOf({block / blocks.per_sample, bad[block] / 2, bad[block] % 2 == 1}, problem);
   }
   if (problem.sums_dtype() == DType::kDouble) {
     Combine<double>(problem, blocks, partials, sums);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <utility>
 
 #include "core/dispatch.h"
 #include "core/voxel.h"
@@ -50,36 +51,37 @@ struct Row<P, 0> {
 // Lane by lane in memory, and from there to the totals.
 template <class P, int kCount>
 struct Accumulators {
-  Row<P, kCount> intersection_, pred_sum_, label_sum_, cross_entropy_;
-  P *intersection, *pred_sum, *label_sum, *cross_entropy;
+  struct OfClasses : Row<P, kCount> {  // one of the sums
+    using Row<P, kCount>::Row;
+    P& operator[](int c) { return this->values[c]; }
+  };
+  OfClasses rows[kClassSumCount];
   P weight_sum;
   int count, additions = 0;  // numbers added to a lane since the last Flush
 
-  explicit Accumulators(int classes)
-      : intersection_(classes),
-        pred_sum_(classes),
-        label_sum_(classes),
-        cross_entropy_(classes),
-        intersection(intersection_.values),
-        pred_sum(pred_sum_.values),
-        label_sum(label_sum_.values),
-        cross_entropy(cross_entropy_.values),
-        count(kCount ? kCount : classes) {
-    Clear();
-  }
+  explicit Accumulators(int classes) : Accumulators(classes, std::make_index_sequence<kClassSumCount>()) {}
+  OfClasses& operator[](Sum sum) { return rows[static_cast<int>(sum)]; }
   void Clear() {
-    for (P* row : {intersection, pred_sum, label_sum, cross_entropy}) std::fill(row, row + count, P(0));
+    for (OfClasses& row : rows) std::fill(&row[0], &row[0] + count, P(0));
     weight_sum = P(0);
   }
   void Flush(double* partial) {
-    for (const P* row : {intersection, pred_sum, label_sum, cross_entropy}) {
+    for (OfClasses& row : rows) {
       for (int c = 0; c < count; ++c) *partial++ += SumLanes(row[c]);
     }
     *partial += SumLanes(weight_sum);
     Clear();
     additions = 0;
   }
+
+ private:
+  template <size_t... kRow>
+  Accumulators(int classes, std::index_sequence<kRow...>)
+      : rows{(static_cast<void>(kRow), OfClasses(classes))...}, count(kCount ? kCount : classes) {
+    Clear();
+  }
 };
+static_assert(kSampleSumCount == 1, "Accumulators hold weight_sum alone beside the sums per class");
 
 // While a class is computed, a piece of memory that the next tile reads is asked for, so that it is in the second-level
 // cache by then: the first-level one is full of this tile.
@@ -100,18 +102,6 @@ auto LabelOf(const Tile<R, W>& tile, int group) {
   }
 }
 
-template <class R>
-Terms<R> TermsOf(const Problem& problem, bool cross_entropy) {
-  const Options& options = problem.options;
-  return {options.squared_pred,
-          problem.voxel_weight != nullptr || options.has_ignore_label,
-          cross_entropy,
-          static_cast<R>(options.focal_gamma),
-          static_cast<R>(1 - options.label_smoothing),
-          static_cast<R>(options.label_smoothing / problem.label_choices()),
-          static_cast<R>(problem.threshold())};
-}
-
 template <class R, class Activation, bool kCrossEntropy, bool kDense, int kCount>
 struct Block {
   static constexpr int W = DICE_OP_VECTOR_BYTES / sizeof(R);
@@ -129,7 +119,8 @@ struct Block {
   };
 
   static int64_t Sums(const Problem& problem, int64_t sample, int64_t begin, int64_t end, double* partial) {
-    const auto terms = TermsOf<R>(problem, kAsks ? problem.options.cross_entropy : kCrossEntropy);
+    auto terms = TermsOf(problem).To<R>();
+    if (!kAsks) terms.cross_entropy = kCrossEntropy;
     Tile<R, W> tile(problem);
     const Classes k{{static_cast<int>(problem.classes)}, tile.numbers(), {}};
     Accumulators<P, kCount> sums(k.size());
@@ -153,6 +144,7 @@ struct Block {
   // and no sum waits for a voxel's exponentials and quotient.
   static void Add(Classes k, const Terms<R>& terms, Tile<R, W>& tile, Scratch& scratch, Accumulators<P, kCount>& sums) {
     P *const scales = scratch.scales.values, *const weights = scratch.weights.values;
+    P* const cross_entropy = &sums[Sum::kCrossEntropy][0];
     const int groups = tile.groups();
     for (int group = 0; group < groups; ++group) {
       k.ahead = tile.NextTile(group);
@@ -169,7 +161,7 @@ struct Block {
       if constexpr (kCrossEntropy) {
         if (terms.cross_entropy) {
           CrossEntropy<Activation>(k, z, p, norm, LabelOf<R, kDense, P, I>(tile, group), terms,
-                                   [&](int i, P loss, P) { sums.cross_entropy[i] = sums.cross_entropy[i] + m * loss; });
+                                   [&](int i, P loss, P) { cross_entropy[i] = cross_entropy[i] + m * loss; });
         }
       }
       if (p != stored) {
@@ -190,20 +182,23 @@ struct Block {
         }
       }
       for (int j = 0; j < kTogether && c + j < k.size(); ++j) {
-        sums.intersection[c + j] = sums.intersection[c + j] + intersection[j];
-        sums.pred_sum[c + j] = sums.pred_sum[c + j] + pred_sum[j];
-        sums.label_sum[c + j] = sums.label_sum[c + j] + label_sum[j];
+        const auto add = [&](Sum sum, P x) { sums[sum][c + j] = sums[sum][c + j] + x; };
+        add(Sum::kIntersection, intersection[j]);
+        add(Sum::kPredSum, pred_sum[j]);
+        add(Sum::kLabelSum, label_sum[j]);
       }
     }
     sums.additions += groups;
   }
 
   static void Grad(const Problem& problem, const SumsGrad& grad, int64_t sample, int64_t begin, int64_t end) {
-    const auto terms = TermsOf<R>(problem, kAsks ? grad.d_cross_entropy != nullptr : kCrossEntropy);
-    const auto of_sample = [&](const void* coefficients) {
-      return coefficients ? static_cast<const R*>(coefficients) + sample * problem.classes : nullptr;
+    const auto of_sample = [&](Sum sum) {
+      const R* const coefficients = static_cast<const R*>(grad.d_sums[sum]);
+      return coefficients ? coefficients + sample * problem.classes : nullptr;
     };
-    const R *a = of_sample(grad.d_intersection), *b = of_sample(grad.d_pred_sum), *e = of_sample(grad.d_cross_entropy);
+    const R *a = of_sample(Sum::kIntersection), *b = of_sample(Sum::kPredSum), *e = of_sample(Sum::kCrossEntropy);
+    auto terms = TermsOf(problem).To<R>();
+    terms.cross_entropy = kAsks ? e != nullptr : kCrossEntropy;
     Tile<R, W> tile(problem);
     Classes k{{static_cast<int>(problem.classes)}, tile.numbers(), {}};
     const bool stream = grad.d_logits != problem.logits && LogitsBytes(problem) >= kStreamBytes;

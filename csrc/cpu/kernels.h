@@ -11,9 +11,8 @@ namespace cpu {
 
 struct Kernels {
   const char* level;
-  // Adds up voxels [begin, end) of a sample. partial [4 C + 1] receives intersection, pred_sum,
-  // label_sum, cross_entropy per class, then weight_sum. Returns the first voxel with a bad value as
-  // 2 * voxel, and one more if the value is a prediction; or -1.
+  // Adds up voxels [begin, end) of a sample, to what stands in `partial` [RowLength(C)]. Returns the first voxel with a
+  // bad value as 2 * voxel, and one more if the value is a prediction; or -1.
   int64_t (*sums)(const Problem& problem, int64_t sample, int64_t begin, int64_t end, double* partial);
   void (*grad)(const Problem& problem, const SumsGrad& grad, int64_t sample, int64_t begin, int64_t end);
 };

@@ -7,6 +7,7 @@
 
 #include "core/dice_op.h"
 #include "core/dtype.h"
+#include "core/problem.h"
 
 namespace dice_op {
 namespace cpu {
@@ -24,7 +25,7 @@ void ReadLabels(const Problem& problem, const void* map, DType dtype, int64_t fi
     using Wide = std::conditional_t<std::is_integral_v<T>, int64_t, double>;
     const T* const from = static_cast<const T*>(map) + first;
     const Wide limit = static_cast<Wide>(problem.label_limit());
-    const Wide ignored = static_cast<Wide>(problem.options.ignore_label);
+    const Wide ignored = static_cast<Wide>(problem.options.ignore_label.value);
     for (int64_t i = 0; i < count; ++i) {
       const Wide label = FromStorage<T, Wide>(from[i]);
       labels[i] = ignores && label == ignored ? kIgnored : IsClass(label, limit) ? static_cast<int32_t>(label) : kBad;
@@ -33,13 +34,14 @@ void ReadLabels(const Problem& problem, const void* map, DType dtype, int64_t fi
 }
 
 bool BelongsTo(const Problem& problem, int32_t label, int64_t c) {
-  return problem.options.region_labels ? problem.options.regions[label] >> c & 1 : label == c + problem.first_class();
+  return problem.has_regions() ? problem.options.regions.classes_of[label] >> c & 1
+                               : label == c + problem.first_class();
 }
 
 // fn(c) for every class that the label belongs to.
 template <class Fn>
 void ForEachClass(const Problem& problem, int32_t label, const Fn& fn) {
-  if (problem.options.region_labels) {
+  if (problem.has_regions()) {
     for (int64_t c = 0; c < problem.classes; ++c) {
       if (BelongsTo(problem, label, c)) fn(c);
     }
@@ -56,13 +58,12 @@ void KeepFirst(BadValue* first, const BadValue& other) {
 
 }  // namespace
 
-BadValue CountLabels(const Problem& problem, const void* prediction, DType prediction_dtype, const Counts& counts,
-                     const ParallelFor& parallel, BadValue* bad_prediction) {
+Error CountLabels(const Problem& problem, const void* prediction, DType prediction_dtype, const Counts& counts,
+                  const ParallelFor& parallel) {
   const int64_t blocks = (problem.voxels + kBlock - 1) / kBlock, classes = problem.classes;
   int64_t* const totals[] = {counts.intersection, counts.pred_sum, counts.label_sum};
   for (int64_t* total : totals) std::fill_n(total, problem.batch * classes, 0);
-  BadValue bad_label;
-  *bad_prediction = {};
+  BadValue bad_label, bad_prediction;
   std::mutex mutex;
 
   parallel.ForRanges(problem.batch * blocks, kBlock, [&](int64_t first, int64_t last) {
@@ -90,7 +91,7 @@ BadValue CountLabels(const Problem& problem, const void* prediction, DType predi
       for (int64_t at = begin; at < end; at += kChunk) {
         const int64_t count = std::min(kChunk, end - at), from = sample * problem.voxels + at;
         ReadLabels(problem, prediction, prediction_dtype, from, count, false, predictions);
-        ReadLabels(problem, problem.labels, problem.labels_dtype, from, count, problem.options.has_ignore_label,
+        ReadLabels(problem, problem.labels, problem.labels_dtype, from, count, problem.options.ignore_label.given,
                    labels);
         for (int64_t i = 0; i < count; ++i) {
           if (predictions[i] == p && labels[i] == t) continue;
@@ -101,13 +102,14 @@ BadValue CountLabels(const Problem& problem, const void* prediction, DType predi
       end_run(end);
       const std::lock_guard<std::mutex> lock(mutex);
       KeepFirst(&bad_label, bad_t);
-      KeepFirst(bad_prediction, bad_p);
+      KeepFirst(&bad_prediction, bad_p);
       for (int which = 0; which < 3; ++which) {
         for (int64_t c = 0; c < classes; ++c) totals[which][sample * classes + c] += sums[which * classes + c];
       }
     }
   });
-  return bad_label;
+  DICE_OP_RETURN_IF_ERROR(ErrorOf(bad_label, problem));
+  return ErrorOfPrediction(bad_prediction, problem, prediction, prediction_dtype);
 }
 
 }  // namespace cpu

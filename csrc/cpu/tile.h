@@ -373,7 +373,7 @@ class Tile {
  private:
   static constexpr size_t kAlign = 64;
 
-  bool channels_last() const { return problem_.options.data_format == DataFormat::kChannelsLast; }
+  bool channels_last() const { return problem_.channels_last(); }
 
   // Brings an array laid out as the logits into groups.
   void LoadPlane(const void* from, DType dtype, R* to) {
@@ -408,7 +408,7 @@ class Tile {
         using T = typename decltype(type)::type;
         Convert<W>(static_cast<const T*>(problem_.voxel_weight) + sample_ * problem_.voxels + begin_, count_, weight_);
       });
-    } else if (problem_.options.has_ignore_label || !ones_) {
+    } else if (problem_.options.ignore_label.given || !ones_) {
       std::fill(weight_, weight_ + capacity_, R(1));
       ones_ = true;
     }
@@ -470,8 +470,8 @@ class Tile {
       };
       const Wide first = static_cast<Wide>(problem_.first_class());
       const Wide limit = static_cast<Wide>(problem_.label_limit());
-      const bool has_ignore = problem_.options.has_ignore_label && fits(problem_.options.ignore_label);
-      const Wide ignore = has_ignore ? static_cast<Wide>(problem_.options.ignore_label) : Wide(-1);
+      const bool has_ignore = problem_.options.ignore_label.given && fits(problem_.options.ignore_label.value);
+      const Wide ignore = has_ignore ? static_cast<Wide>(problem_.options.ignore_label.value) : Wide(-1);
       const T* labels = static_cast<const T*>(problem_.labels) + sample_ * problem_.voxels + begin_;
       Int* const __restrict index = index_;
       const int count = count_;
@@ -503,7 +503,7 @@ class Tile {
 
   // From the index of a voxel's label to a label for each class.
   void SpreadIndices() {
-    const uint32_t* const regions = problem_.options.region_labels ? problem_.options.regions : nullptr;
+    const uint32_t* const regions = problem_.has_regions() ? problem_.options.regions.classes_of : nullptr;
     for (int group = 0; group < groups(); ++group) {
       R* const to = labels_ + static_cast<size_t>(group) * classes_ * W;
       Int label[W];

@@ -5,6 +5,7 @@
 
 #include "core/dice_op.h"
 #include "core/dtype.h"
+#include "core/terms.h"
 
 namespace dice_op {
 namespace cuda {
@@ -12,13 +13,13 @@ namespace cuda {
 struct Call {
   const void* logits;
   const void* labels;
-  const void* weight;     // or null
-  const void* d_sums[3];  // [N, C] each: d_intersection, d_pred_sum, d_cross_entropy; gradient only
-  void* d_logits;         // gradient only
-  double* partials;       // [N, blocks_per_sample, PartialWidth]; sums only
-  int64_t voxels;         // V
-  int64_t ignore_label;
-  double gamma, keep, spread, threshold;  // as in Terms
+  const void* weight;          // or null
+  PerSum<const void*> d_sums;  // [N, C] each; gradient only
+  void* d_logits;              // gradient only
+  double* partials;            // [N, blocks_per_sample, PartialLength]; sums only
+  int64_t voxels;              // V
+  Options options;
+  Terms<double> terms;
   int blocks_per_sample;
   int tiles;        // of a sample
   int last_voxels;  // in the last of them, which may not be full
@@ -32,14 +33,10 @@ struct Call {
   DType logits_dtype, labels_dtype, weight_dtype;
   bool planar;  // channels first
   bool dense_labels;
-  int region_labels;
-  uint32_t regions[Options::kMaxRegions];  // as in Options
-  bool squared, cross_entropy, has_ignore_label;
 };
 
-// What a block leaves: intersection, label_sum, pred_sum, cross_entropy of each class, the sum of the
-// weights, and how many warps saw a label that is no class.
-DICE_OP_INLINE constexpr int PartialWidth(int classes) { return 4 * classes + 2; }
+// What a block leaves: its row of sums, and how many warps saw a label that is no class.
+DICE_OP_INLINE constexpr int PartialLength(int classes) { return static_cast<int>(RowLength(classes)) + 1; }
 
 // A kernel, and what its launch must know.
 struct Variant {

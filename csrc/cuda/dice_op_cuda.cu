@@ -7,6 +7,7 @@
 
 #include "core/dice_op.h"
 #include "core/dtype.h"
+#include "core/problem.h"
 #include "cuda/call.h"
 #include "cuda/device.h"
 
@@ -27,8 +28,9 @@ constexpr int64_t kMaxTiles = int64_t{1} << 30;
 
 // --- errors -------------------------------------------------------------------------------------------
 
-std::string Describe(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return "";
+// What the CUDA runtime reports, as an error of ours.
+Error ErrorOf(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return {};
   std::string text = std::string(what) + ": " + cudaGetErrorString(error);
 #ifdef __CUDACC__
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
@@ -41,13 +43,8 @@ std::string Describe(cudaError_t error, const char* what) {
             ": install a build for it, or build with DICE_OP_CUDA_ARCHS=" + std::to_string(major * 10 + minor);
   }
 #endif
-  return text;
+  return DeviceFailure(text);
 }
-
-#define DICE_OP_RETURN_IF_ERROR(expression, what)                                       \
-  do {                                                                                  \
-    if (std::string error = Describe((expression), what); !error.empty()) return error; \
-  } while (false)
 
 // --- what a launch needs --------------------------------------------------------------------------------
 
@@ -63,16 +60,17 @@ int64_t LabelsEnd(DType dtype) {  // of a signed type: the first number it canno
   return dtype == DType::kInt8 ? 128 : int64_t{1} << 15;
 }
 
-std::string CheckClasses(const Problem& problem) {
-  if (problem.classes <= kMaxClasses) return "";
-  return "logits (y_pred) have " + std::to_string(problem.classes) + " classes, but the GPU kernels take at most " +
-         std::to_string(kMaxClasses) + "; place the loss on the CPU, with tf.device('CPU')";
+Error CheckClasses(const Problem& problem) {
+  if (problem.classes <= kMaxClasses) return {};
+  return Unsupported("logits (y_pred) have " + std::to_string(problem.classes) +
+                     " classes, but the GPU kernels take at most " + std::to_string(kMaxClasses) +
+                     ": compute the loss on the CPU");
 }
 
 // d_logits: null for the sums.
-std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
-  if (std::string error = CheckClasses(problem); !error.empty()) return error;
-  if (problem.logits_count() == 0) return "";
+Error MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
+  DICE_OP_RETURN_IF_ERROR(CheckClasses(problem));
+  if (problem.logits_count() == 0) return {};
   Variant variant = FindPlain(problem, d_logits);
   if (!variant.kernel) variant = FindGeneral(problem, d_logits);
   plan->kernel = variant.kernel;
@@ -80,22 +78,22 @@ std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   plan->shared_bytes = static_cast<size_t>(variant.shared_per_warp) * variant.warps;
 
   int device = 0, multiprocessors = 0, resident = 0;
-  DICE_OP_RETURN_IF_ERROR(cudaGetDevice(&device), "cudaGetDevice");
-  DICE_OP_RETURN_IF_ERROR(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-                          "cudaDeviceGetAttribute");
+  DICE_OP_RETURN_IF_ERROR(ErrorOf(cudaGetDevice(&device), "cudaGetDevice"));
+  DICE_OP_RETURN_IF_ERROR(ErrorOf(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+                                  "cudaDeviceGetAttribute"));
   if (plan->shared_bytes > 48 << 10) {  // more must be asked for
-    DICE_OP_RETURN_IF_ERROR(cudaFuncSetAttribute(variant.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 static_cast<int>(plan->shared_bytes)),
-                            "cudaFuncSetAttribute");
+    DICE_OP_RETURN_IF_ERROR(ErrorOf(cudaFuncSetAttribute(variant.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                         static_cast<int>(plan->shared_bytes)),
+                                    "cudaFuncSetAttribute"));
   }
   if (plan->shared_bytes > 4 << 10) {  // tiles pass through it: as much as there is, cut from a cache they do not need
-    DICE_OP_RETURN_IF_ERROR(cudaFuncSetAttribute(variant.kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                                 cudaSharedmemCarveoutMaxShared),
-                            "cudaFuncSetAttribute");
+    DICE_OP_RETURN_IF_ERROR(ErrorOf(cudaFuncSetAttribute(variant.kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                         cudaSharedmemCarveoutMaxShared),
+                                    "cudaFuncSetAttribute"));
   }
-  DICE_OP_RETURN_IF_ERROR(
+  DICE_OP_RETURN_IF_ERROR(ErrorOf(
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, variant.kernel, plan->threads, plan->shared_bytes),
-      "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+      "cudaOccupancyMaxActiveBlocksPerMultiprocessor"));
 
   Call& call = plan->call;
   call.logits = problem.logits;
@@ -104,8 +102,9 @@ std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   call.voxels = problem.voxels;
   const int64_t tiles = (problem.voxels + variant.tile - 1) / variant.tile;
   if (tiles > kMaxTiles) {
-    return "a sample has " + std::to_string(problem.voxels) + " voxels, but the GPU kernels take at most " +
-           std::to_string(kMaxTiles * variant.tile) + " of " + std::to_string(problem.classes) + " classes";
+    return Unsupported("a sample has " + std::to_string(problem.voxels) + " voxels, but the GPU kernels take at most " +
+                       std::to_string(kMaxTiles * variant.tile) + " of " + std::to_string(problem.classes) +
+                       " classes: compute the loss on the CPU");
   }
   call.tiles = static_cast<int>(tiles);
   call.last_voxels = static_cast<int>(problem.voxels - (tiles - 1) * variant.tile);
@@ -114,14 +113,11 @@ std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   const int64_t useful = (tiles + variant.warps - 1) / variant.warps;
   call.blocks_per_sample = static_cast<int>(std::max<int64_t>(1, std::min(useful, at_once / problem.batch)));
   if (problem.batch > 0x7fffffff / (problem.classes + 1)) {
-    return "the batch has more samples than a GPU can take in one call";
+    return Unsupported("the batch has more samples than a GPU can take in one call: make it smaller");
   }
   plan->blocks = dim3(static_cast<unsigned>(problem.batch), static_cast<unsigned>(call.blocks_per_sample));
-  call.ignore_label = problem.options.ignore_label;
-  call.gamma = problem.options.focal_gamma;
-  call.keep = 1 - problem.options.label_smoothing;
-  call.spread = problem.options.label_smoothing / problem.label_choices();
-  call.threshold = problem.threshold();
+  call.options = problem.options;
+  call.terms = TermsOf(problem);
   call.classes = static_cast<int>(problem.classes);
   call.first_class = static_cast<int>(problem.first_class());
   call.label_limit = static_cast<int>(std::min(problem.label_limit(), LabelsEnd(problem.labels_dtype)));
@@ -133,55 +129,49 @@ std::string MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   call.logits_dtype = problem.logits_dtype;
   call.labels_dtype = problem.labels_dtype;
   call.weight_dtype = problem.weight_dtype;
-  call.planar = problem.options.data_format == DataFormat::kChannelsFirst;
+  call.planar = !problem.channels_last();
   call.dense_labels = problem.dense_labels;
-  call.region_labels = problem.options.region_labels;
-  std::copy(std::begin(problem.options.regions), std::end(problem.options.regions), call.regions);
-  call.squared = problem.options.squared_pred;
-  call.cross_entropy = problem.options.cross_entropy;
-  call.has_ignore_label = problem.options.has_ignore_label;
-  return "";
+  return {};
 }
-
-bool IsWeighted(const Problem& problem) { return problem.voxel_weight || problem.options.has_ignore_label; }
 
 // --- from the blocks' sums to the outputs -----------------------------------------------------------------
 
 struct Partials {
-  const double* values;  // [N, blocks_per_sample, PartialWidth]
+  const double* values;  // [N, blocks_per_sample, PartialLength]
   int64_t batch;
   int64_t voxels;  // the weight's sum where no voxel has one
   int blocks_per_sample, classes;
   bool weighted;
-  void* outputs[5];  // intersection, label_sum, pred_sum, cross_entropy or null, weight_sum
+  Sums outputs;
 };
 
 // A warp for each number: the lanes add every 32nd block's share, then each other's. A label that is no
 // class makes the sample's sums NaN, as TensorFlow's sparse cross-entropy does on a GPU.
 template <class R>
 __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ Partials partials) {
-  const int entries = 4 * partials.classes + 1, width = PartialWidth(partials.classes);
+  const int classes = partials.classes, row = static_cast<int>(RowLength(classes)), length = PartialLength(classes);
   const int64_t item = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / kWarp;
-  const int64_t sample = item / entries;
-  const int entry = item % entries;
+  const int64_t sample = item / row;
+  const int entry = item % row;
   if (sample >= partials.batch) return;
-  const int kind = partials.classes ? entry / partials.classes : 4, c = entry - kind * partials.classes;
-  if (!partials.outputs[kind]) return;
-  const double* const first = partials.values + sample * partials.blocks_per_sample * width;
+  const bool per_class = entry < kClassSumCount * classes;
+  const int sum = per_class ? entry / classes : kClassSumCount + entry - kClassSumCount * classes;
+  void* const output = partials.outputs.values[sum];
+  if (!output) return;
+  const double* const first = partials.values + sample * partials.blocks_per_sample * length;
   double total = 0, bad = 0;
   for (int block = Lane(); block < partials.blocks_per_sample; block += kWarp) {
-    total += first[static_cast<int64_t>(block) * width + entry];
-    bad += first[static_cast<int64_t>(block) * width + width - 1];
+    total += first[static_cast<int64_t>(block) * length + entry];
+    bad += first[static_cast<int64_t>(block) * length + length - 1];
   }
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     total += FromPartner(total, distance);
     bad += FromPartner(bad, distance);
   }
-  if (kind == 4 && !partials.weighted) total = static_cast<double>(partials.voxels);
+  if (sum == static_cast<int>(Sum::kWeightSum) && !partials.weighted) total = static_cast<double>(partials.voxels);
   if (bad > 0) total = NAN;
-  if (Lane() == 0) {
-    static_cast<R*>(partials.outputs[kind])[kind < 4 ? sample * partials.classes + c : sample] = static_cast<R>(total);
-  }
+  if (Lane() == 0)
+    static_cast<R*>(output)[per_class ? sample * classes + entry % classes : sample] = static_cast<R>(total);
 }
 
 // --- which label is no class, or prediction no probability ------------------------------------------------
@@ -190,17 +180,12 @@ struct ValueCheck {
   const void* labels;
   const void* predictions;  // or null: they are logits
   const void* weight;       // or null
-  int64_t samples, voxels, classes, limit, ignore_label;
+  int64_t samples, voxels, classes, limit;
+  IgnoreLabel ignore_label;
   DType labels_dtype, predictions_dtype, weight_dtype;
-  bool dense, planar, has_ignore_label;
+  bool dense, channels_last;
   unsigned long long* first;  // out: the smallest 2 * (sample * voxels + voxel), and one more for a prediction
 };
-
-// The place of a class of voxel `at` of all samples.
-DICE_OP_INLINE int64_t PlaceOf(int64_t at, int64_t c, int64_t voxels, int64_t classes, bool planar) {
-  const int64_t sample = at / voxels, voxel = at % voxels;
-  return sample * voxels * classes + (planar ? c * voxels + voxel : voxel * classes + c);
-}
 
 __global__ void __launch_bounds__(kThreads) CheckValuesKernel(const __grid_constant__ ValueCheck check) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -210,12 +195,13 @@ __global__ void __launch_bounds__(kThreads) CheckValuesKernel(const __grid_const
     bool good_label = true, good_prediction = true;
     if (!check.dense) {
       const double label = ReadNumber<double>(check.labels, check.labels_dtype, at);  // integers of no class may round
-      const bool ignored = check.has_ignore_label && label == static_cast<double>(check.ignore_label);
+      const bool ignored = check.ignore_label.given && label == static_cast<double>(check.ignore_label.value);
       good_label = ignored || IsClass(label, static_cast<double>(check.limit));
       counts = counts && !ignored;
     }
     for (int64_t c = 0; counts && c < check.classes; ++c) {
-      const int64_t place = PlaceOf(at, c, check.voxels, check.classes, check.planar);
+      const int64_t place =
+          PlaceInLogits(at / check.voxels, at % check.voxels, c, check.voxels, check.classes, check.channels_last);
       if (check.dense && check.labels_dtype != DType::kBool) {
         const double t = ReadNumber<double>(check.labels, check.labels_dtype, place);
         good_label &= IsSoftLabel(t, check.labels_dtype >= DType::kHalf);
@@ -241,38 +227,39 @@ int CurrentDevice() {
   return cudaGetDevice(&device) == cudaSuccess ? device : -1;
 }
 
-std::string Allocate(size_t bytes, void* stream, void** memory) {
-  return Describe(cudaMallocAsync(memory, bytes, static_cast<cudaStream_t>(stream)), "cudaMallocAsync");
+Error Allocate(size_t bytes, void* stream, void** memory) {
+  return ErrorOf(cudaMallocAsync(memory, bytes, static_cast<cudaStream_t>(stream)), "cudaMallocAsync");
 }
-std::string Release(void* memory, void* stream) {
-  return Describe(cudaFreeAsync(memory, static_cast<cudaStream_t>(stream)), "cudaFreeAsync");
+Error Release(void* memory, void* stream) {
+  return ErrorOf(cudaFreeAsync(memory, static_cast<cudaStream_t>(stream)), "cudaFreeAsync");
 }
 #endif
 
-std::string CopyToHost(void* to, const void* from, size_t bytes, void* stream) {
+Error CopyToHost(void* to, const void* from, size_t bytes, void* stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
-  DICE_OP_RETURN_IF_ERROR(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, queue), "cudaMemcpyAsync");
-  return Describe(cudaStreamSynchronize(queue), "cudaStreamSynchronize");
+  DICE_OP_RETURN_IF_ERROR(ErrorOf(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, queue), "cudaMemcpyAsync"));
+  return ErrorOf(cudaStreamSynchronize(queue), "cudaStreamSynchronize");
 }
 
-std::string DiceSumsWorkspace(const Problem& problem, size_t* bytes) {
+Error DiceSumsWorkspace(const Problem& problem, size_t* bytes) {
   *bytes = sizeof(int64_t);  // for FindBadValue
-  if (std::string error = CheckClasses(problem); !error.empty()) return error;
-  if (problem.logits_count() == 0) return "";
+  DICE_OP_RETURN_IF_ERROR(CheckClasses(problem));
+  if (problem.logits_count() == 0) return {};
   const int64_t blocks_per_sample = std::max<int64_t>(1, std::min(problem.voxels, kMaxBlocks / problem.batch));
-  *bytes = problem.batch * blocks_per_sample * PartialWidth(static_cast<int>(problem.classes)) * sizeof(double);
-  return "";
+  *bytes = problem.batch * blocks_per_sample * PartialLength(static_cast<int>(problem.classes)) * sizeof(double);
+  return {};
 }
 
-std::string DiceSums(const Problem& problem, const Sums& sums, void* workspace, void* stream) {
-  if (problem.batch == 0) return "";
+Error DiceSums(const Problem& problem, const Sums& sums, void* workspace, void* stream) {
+  if (ChecksLabels()) DICE_OP_RETURN_IF_ERROR(FindBadValue(problem, workspace, stream));
+  if (problem.batch == 0) return {};
   const auto queue = static_cast<cudaStream_t>(stream);
   Plan plan;
-  if (std::string error = MakePlan(problem, nullptr, &plan); !error.empty()) return error;
+  DICE_OP_RETURN_IF_ERROR(MakePlan(problem, nullptr, &plan));
   if (plan.blocks.x > 0) {
     plan.call.partials = static_cast<double*>(workspace);
-    DICE_OP_RETURN_IF_ERROR(Launch(plan.kernel, plan.blocks, plan.threads, plan.shared_bytes, queue, plan.call),
-                            "the launch of the sums' kernel");
+    DICE_OP_RETURN_IF_ERROR(ErrorOf(Launch(plan.kernel, plan.blocks, plan.threads, plan.shared_bytes, queue, plan.call),
+                                    "the launch of the sums' kernel"));
   }
   Partials partials = {};
   partials.values = static_cast<const double*>(workspace);
@@ -280,32 +267,29 @@ std::string DiceSums(const Problem& problem, const Sums& sums, void* workspace, 
   partials.voxels = problem.voxels;
   partials.blocks_per_sample = plan.blocks.x > 0 ? plan.call.blocks_per_sample : 0;
   partials.classes = static_cast<int>(problem.classes);
-  partials.weighted = IsWeighted(problem);
-  void* const outputs[5] = {sums.intersection, sums.label_sum, sums.pred_sum, sums.cross_entropy, sums.weight_sum};
-  std::copy(outputs, outputs + 5, partials.outputs);
-  const int64_t blocks = (problem.batch * (4 * problem.classes + 1) + kWarps - 1) / kWarps;
+  partials.weighted = problem.masked();
+  partials.outputs = sums;
+  const int64_t blocks = (problem.batch * RowLength(problem.classes) + kWarps - 1) / kWarps;
   const auto combine = problem.sums_dtype() == DType::kDouble ? CombineKernel<double> : CombineKernel<float>;
-  DICE_OP_RETURN_IF_ERROR(Launch(combine, dim3(static_cast<unsigned>(blocks)), kThreads, 0, queue, partials),
-                          "the launch of the combining kernel");
-  return "";
+  DICE_OP_RETURN_IF_ERROR(ErrorOf(Launch(combine, dim3(static_cast<unsigned>(blocks)), kThreads, 0, queue, partials),
+                                  "the launch of the combining kernel"));
+  return {};
 }
 
-std::string DiceSumsGrad(const Problem& problem, const SumsGrad& grad, void* stream) {
+Error DiceSumsGrad(const Problem& problem, const SumsGrad& grad, void* stream) {
   Plan plan;
-  if (std::string error = MakePlan(problem, grad.d_logits, &plan); !error.empty()) return error;
-  if (plan.blocks.x == 0) return "";
-  plan.call.d_sums[0] = grad.d_intersection;
-  plan.call.d_sums[1] = grad.d_pred_sum;
-  plan.call.d_sums[2] = grad.d_cross_entropy;
-  plan.call.cross_entropy = grad.d_cross_entropy != nullptr;
+  DICE_OP_RETURN_IF_ERROR(MakePlan(problem, grad.d_logits, &plan));
+  if (plan.blocks.x == 0) return {};
+  plan.call.d_sums = grad.d_sums;
+  plan.call.terms.cross_entropy = grad.d_sums[Sum::kCrossEntropy] != nullptr;
   plan.call.d_logits = grad.d_logits;
-  DICE_OP_RETURN_IF_ERROR(
+  DICE_OP_RETURN_IF_ERROR(ErrorOf(
       Launch(plan.kernel, plan.blocks, plan.threads, plan.shared_bytes, static_cast<cudaStream_t>(stream), plan.call),
-      "the launch of the gradient's kernel");
-  return "";
+      "the launch of the gradient's kernel"));
+  return {};
 }
 
-std::string FindBadValue(const Problem& problem, void* workspace, void* stream, BadValue* bad, void* value) {
+Error FindBadValue(const Problem& problem, void* workspace, void* stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
   ValueCheck check = {};
   check.labels = problem.labels;
@@ -320,36 +304,22 @@ std::string FindBadValue(const Problem& problem, void* workspace, void* stream, 
   check.predictions_dtype = problem.logits_dtype;
   check.weight_dtype = problem.weight_dtype;
   check.dense = problem.dense_labels;
-  check.planar = problem.options.data_format == DataFormat::kChannelsFirst;
-  check.has_ignore_label = problem.options.has_ignore_label;
+  check.channels_last = problem.channels_last();
   check.first = static_cast<unsigned long long*>(workspace);
-  unsigned long long first = ~0ull;
-  DICE_OP_RETURN_IF_ERROR(cudaMemsetAsync(workspace, 0xff, sizeof(first), queue), "cudaMemsetAsync");
+  constexpr unsigned long long kNone = ~0ull;
+  unsigned long long first = kNone;
+  DICE_OP_RETURN_IF_ERROR(ErrorOf(cudaMemsetAsync(workspace, 0xff, sizeof(first), queue), "cudaMemsetAsync"));
   const int64_t blocks = std::min<int64_t>(4096, (problem.batch * problem.voxels + kThreads - 1) / kThreads);
   if (blocks > 0) {
-    DICE_OP_RETURN_IF_ERROR(Launch(CheckValuesKernel, dim3(static_cast<unsigned>(blocks)), kThreads, 0, queue, check),
-                            "the launch of the kernel that checks labels and predictions");
+    DICE_OP_RETURN_IF_ERROR(
+        ErrorOf(Launch(CheckValuesKernel, dim3(static_cast<unsigned>(blocks)), kThreads, 0, queue, check),
+                "the launch of the kernel that checks labels and predictions"));
   }
-  if (std::string error = CopyToHost(&first, workspace, sizeof(first), stream); !error.empty()) return error;
-  *bad = {};
-  if (first == ~0ull) return "";
+  const auto copy = [&](void* to, const void* from, size_t bytes) { return cuda::CopyToHost(to, from, bytes, stream); };
+  DICE_OP_RETURN_IF_ERROR(copy(&first, workspace, sizeof(first)));
+  if (first == kNone) return {};
   const auto at = static_cast<int64_t>(first / 2);
-  *bad = {at / problem.voxels, at % problem.voxels, first % 2 == 1};
-  const auto copy = [&](const void* array, DType dtype, int64_t place) {
-    const int bytes = SizeOf(dtype);
-    return CopyToHost(value, static_cast<const char*>(array) + place * bytes, bytes, stream);
-  };
-  if (!bad->in_prediction) return problem.dense_labels ? "" : copy(problem.labels, problem.labels_dtype, at);
-  for (int64_t c = 0; c < problem.classes; ++c) {
-    const int64_t place = PlaceOf(at, c, problem.voxels, problem.classes, check.planar);
-    if (std::string error = copy(problem.logits, problem.logits_dtype, place); !error.empty()) return error;
-    const bool good = WithType(problem.logits_dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      return IsProbability(FromStorage<T, double>(*static_cast<const T*>(value)));
-    });
-    if (!good) break;
-  }
-  return "";
+  return dice_op::ErrorOf({at / problem.voxels, at % problem.voxels, first % 2 == 1}, problem, copy);
 }
 
 bool ChecksLabels() {

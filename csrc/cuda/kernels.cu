@@ -30,7 +30,7 @@ Variant Plain(const Problem& problem, bool grad) {
   constexpr bool kSoftmax = std::is_same_v<Activation, Softmax>;
   constexpr int kMost = kSoftmax ? 16 : std::is_same_v<Activation, Sigmoid> ? 1 : 4;
   constexpr int kMostPlanar = kSoftmax ? 4 : 0;
-  const bool planar = problem.options.data_format == DataFormat::kChannelsFirst && problem.classes > 1;
+  const bool planar = !problem.channels_last() && problem.classes > 1;
   return WithCount<kMost>(problem.classes, [&](auto count) -> Variant {
     constexpr int kCount = count.value;
     const auto of = [&](auto source) {

@@ -33,8 +33,8 @@ struct Accumulators {
   static constexpr bool kBins = Source::kSingle;
   static constexpr bool kLossBins = kBins && !Activation::kBinary;  // of the cross-entropy
   static constexpr bool kLossRows = !kLossBins && kCrossEntropy;
-  // The warp's totals: per kind, item and lane that shares a voxel; then the weight, and bad labels.
-  static constexpr int kWeight = 4 * kItems * kLanes, kBad = kWeight + 1, kTotals = kBad + 1;
+  // The warp's totals: per sum, item and lane that shares a voxel; then the weight, and bad labels.
+  static constexpr int kWeight = kClassSumCount * kItems * kLanes, kBad = kWeight + kSampleSumCount, kTotals = kBad + 1;
 
   R pred_sum[kItems], intersection[kBins ? 1 : kItems], label_sum[kBins ? 1 : kItems];
   R cross_entropy[kLossRows ? kItems : 1];
@@ -52,7 +52,7 @@ struct Accumulators {
   DICE_OP_DEVICE Accumulators(const Call& call, char* memory)
       : totals(reinterpret_cast<double*>(memory)),
         bins(reinterpret_cast<R*>(totals + kTotals) + Lane()),
-        wants_loss(call.cross_entropy) {
+        wants_loss(call.terms.cross_entropy) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       pred_sum[i] = R(0);
@@ -83,35 +83,36 @@ struct Accumulators {
   }
 
  private:
-  // Kinds 0 to 3 are intersection, label_sum, pred_sum, cross_entropy.
   DICE_OP_DEVICE void Flush() {
+    constexpr int kPred = static_cast<int>(Sum::kPredSum), kLoss = static_cast<int>(Sum::kCrossEntropy);
     if constexpr (kBins) {
       using Shares = LaneSums<kLanes, kItems>;
 #pragma unroll 1
-      for (int kind = 0; kind < (kLossRows ? 4 : Kinds() + 1); ++kind) {
+      for (int sum = 0; sum < (kLossRows ? kClassSumCount : Kinds() + 1); ++sum) {
         R values[Shares::kPadded] = {};
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
-          if (kind == 2) {
+          if (sum == kPred) {
             values[i] = Take(&pred_sum[i]);
-          } else if (kLossRows && kind == 3) {
+          } else if (kLossRows && sum == kLoss) {
             values[i] = Take(&cross_entropy[kLossRows ? i : 0]);
-          } else {
-            values[i] = Take(&bins[((kind < 2 ? kind : 2) * kItems + i) * kWarp]);
+          } else {  // of the bins, which are in the order of the sums
+            values[i] = Take(&bins[((sum < kPred ? sum : sum - 1) * kItems + i) * kWarp]);
           }
         }
-        AddToTotals<Shares, kItems>(kind * kItems, values);
+        AddToTotals<Shares, kItems>(sum * kItems, values);
       }
     } else {
-      constexpr int kCount = (kLossRows ? 4 : 3) * kItems;
+      constexpr int kCount = (kLossRows ? kClassSumCount : kClassSumCount - 1) * kItems;
       using Shares = LaneSums<kLanes, kCount>;
       R values[Shares::kPadded] = {};
+      const auto at = [&](Sum sum, int i) -> R& { return values[static_cast<int>(sum) * kItems + i]; };
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
-        values[i] = Take(&intersection[i]);
-        values[kItems + i] = Take(&label_sum[i]);
-        values[2 * kItems + i] = Take(&pred_sum[i]);
-        if constexpr (kLossRows) values[3 * kItems + i] = Take(&cross_entropy[i]);
+        at(Sum::kIntersection, i) = Take(&intersection[i]);
+        at(Sum::kPredSum, i) = Take(&pred_sum[i]);
+        at(Sum::kLabelSum, i) = Take(&label_sum[i]);
+        if constexpr (kLossRows) at(Sum::kCrossEntropy, i) = Take(&cross_entropy[i]);
       }
       AddToTotals<Shares, kCount>(0, values);
     }
@@ -177,14 +178,14 @@ __global__ void __launch_bounds__(kThreads<Source>, kBlocks<Source>) SumsKernel(
   if (bad && Lane() == 0) sums.totals[Sums::kBad] = 1;
   __syncthreads();
 
-  // The block's sums, in the order that cuda::PartialWidth tells.
-  const int width = cuda::PartialWidth(call.classes);
-  double* const partials = call.partials + (sample * call.blocks_per_sample + blockIdx.y) * width;
+  // The block's row of sums, and behind it the warps that saw something bad.
+  const int length = cuda::PartialLength(call.classes);
+  double* const partials = call.partials + (sample * call.blocks_per_sample + blockIdx.y) * length;
 #pragma unroll 1
-  for (int entry = threadIdx.x, kind = 0, c = entry; entry < width; entry += kThreads<Source>, c += kThreads<Source>) {
-    while (kind < 4 && c >= call.classes) c -= call.classes, ++kind;
-    const int row = kind * Source::kItems + c / Source::kLanes;
-    const int at = kind < 4 ? row * Source::kLanes + c % Source::kLanes : Sums::kWeight + c;
+  for (int entry = threadIdx.x, sum = 0, c = entry; entry < length; entry += kThreads<Source>, c += kThreads<Source>) {
+    while (sum < kClassSumCount && c >= call.classes) c -= call.classes, ++sum;
+    const int row = sum * Source::kItems + c / Source::kLanes;
+    const int at = sum < kClassSumCount ? row * Source::kLanes + c % Source::kLanes : Sums::kWeight + c;
     double total = 0;
 #pragma unroll
     for (int w = 0; w < kWarps<Source>; ++w) {
@@ -202,12 +203,13 @@ __global__ void __launch_bounds__(kThreads<Source>, kBlocks<Source>) GradKernel(
   constexpr bool kLossOfHeld = kCrossEntropy && (Activation::kBinary || !Source::kSingle);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarp, 0);  // the compiler sees that lanes agree
   const int64_t sample = blockIdx.x;
-  const auto of_sample = [&](int which) {
-    return call.d_sums[which] ? static_cast<const R*>(call.d_sums[which]) + sample * call.classes : nullptr;
+  const auto of_sample = [&](Sum sum) {
+    return call.d_sums[sum] ? static_cast<const R*>(call.d_sums[sum]) + sample * call.classes : nullptr;
   };
 
   Source source(call, sample, SharedMemory() + warp * call.shared_per_warp);
-  const R *const d_intersection = of_sample(0), *const d_pred_sum = of_sample(1), *const d_loss = of_sample(2);
+  const R *const d_intersection = of_sample(Sum::kIntersection), *const d_pred_sum = of_sample(Sum::kPredSum),
+                 *const d_loss = of_sample(Sum::kCrossEntropy);
   R a[Source::kSingle ? 1 : kItems], b[kItems], e[kLossOfHeld ? kItems : 1];  // of the classes held
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
@@ -283,11 +285,11 @@ Variant VariantOf(const Problem& problem, bool grad) {
 template <class T>
 bool IsPlain(const Problem& problem, const void* d_logits) {
   const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
-  const int64_t run = (problem.options.data_format == DataFormat::kChannelsFirst ? 1 : problem.classes) * sizeof(T);
+  const int64_t run = (problem.channels_last() ? problem.classes : 1) * sizeof(T);
   const bool rows_aligned = problem.voxels * run % 16 == 0;
   const bool one_run = problem.batch == 1 && run == static_cast<int64_t>(problem.classes * sizeof(T));
-  return !problem.labels_per_class() && problem.labels_dtype <= DType::kInt64 && !problem.voxel_weight &&
-         !problem.options.has_ignore_label && !problem.options.squared_pred && !problem.hard() &&
+  return !problem.labels_per_class() && problem.labels_dtype <= DType::kInt64 && !problem.masked() &&
+         !problem.options.squared_pred && !problem.hard() &&
          (!problem.options.cross_entropy ||
           (problem.options.focal_gamma == 0 && problem.options.label_smoothing == 0)) &&
          aligned(problem.logits) && aligned(problem.labels) && aligned(d_logits) && (rows_aligned || one_run);

@@ -167,7 +167,7 @@ class Direct {
         float z[kCount];
 #pragma unroll
         for (int c = 0; c < kCount; ++c) z[c] = Read<float>(Element(words[u], v, c));
-        voxel(Classes{}, z, LabelOf(labels[u][v]), 1.0f, PlainTerms<float>(call_.cross_entropy));
+        voxel(Classes{}, z, LabelOf(labels[u][v]), 1.0f, PlainTerms<float>(call_.terms.cross_entropy));
         if constexpr (kStore) {
 #pragma unroll
           for (int c = 0; c < kCount; ++c) Element(words[u], v, c) = Write<T>(z[c]);
@@ -194,7 +194,7 @@ class Direct {
     uint32_t label[1][1];
     ReadLabels<1, 1>(call_, voxel_offset_ + v, 1, 1, label, &largest_);
     for (int c = 0; c < kCount; ++c) z[c] = Read<float>(static_cast<const T*>(call_.logits)[at(c)]);
-    voxel(Classes{}, z, LabelOf(label[0][0]), 1.0f, PlainTerms<float>(call_.cross_entropy));
+    voxel(Classes{}, z, LabelOf(label[0][0]), 1.0f, PlainTerms<float>(call_.terms.cross_entropy));
     if constexpr (kStore) {
       for (int c = 0; c < kCount; ++c) static_cast<T*>(call_.d_logits)[at(c)] = Write<T>(z[c]);
     }
@@ -345,7 +345,7 @@ class Staged {
           T* row = Row(stage, VoxelOf(r));
           float z[kItems];
           ReadRow(row, z);
-          voxel(Classes{}, z, LabelOf(row, labels[r]), 1.0f, PlainTerms<float>(call_.cross_entropy));
+          voxel(Classes{}, z, LabelOf(row, labels[r]), 1.0f, PlainTerms<float>(call_.terms.cross_entropy));
           if constexpr (kStore) WriteRow(row, z);
         }
       }
@@ -359,7 +359,7 @@ class Staged {
 #pragma unroll
         for (int i = 0; i < kItems; ++i) z[i] = Holds(i, lane) ? Read<float>(row[i * kLanes + lane]) : -INFINITY;
         const Label label = LabelOf(row, __shfl_sync(0xffffffffu, labels[0], VoxelOf(r)));
-        voxel(Classes{{}, there}, z, label, 1.0f, PlainTerms<float>(call_.cross_entropy));
+        voxel(Classes{{}, there}, z, label, 1.0f, PlainTerms<float>(call_.terms.cross_entropy));
         if constexpr (kStore) {
 #pragma unroll
           for (int i = 0; i < kItems; ++i) {
@@ -447,7 +447,6 @@ class General {
 
   template <bool kStore, class Voxel, class Done>
   DICE_OP_DEVICE void Run(int first, int step, Voxel&& voxel, Done&& done) {
-    const bool masked = call_.weight || call_.has_ignore_label;
     for (int t = first; t < call_.tiles; t += step) {
       const int tile = kStore ? call_.tiles - 1 - t : t;
       const int64_t begin = tile * static_cast<int64_t>(kTile);
@@ -468,9 +467,9 @@ class General {
 #pragma unroll
         for (int i = 0; i < kItems; ++i) z[i] = Holds(i) ? row[Classes::Class(i)] : R(-INFINITY);
         const Label label = LabelOf(v, index, m, labels);
-        voxel(Classes{}, z, label, m,
-              Terms<R>{call_.squared, masked || count < kTile, call_.cross_entropy, static_cast<R>(call_.gamma),
-                       static_cast<R>(call_.keep), static_cast<R>(call_.spread), static_cast<R>(call_.threshold)});
+        auto terms = call_.terms.template To<R>();
+        terms.masked |= count < kTile;
+        voxel(Classes{}, z, label, m, terms);
         if constexpr (kStore) {
 #pragma unroll
           for (int i = 0; i < kItems; ++i) {
@@ -559,7 +558,7 @@ class General {
     if (!kDense || !call_.dense_labels) {
       const auto take = [&](auto label) {
         using Wide = decltype(label);
-        if (call_.has_ignore_label && label == static_cast<Wide>(call_.ignore_label)) {
+        if (call_.options.ignore_label.given && label == static_cast<Wide>(call_.options.ignore_label.value)) {
           m = R(0);
         } else if (IsClass(label, static_cast<Wide>(call_.label_limit))) {
           if (m != R(0)) *index = static_cast<int>(label) - call_.first_class;
@@ -587,11 +586,12 @@ class General {
           bad_ |= !IsSoftLabel(labels[i], soft);
         }
       } else {
-        const uint32_t regions = call_.region_labels && index >= 0 ? call_.regions[index] : 0;
+        const bool has_regions = call_.options.regions.labels > 0;
+        const uint32_t regions = has_regions && index >= 0 ? call_.options.regions.classes_of[index] : 0;
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
           const int c = Classes::Class(i);
-          const bool inside = call_.region_labels ? c < call_.classes && regions >> c & 1 : index == c;
+          const bool inside = has_regions ? c < call_.classes && regions >> c & 1 : index == c;
           labels[i] = inside ? R(1) : R(0);
         }
       }

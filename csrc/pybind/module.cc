@@ -40,48 +40,69 @@ class Threads final : public cpu::ParallelFor {
   int threads_;
 };
 
-void Require(const std::string& error) {
-  if (!error.empty()) throw py::value_error(error);
-}
+// --- the options --------------------------------------------------------------------------------------------
 
-// Of the label values of each class, as lists of lists, the mask of each value.
-std::vector<int64_t> MasksOf(const py::object& regions) {
+// The regions of classes that Python gives as lists of their label values.
+Regions RegionsOfLists(const py::object& lists) {
   std::vector<std::vector<int64_t>> labels;
-  std::vector<int64_t> masks;
   try {
-    for (const py::handle region : regions.is_none() ? py::tuple() : regions) {
+    for (const py::handle region : lists.is_none() ? py::tuple() : lists) {
       labels.emplace_back();
       for (const py::handle label : region) labels.back().push_back(label.cast<int64_t>());
     }
   } catch (const std::exception&) {
     throw py::type_error("regions must be a list of the label values of each class, such as [(1, 2, 3), (2, 3), (3,)]");
   }
-  Require(RegionMasks(labels, &masks));
-  return masks;
+  Regions regions;
+  Require(RegionsOf(labels, &regions));
+  return regions;
 }
+
+// An option as Python has it: what a function takes, the default, and how the one becomes the other.
+template <class T>
+struct InPython {  // bool, double
+  using Type = T;
+  static Type Default(T value) { return value; }
+  static T Read(Type value) { return value; }
+};
+template <class T>
+struct ChoiceInPython {
+  using Type = std::string;
+  static Type Default(T value) { return ToAttribute(value); }
+  static T Read(const Type& name) {
+    T value;
+    Require(FromAttribute(name, &value));
+    return value;
+  }
+};
+template <>
+struct InPython<Activation> : ChoiceInPython<Activation> {};
+template <>
+struct InPython<DataFormat> : ChoiceInPython<DataFormat> {};
+template <>
+struct InPython<IgnoreLabel> {
+  using Type = std::optional<int64_t>;
+  static py::object Default(IgnoreLabel) { return py::none(); }
+  static IgnoreLabel Read(Type value) { return {value.has_value(), value.value_or(0)}; }
+};
+template <>
+struct InPython<Regions> {
+  using Type = py::object;
+  static py::object Default(const Regions&) { return py::none(); }
+  static Regions Read(const Type& lists) { return RegionsOfLists(lists); }
+};
+
+// --- the calls ----------------------------------------------------------------------------------------------
 
 struct Inputs {
   Problem problem;
   Tensor logits, labels, voxel_weight;
 };
 
-Inputs InputsOf(Tensor logits, Tensor labels, const std::string& activation, bool squared_pred,
-                const std::optional<py::object>& voxel_weight, const std::optional<int64_t>& ignore_label,
-                bool cross_entropy, double focal_gamma, double label_smoothing, double threshold,
-                const py::object& regions, const std::string& data_format) {
+Inputs InputsOf(Tensor logits, Tensor labels, const std::optional<py::object>& voxel_weight, const Options& options) {
   Inputs inputs{{}, std::move(logits), std::move(labels), {}};
   Problem& problem = inputs.problem;
-  Options& options = problem.options;
-  Require(Parse(activation, &options.activation));
-  Require(Parse(data_format, &options.data_format));
-  Require(SetRegions(MasksOf(regions), &options));
-  options.squared_pred = squared_pred;
-  options.cross_entropy = cross_entropy;
-  options.focal_gamma = focal_gamma;
-  options.label_smoothing = label_smoothing;
-  options.threshold = threshold;
-  options.has_ignore_label = ignore_label.has_value();
-  options.ignore_label = ignore_label.value_or(0);
+  problem.options = options;
   problem.logits = inputs.logits.data;
   problem.logits_dtype = inputs.logits.dtype;
   problem.labels = inputs.labels.data;
@@ -118,45 +139,30 @@ py::dict RunSums(const Inputs& inputs, int threads, uintptr_t stream) {
   const Problem& problem = inputs.problem;
   const bool on_device = inputs.logits.on_device;
   py::dict result;
-  const auto output = [&](const char* name, const Dims& dims) {
-    const auto [array, data] = NewArray(on_device, problem.sums_dtype(), dims, stream);
-    result[name] = array;
-    return data;
-  };
-  const Dims shape = {problem.batch, problem.classes};
   Sums sums;
-  sums.intersection = output("intersection", shape);
-  sums.pred_sum = output("pred_sum", shape);
-  sums.label_sum = output("label_sum", shape);
-  sums.cross_entropy = problem.options.cross_entropy ? output("cross_entropy", shape) : nullptr;
-  sums.weight_sum = output("weight_sum", {problem.batch});
+  for (const SumInfo& info : kSums) {
+    if (!problem.Has(info.sum)) continue;
+    const auto [array, data] = NewArray(on_device, problem.sums_dtype(), problem.DimsOf(info), stream);
+    result[info.name] = array;
+    sums[info.sum] = data;
+  }
   if (on_device) {
 #ifdef DICE_OP_WITH_CUDA
     size_t bytes = 0;
-    Check(cuda::DiceSumsWorkspace(problem, &bytes));
+    Require(cuda::DiceSumsWorkspace(problem, &bytes));
     const DeviceMemory workspace(bytes, stream);
-    Check(cuda::DiceSums(problem, sums, workspace.data(), reinterpret_cast<void*>(stream)));
+    Require(cuda::DiceSums(problem, sums, workspace.data(), reinterpret_cast<void*>(stream)));
 #endif
     return result;
   }
-  BadValue bad;
+  Error error;
   {
     py::gil_scoped_release release;
     std::vector<double> workspace(cpu::DiceSumsWorkspace(problem) / sizeof(double));
-    bad = cpu::DiceSums(problem, sums, workspace.data(), Threads(threads));
+    error = cpu::DiceSums(problem, sums, workspace.data(), Threads(threads));
   }
-  if (bad.sample >= 0) throw py::value_error(DescribeBadValue(problem, inputs.logits.dims, bad));
+  Require(error);
   return result;
-}
-
-py::dict SumsOf(const py::object& logits, const py::object& labels, const std::string& activation, bool squared_pred,
-                const std::optional<py::object>& voxel_weight, const std::optional<int64_t>& ignore_label,
-                bool cross_entropy, double focal_gamma, double label_smoothing, double threshold,
-                const py::object& regions, const std::string& data_format, int threads, uintptr_t stream) {
-  return RunSums(
-      InputsOf(TensorOf(logits, "logits"), TensorOf(labels, "labels"), activation, squared_pred, voxel_weight,
-               ignore_label, cross_entropy, focal_gamma, label_smoothing, threshold, regions, data_format),
-      threads, stream);
 }
 
 // Counts of two label maps.
@@ -181,15 +187,12 @@ py::dict CountsOf(const Tensor& prediction, const Tensor& labels, int64_t classe
   counts.intersection = output("intersection");
   counts.pred_sum = output("pred_sum");
   counts.label_sum = output("label_sum");
-  BadValue bad_label, bad_prediction;
+  Error error;
   {
     py::gil_scoped_release release;
-    bad_label = cpu::CountLabels(problem, prediction.data, prediction.dtype, counts, Threads(threads), &bad_prediction);
+    error = cpu::CountLabels(problem, prediction.data, prediction.dtype, counts, Threads(threads));
   }
-  if (bad_label.sample >= 0) throw py::value_error(DescribeBadValue(problem, logits, bad_label));
-  if (bad_prediction.sample >= 0) {
-    throw py::value_error(DescribeBadPrediction(problem, logits, prediction.data, prediction.dtype, bad_prediction));
-  }
+  Require(error);
   return result;
 }
 
@@ -201,20 +204,21 @@ py::dict ScoresOf(const py::object& prediction, const py::object& labels, const 
     throw py::value_error("prediction and labels must be in host memory: scores are counted there");
   }
   Options options;
-  Require(Parse(data_format, &options.data_format));
-  Require(SetRegions(MasksOf(regions), &options));
-  options.has_ignore_label = ignore_label.has_value();
-  options.ignore_label = ignore_label.value_or(0);
+  options.data_format = InPython<DataFormat>::Read(data_format);
+  options.regions = RegionsOfLists(regions);
+  options.ignore_label = InPython<IgnoreLabel>::Read(ignore_label);
+  options.threshold = threshold;
+  const bool has_regions = options.regions.labels > 0;
   const bool are_logits = predicted.dims != truth.dims;
   if (are_logits && !IsFloat(predicted.dtype)) {
     throw py::value_error("prediction has shape " + Show(predicted.dims) + ", but labels " + Show(truth.dims) +
                           ": two label maps must have the same");
   }
   int64_t count = classes.value_or(-1);
-  if (options.region_labels) {
+  if (has_regions) {
     count = py::len(regions);
   } else if (are_logits && predicted.dims.size() > 1) {
-    count = predicted.dims[options.data_format == DataFormat::kChannelsLast ? predicted.dims.size() - 1 : 1];
+    count = predicted.dims[ClassAxis(predicted.dims.size(), options.data_format)];
   } else if (!classes) {
     throw py::value_error("classes, the number of classes, is needed where prediction is a label map");
   }
@@ -224,8 +228,8 @@ py::dict ScoresOf(const py::object& prediction, const py::object& labels, const 
   }
   py::dict result;
   if (are_logits) {
-    Inputs inputs = InputsOf(predicted, truth, count == 1 || options.region_labels ? "threshold" : "argmax", false, {},
-                             ignore_label, false, 0, 0, threshold, regions, data_format);
+    options.activation = count == 1 || has_regions ? Activation::kThreshold : Activation::kArgmax;
+    Inputs inputs = InputsOf(predicted, truth, {}, options);
     if (inputs.problem.dense_labels && count > 1) {
       throw py::value_error("labels have shape " + Show(truth.dims) +
                             ", but must be class indices, without a class axis");
@@ -257,7 +261,7 @@ py::dict ScoresOf(const py::object& prediction, const py::object& labels, const 
   return result;
 }
 
-// Shapes and dtypes alone, of which None is not known yet: what MakeProblem takes the labels for.
+// Shapes and dtypes alone; None in a shape is not known yet.
 std::string LabelKindOf(const std::vector<std::optional<int64_t>>& logits_shape,
                         const std::vector<std::optional<int64_t>>& labels_shape, const std::string& labels_dtype,
                         const std::optional<int64_t>& ignore_label, const py::object& regions,
@@ -268,49 +272,34 @@ std::string LabelKindOf(const std::vector<std::optional<int64_t>>& logits_shape,
     return dims;
   };
   Problem problem;
-  Options& options = problem.options;
-  Require(Parse(data_format, &options.data_format));
-  Require(SetRegions(MasksOf(regions), &options));
-  options.activation = Activation::kSigmoid;  // one that regions have
-  options.has_ignore_label = ignore_label.has_value();
+  problem.options.data_format = InPython<DataFormat>::Read(data_format);
+  problem.options.regions = RegionsOfLists(regions);
+  problem.options.ignore_label = InPython<IgnoreLabel>::Read(ignore_label);
   problem.labels_dtype = DTypeNamed(labels_dtype, "labels");
-  const Dims logits = known(logits_shape), labels = known(labels_shape);
-  Require(MakeProblem(logits, labels, {}, &problem));
-  const size_t axis = options.data_format == DataFormat::kChannelsLast ? logits.size() - 1 : 1;
-  const bool unknown_channels = labels.size() == logits.size() && labels[axis] < 0 && logits[axis] != 1;
-  if (unknown_channels) return "per class";  // more often than an axis of length 1
-  if (!problem.dense_labels) return "indices";
-  return HaveOneValuePerVoxel(labels, logits, options.data_format) ? "mask" : "per class";
+  LabelKind kind;
+  Require(FindLabelKind(known(logits_shape), known(labels_shape), problem, &kind));
+  return kind == LabelKind::kIndices ? "indices" : kind == LabelKind::kMask ? "mask" : "per class";
 }
 
-py::object GradientOf(const py::object& logits, const py::object& labels, const py::object& d_intersection,
-                      const py::object& d_pred_sum, const std::optional<py::object>& d_cross_entropy,
-                      const std::string& activation, bool squared_pred, const std::optional<py::object>& voxel_weight,
-                      const std::optional<int64_t>& ignore_label, double focal_gamma, double label_smoothing,
-                      const py::object& regions, const std::string& data_format, int threads, uintptr_t stream,
-                      std::optional<py::object> out) {
-  const Inputs inputs =
-      InputsOf(TensorOf(logits, "logits"), TensorOf(labels, "labels"), activation, squared_pred, voxel_weight,
-               ignore_label, d_cross_entropy.has_value(), focal_gamma, label_smoothing, 0, regions, data_format);
+py::object GradientOf(const Inputs& inputs, const PerSum<std::optional<py::object>>& d_sums, int threads,
+                      uintptr_t stream, std::optional<py::object> out) {
   const Problem& problem = inputs.problem;
   Require(CheckGradient(problem));
   const bool on_device = inputs.logits.on_device;
   std::vector<Tensor> kept;
-  const auto coefficients = [&](const py::object& array, const char* name) -> const void* {
-    kept.push_back(TensorOf(array, name));
-    const Tensor& tensor = kept.back();
-    RequireSameMemory(tensor, name, inputs.logits);
-    const Dims shape = {problem.batch, problem.classes};
-    if (tensor.dtype != problem.sums_dtype() || tensor.dims != shape) {
-      throw py::value_error(std::string(name) + " must be of dtype " + Name(problem.sums_dtype()) + " and shape " +
-                            Show(shape));
-    }
-    return tensor.data;
-  };
   SumsGrad grad;
-  grad.d_intersection = coefficients(d_intersection, "d_intersection");
-  grad.d_pred_sum = coefficients(d_pred_sum, "d_pred_sum");
-  grad.d_cross_entropy = d_cross_entropy ? coefficients(*d_cross_entropy, "d_cross_entropy") : nullptr;
+  for (const SumInfo& info : kSums) {
+    if (!d_sums[info.sum]) continue;
+    const std::string name = std::string("d_") + info.name;
+    kept.push_back(TensorOf(*d_sums[info.sum], name.c_str()));
+    const Tensor& tensor = kept.back();
+    RequireSameMemory(tensor, name.c_str(), inputs.logits);
+    if (tensor.dtype != problem.sums_dtype() || tensor.dims != problem.DimsOf(info)) {
+      throw py::value_error(name + " must be of dtype " + Name(problem.sums_dtype()) + " and shape " +
+                            Show(problem.DimsOf(info)));
+    }
+    grad.d_sums[info.sum] = tensor.data;
+  }
   if (out) {
     kept.push_back(WritableTensorOf(*out, "out"));
     if (kept.back().dtype != problem.logits_dtype || kept.back().dims != inputs.logits.dims) {
@@ -323,7 +312,7 @@ py::object GradientOf(const py::object& logits, const py::object& labels, const 
   }
   if (on_device) {
 #ifdef DICE_OP_WITH_CUDA
-    Check(cuda::DiceSumsGrad(problem, grad, reinterpret_cast<void*>(stream)));
+    Require(cuda::DiceSumsGrad(problem, grad, reinterpret_cast<void*>(stream)));
 #endif
   } else {
     py::gil_scoped_release release;
@@ -361,6 +350,13 @@ size_t FfiWorkspace(const std::string& platform, int64_t batch, int64_t voxels, 
 }
 #endif
 
+py::dict OpAttributes() {
+  const Options defaults;
+  py::dict attributes;
+  ForEachOption([&](const auto& option) { attributes[option.attribute] = ToAttribute(defaults.*option.value); });
+  return attributes;
+}
+
 py::dict BuildInfo() {
   const std::string levels = cpu::SimdLevels();
   py::dict info;
@@ -378,6 +374,84 @@ py::dict BuildInfo() {
   info["simd_level"] = cpu::SimdLevel();
   info["compiler"] = DICE_OP_COMPILER;
   return info;
+}
+
+constexpr char kSumsDoc[] =
+    "The sums of each sample and class, in one pass.\n\n"
+    "Args:\n"
+    "  logits: [N, spatial..., C] (channels_last) or [N, C, spatial...]; float16, bfloat16, float32, float64.\n"
+    "  labels: class indices [N, spatial...] or one-hot or soft labels of the logits' shape; C-contiguous.\n"
+    "  activation: 'softmax', 'sigmoid' or 'none' (logits are probabilities already); for scores 'argmax', 1 for\n"
+    "    the class of the largest logit, or 'threshold', 1 for each logit above `threshold`.\n"
+    "  squared_pred: squares in pred_sum and label_sum.\n"
+    "  voxel_weight: [N, spatial...], any dtype; voxels of weight 0 count for nothing.\n"
+    "  ignore_label: voxels with this class index count for nothing.\n"
+    "  cross_entropy, focal_gamma, label_smoothing: also sum t (1-p)^gamma (-log p), the labels smoothed.\n"
+    "  regions: for classes that overlap: the label values of each, such as [(1, 2, 3), (2, 3), (3,)].\n"
+    "  threads: 0 for one per processor. The result does not depend on it, bit for bit.\n"
+    "  stream: on a device, the CUDA stream to work on, as a number (torch.cuda.current_stream().cuda_stream). The\n"
+    "    arrays must be ready on it.\n\n"
+    "Returns: a dict of intersection, pred_sum, label_sum [, cross_entropy] of shape [N, C] and weight_sum [N],\n"
+    "  float32 (float64 for float64 logits and for scores); on a device as DeviceArray, and NaN for a sample\n"
+    "  with a label that is no class.\n\n"
+    "Raises: ValueError, TypeError, saying which argument is wrong and what it must be.";
+
+constexpr char kGradientDoc[] =
+    "The gradient of a loss with respect to the logits, in one pass, from its derivatives with respect to the "
+    "sums.\n\n"
+    "Args:\n"
+    "  d_intersection, d_pred_sum, d_cross_entropy: [N, C], of the sums' dtype.\n"
+    "  out: array to write to, of the logits' dtype and shape, never a list; may be the logits themselves.\n"
+    "  The others are those of `sums`. Labels that are no class count as absent.\n\n"
+    "Returns: an array of the logits' dtype and shape.";
+
+// `sums` and `gradient`, which take every option by its name.
+template <class... T>
+void DefineCalls(py::module_& m, const std::tuple<Option<T>...>& list) {
+  using py::arg;
+  const Options defaults;
+  std::apply(
+      [&](const Option<T>&... option) {
+        const auto read = [=](const typename InPython<T>::Type&... values) {
+          Options options;
+          ((options.*option.value = InPython<T>::Read(values)), ...);
+          return options;
+        };
+        m.def(
+            "sums",
+            [read](const py::object& logits, const py::object& labels, const std::optional<py::object>& voxel_weight,
+                   const typename InPython<T>::Type&... values, int threads, uintptr_t stream) {
+              return RunSums(
+                  InputsOf(TensorOf(logits, "logits"), TensorOf(labels, "labels"), voxel_weight, read(values...)),
+                  threads, stream);
+            },
+            arg("logits"), arg("labels"), py::kw_only(), arg("voxel_weight") = py::none(),
+            (arg(option.name) = InPython<T>::Default(defaults.*option.value))..., arg("threads") = 0, arg("stream") = 0,
+            kSumsDoc);
+        m.def(
+            "gradient",
+            [read](const py::object& logits, const py::object& labels, const py::object& d_intersection,
+                   const py::object& d_pred_sum, const std::optional<py::object>& d_cross_entropy,
+                   const std::optional<py::object>& voxel_weight, const typename InPython<T>::Type&... values,
+                   int threads, uintptr_t stream, const std::optional<py::object>& out) {
+              Options options = read(values...);
+              if (options.cross_entropy && !d_cross_entropy) {
+                throw py::value_error("cross_entropy=True needs d_cross_entropy");
+              }
+              options.cross_entropy = d_cross_entropy.has_value();
+              PerSum<std::optional<py::object>> d_sums;
+              d_sums[Sum::kIntersection] = d_intersection;
+              d_sums[Sum::kPredSum] = d_pred_sum;
+              d_sums[Sum::kCrossEntropy] = d_cross_entropy;
+              return GradientOf(InputsOf(TensorOf(logits, "logits"), TensorOf(labels, "labels"), voxel_weight, options),
+                                d_sums, threads, stream, out);
+            },
+            arg("logits"), arg("labels"), py::kw_only(), arg("d_intersection"), arg("d_pred_sum"),
+            arg("d_cross_entropy") = py::none(), arg("voxel_weight") = py::none(),
+            (arg(option.name) = InPython<T>::Default(defaults.*option.value))..., arg("threads") = 0, arg("stream") = 0,
+            arg("out") = py::none(), kGradientDoc);
+      },
+      list);
 }
 
 }  // namespace
@@ -401,32 +475,13 @@ PYBIND11_MODULE(core, m) {
       .def_property_readonly("dtype", [](const DeviceArray& array) { return NumpyType(array.dtype()); })
       .def("numpy", &DeviceArray::ToNumpy, "A copy on the host, once the stream has done its work.");
 #endif
+  m.def("op_attributes", &OpAttributes,
+        "The options of a call with their defaults, by the names and in the order that the attributes of the "
+        "TensorFlow\nop and of XLA's handlers have.");
   m.def("build_info", &BuildInfo,
         "What this build is: version, tensorflow and cuda it was built for (None: without), cuda_archs, "
         "simd_levels it holds, simd_level in use here, compiler.");
-  m.def(
-      "sums", &SumsOf, arg("logits"), arg("labels"), py::kw_only(), arg("activation") = "softmax",
-      arg("squared_pred") = false, arg("voxel_weight") = py::none(), arg("ignore_label") = py::none(),
-      arg("cross_entropy") = false, arg("focal_gamma") = 0.0, arg("label_smoothing") = 0.0, arg("threshold") = 0.0,
-      arg("regions") = py::none(), arg("data_format") = "channels_last", arg("threads") = 0, arg("stream") = 0,
-      "The sums of each sample and class, in one pass.\n\n"
-      "Args:\n"
-      "  logits: [N, spatial..., C] (channels_last) or [N, C, spatial...]; float16, bfloat16, float32, float64.\n"
-      "  labels: class indices [N, spatial...] or one-hot or soft labels of the logits' shape; C-contiguous.\n"
-      "  activation: 'softmax', 'sigmoid' or 'none' (logits are probabilities already); for scores 'argmax', 1 for\n"
-      "    the class of the largest logit, or 'threshold', 1 for each logit above `threshold`.\n"
-      "  squared_pred: squares in pred_sum and label_sum.\n"
-      "  voxel_weight: [N, spatial...], any dtype; voxels of weight 0 count for nothing.\n"
-      "  ignore_label: voxels with this class index count for nothing.\n"
-      "  cross_entropy, focal_gamma, label_smoothing: also sum t (1-p)^gamma (-log p), the labels smoothed.\n"
-      "  regions: for classes that overlap: the label values of each, such as [(1, 2, 3), (2, 3), (3,)].\n"
-      "  threads: 0 for one per processor. The result does not depend on it, bit for bit.\n"
-      "  stream: on a device, the CUDA stream to work on, as a number (torch.cuda.current_stream().cuda_stream). The\n"
-      "    arrays must be ready on it.\n\n"
-      "Returns: a dict of intersection, pred_sum, label_sum [, cross_entropy] of shape [N, C] and weight_sum [N],\n"
-      "  float32 (float64 for float64 logits and for scores); on a device as DeviceArray, and NaN for a sample\n"
-      "  with a label that is no class.\n\n"
-      "Raises: ValueError, TypeError, saying which argument is wrong and what it must be.");
+  DefineCalls(m, kOptions);
   m.def(
       "scores", &ScoresOf, arg("prediction"), arg("labels"), py::kw_only(), arg("classes") = py::none(),
       arg("ignore_label") = py::none(), arg("regions") = py::none(), arg("threshold") = 0.0,
@@ -452,21 +507,10 @@ PYBIND11_MODULE(core, m) {
       "voxel, where there is one class. None in a shape is a size that is not known yet; where that is the number of\n"
       "classes, 'mask' is said of floats that may be indices, and 'per class' of labels of the logits' rank.\n\n"
       "Raises: ValueError where the shapes do not fit.");
-  m.def("region_masks", &MasksOf, arg("regions"),
-        "Of classes given as label values, as `sums` takes them, the mask of each value 0, 1, ...: bit c set where\n"
-        "it belongs to class c. The attribute `regions` of the TensorFlow op and of XLA's handlers.");
-  m.def("gradient", &GradientOf, arg("logits"), arg("labels"), py::kw_only(), arg("d_intersection"), arg("d_pred_sum"),
-        arg("d_cross_entropy") = py::none(), arg("activation") = "softmax", arg("squared_pred") = false,
-        arg("voxel_weight") = py::none(), arg("ignore_label") = py::none(), arg("focal_gamma") = 0.0,
-        arg("label_smoothing") = 0.0, arg("regions") = py::none(), arg("data_format") = "channels_last",
-        arg("threads") = 0, arg("stream") = 0, arg("out") = py::none(),
-        "The gradient of a loss with respect to the logits, in one pass, from its derivatives with respect to the "
-        "sums.\n\n"
-        "Args:\n"
-        "  d_intersection, d_pred_sum, d_cross_entropy: [N, C], of the sums' dtype.\n"
-        "  out: array to write to, of the logits' dtype and shape, never a list; may be the logits themselves.\n"
-        "  The others are those of `sums`. Labels that are no class count as absent.\n\n"
-        "Returns: an array of the logits' dtype and shape.");
+  m.def(
+      "region_masks", [](const py::object& regions) { return ToAttribute(RegionsOfLists(regions)); }, arg("regions"),
+      "Of classes given as label values, as `sums` takes them, the mask of each value 0, 1, ...: bit c set where\n"
+      "it belongs to class c. The attribute `regions` of the TensorFlow op and of XLA's handlers.");
 #ifdef DICE_OP_WITH_FFI
   m.def("ffi_targets", &FfiTargets,
         "The same calls as handlers of XLA's foreign function interface, for jax.ffi.register_ffi_target(name,\n"

@@ -51,6 +51,22 @@ constexpr int kHost = 1, kCuda = 2, kCudaManaged = 13;
 
 }  // namespace dlpack
 
+// The one place where our errors become Python's.
+inline void Require(const Error& error) {
+  switch (error.kind) {
+    case ErrorKind::kNone:
+      return;
+    case ErrorKind::kInvalidArgument:
+      throw py::value_error(error.message);
+    case ErrorKind::kUnsupported:
+      PyErr_SetString(PyExc_NotImplementedError, error.message.c_str());
+      throw py::error_already_set();
+    case ErrorKind::kDevice:
+      break;
+  }
+  throw std::runtime_error(error.message);
+}
+
 [[noreturn]] inline void RefuseDType(const std::string& name, const std::string& dtype) {
   throw py::type_error(name + " has dtype " + dtype +
                        ", but must be bool, uint8, int8, uint16, int16, int32, int64, float16, bfloat16, "
@@ -234,17 +250,13 @@ inline void RequireSameMemory(const Tensor& tensor, const char* name, const Tens
 
 #ifdef DICE_OP_WITH_CUDA
 
-inline void Check(const std::string& error) {
-  if (!error.empty()) throw std::runtime_error(error);
-}
-
 // Device memory in the order of a stream.
 class DeviceMemory {
  public:
   DeviceMemory(size_t bytes, uintptr_t stream) : stream_(reinterpret_cast<void*>(stream)) {
-    Check(cuda::Allocate(std::max<size_t>(bytes, 1), stream_, &data_));
+    Require(cuda::Allocate(std::max<size_t>(bytes, 1), stream_, &data_));
   }
-  ~DeviceMemory() { cuda::Release(data_, stream_); }
+  ~DeviceMemory() { static_cast<void>(cuda::Release(data_, stream_)); }  // nobody is there to be told
   DeviceMemory(const DeviceMemory&) = delete;
   void* data() const { return data_; }
   void* stream() const { return stream_; }
@@ -275,7 +287,7 @@ class DeviceArray {
   }
   py::array ToNumpy() const {
     py::array array(NumpyType(dtype_), std::vector<py::ssize_t>(dims_.begin(), dims_.end()));
-    Check(cuda::CopyToHost(array.mutable_data(), data(), array.nbytes(), memory_.stream()));
+    Require(cuda::CopyToHost(array.mutable_data(), data(), array.nbytes(), memory_.stream()));
     return array;
   }
 

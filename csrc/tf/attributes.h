@@ -1,7 +1,9 @@
 // The ops' attributes and tensors as the core's types, for shape functions and kernels alike.
 #pragma once
 
+#include <algorithm>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "core/problem.h"
@@ -38,50 +40,67 @@ inline DType FromTensorFlow(tensorflow::DataType dtype) {
   }
 }
 
-// `Context` is an InferenceContext or an OpKernelConstruction: both answer GetAttr. Sets the
-// options and dtypes of `problem`.
+// The one place where our errors become TensorFlow's.
+inline absl::Status ToStatus(const Error& error) {
+  switch (error.kind) {
+    case ErrorKind::kNone:
+      return absl::OkStatus();
+    case ErrorKind::kInvalidArgument:
+      return absl::InvalidArgumentError(error.message);
+    case ErrorKind::kUnsupported:
+      return absl::UnimplementedError(error.message);
+    case ErrorKind::kDevice:
+      break;
+  }
+  return absl::InternalError(error.message);
+}
+
+// Sets the options of `problem`. `Context` is an InferenceContext or an OpKernelConstruction: both answer GetAttr.
+template <class Context>
+absl::Status ReadOptions(Context* context, Options* options) {
+  // No attribute of an op is a double: `remainders` has what each of the numbers lacks of one, as two floats to be
+  // added. A graph that was saved before the last of the numbers came into being has none for it.
+  std::vector<float> remainders;
+  TF_RETURN_IF_ERROR(context->GetAttr("remainders", &remainders));
+  size_t numbers = 0;
+  absl::Status status;
+  ForEachOption([&](const auto& option) {
+    if (!status.ok()) return;
+    auto& value = options->*option.value;
+    using Value = std::remove_reference_t<decltype(value)>;
+    if constexpr (std::is_same_v<Value, double>) {
+      float rounded = 0;
+      status = context->GetAttr(option.attribute, &rounded);
+      value = rounded;
+      for (size_t i = 2 * numbers; i < std::min(2 * numbers + 2, remainders.size()); ++i) value += remainders[i];
+      ++numbers;
+    } else {
+      AttributeOf<Value> attribute;
+      status = context->GetAttr(option.attribute, &attribute);
+      if (status.ok()) status = ToStatus(FromAttribute(attribute, &value));
+    }
+  });
+  TF_RETURN_IF_ERROR(status);
+  if (remainders.size() % 2 || remainders.size() > 2 * numbers) {
+    return absl::InvalidArgumentError("remainders must be two numbers for each attribute that is one, or none");
+  }
+  return absl::OkStatus();
+}
+
+// Sets the options and dtypes of `problem`.
 template <class Context>
 absl::Status ReadAttributes(Context* context, Problem* problem) {
   tensorflow::DataType logits, labels, sums;
   std::vector<tensorflow::DataType> weights;
-  std::string activation, data_format;
-  std::vector<int64_t> ignore_label, regions;
-  float focal_gamma, label_smoothing, threshold;
-  std::vector<float> remainders;
-  Options& options = problem->options;
   TF_RETURN_IF_ERROR(context->GetAttr("T", &logits));
   TF_RETURN_IF_ERROR(context->GetAttr("Tlabels", &labels));
   TF_RETURN_IF_ERROR(context->GetAttr("Tweight", &weights));
   TF_RETURN_IF_ERROR(context->GetAttr("Tsums", &sums));
-  TF_RETURN_IF_ERROR(context->GetAttr("activation", &activation));
-  TF_RETURN_IF_ERROR(context->GetAttr("data_format", &data_format));
-  TF_RETURN_IF_ERROR(context->GetAttr("squared_pred", &options.squared_pred));
-  TF_RETURN_IF_ERROR(context->GetAttr("with_cross_entropy", &options.cross_entropy));
-  TF_RETURN_IF_ERROR(context->GetAttr("focal_gamma", &focal_gamma));
-  TF_RETURN_IF_ERROR(context->GetAttr("label_smoothing", &label_smoothing));
-  TF_RETURN_IF_ERROR(context->GetAttr("threshold", &threshold));
-  TF_RETURN_IF_ERROR(context->GetAttr("remainders", &remainders));
-  TF_RETURN_IF_ERROR(context->GetAttr("ignore_label", &ignore_label));
-  TF_RETURN_IF_ERROR(context->GetAttr("regions", &regions));
-  for (const std::string& error : {Parse(activation, &options.activation), Parse(data_format, &options.data_format),
-                                   SetRegions(regions, &options)}) {
-    if (!error.empty()) return absl::InvalidArgumentError(error);
-  }
-  // No attribute of an op is a double: `remainders` has what each of the three lacks of one, as two floats to be added.
-  if (remainders.empty()) remainders.resize(6);
-  if (remainders.size() != 6) return absl::InvalidArgumentError("remainders must be 6 numbers, or none");
-  const auto whole = [&](float number, int at) { return double{number} + remainders[at] + remainders[at + 1]; };
-  options.focal_gamma = whole(focal_gamma, 0);
-  options.label_smoothing = whole(label_smoothing, 2);
-  options.threshold = whole(threshold, 4);
-  options.has_ignore_label = !ignore_label.empty();
-  options.ignore_label = ignore_label.empty() ? 0 : ignore_label[0];
+  TF_RETURN_IF_ERROR(ReadOptions(context, &problem->options));
   problem->logits_dtype = FromTensorFlow(logits);
   problem->labels_dtype = FromTensorFlow(labels);
   if (!weights.empty()) problem->weight_dtype = FromTensorFlow(weights[0]);
-  if (weights.size() > 1 || ignore_label.size() > 1) {
-    return absl::InvalidArgumentError("voxel_weight and ignore_label must be given once or not at all");
-  }
+  if (weights.size() > 1) return absl::InvalidArgumentError("voxel_weight must be given once or not at all");
   if (FromTensorFlow(sums) != problem->sums_dtype()) {
     return absl::InvalidArgumentError(
         "Tsums must be double for double logits and for the activations 'argmax' and 'threshold', else float");

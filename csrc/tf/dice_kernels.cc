@@ -39,8 +39,7 @@ class DiceKernel : public OpKernel {
     const Tensor &logits = context->input(0), &labels = context->input(1);
     std::optional<Dims> weight_dims;
     if (weight.size() > 0) weight_dims = DimsOf(weight[0]);
-    const std::string error = MakeProblem(DimsOf(logits), DimsOf(labels), weight_dims, problem);
-    if (!error.empty()) return absl::InvalidArgumentError(error);
+    TF_RETURN_IF_ERROR(ToStatus(MakeProblem(DimsOf(logits), DimsOf(labels), weight_dims, problem)));
     problem->logits = logits.data();
     problem->labels = labels.data();
     problem->voxel_weight = weight.size() > 0 ? weight[0].data() : nullptr;
@@ -59,27 +58,19 @@ class DiceSumsKernel : public DiceKernel {
   void Compute(OpKernelContext* context) override {
     Problem problem;
     OP_REQUIRES_OK(context, ProblemOf(context, &problem));
-    const TensorShape shape({problem.batch, problem.classes});
-    const bool cross_entropy = problem.options.cross_entropy;
-    Tensor* outputs[5];
-    for (int i = 0; i < 5; ++i) {
-      const TensorShape one = i == 4                     ? TensorShape({problem.batch})
-                              : i == 3 && !cross_entropy ? TensorShape({problem.batch, 0})
-                                                         : shape;
-      OP_REQUIRES_OK(context, context->allocate_output(i, one, &outputs[i]));
+    Sums sums;
+    for (const SumInfo& info : kSums) {
+      Tensor* output;
+      OP_REQUIRES_OK(context,
+                     context->allocate_output(static_cast<int>(info.sum), TensorShape(problem.DimsOf(info)), &output));
+      if (problem.Has(info.sum)) sums[info.sum] = output->data();
     }
-    OP_REQUIRES_OK(context, Run(context, problem,
-                                {outputs[0]->data(), outputs[1]->data(), outputs[2]->data(),
-                                 cross_entropy ? outputs[3]->data() : nullptr, outputs[4]->data()}));
+    OP_REQUIRES_OK(context, Run(context, problem, sums));
   }
 
  protected:
   virtual absl::Status Run(OpKernelContext* context, const Problem& problem, const Sums& sums) = 0;
 
-  static absl::Status BadValueError(OpKernelContext* context, const Problem& problem, const BadValue& bad,
-                                    const void* label = nullptr) {
-    return absl::InvalidArgumentError(DescribeBadValue(problem, DimsOf(context->input(0)), bad, label));
-  }
   // Scratch memory of the op's device.
   static absl::Status Allocate(OpKernelContext* context, size_t bytes, Tensor* memory) {
     return context->allocate_temp(tensorflow::DT_INT8, TensorShape({static_cast<int64_t>(bytes)}), memory);
@@ -94,25 +85,24 @@ class DiceSumsGradKernel : public DiceKernel {
   void Compute(OpKernelContext* context) override {
     Problem problem;
     OP_REQUIRES_OK(context, ProblemOf(context, &problem));
-    const bool cross_entropy = problem.options.cross_entropy;
-    const void* coefficients[3];
-    static constexpr const char* kNames[3] = {"d_intersection", "d_pred_sum", "d_cross_entropy"};
-    for (int i = 0; i < 3; ++i) {
+    SumsGrad grad;
+    for (const SumInfo& info : kSums) {
+      if (!info.has_gradient) continue;
+      const std::string name = std::string("d_") + info.name;
       const Tensor* d_sum;
-      OP_REQUIRES_OK(context, context->input(kNames[i], &d_sum));
-      const TensorShape expected({problem.batch, i == 2 && !cross_entropy ? 0 : problem.classes});
+      OP_REQUIRES_OK(context, context->input(name, &d_sum));
+      const TensorShape expected(problem.DimsOf(info));
       OP_REQUIRES(context, d_sum->shape() == expected,
-                  absl::InvalidArgumentError(std::string(kNames[i]) + " has shape " + d_sum->shape().DebugString() +
+                  absl::InvalidArgumentError(name + " has shape " + d_sum->shape().DebugString() +
                                              ", but must have shape " + expected.DebugString()));
-      coefficients[i] = d_sum->data();
+      if (problem.Has(info.sum)) grad.d_sums[info.sum] = d_sum->data();
     }
     // Where nobody else holds the logits, the gradient takes their memory: each tile is read whole
     // before it is written.
     Tensor* d_logits;
     OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({0}, 0, context->input(0).shape(), &d_logits));
-    OP_REQUIRES_OK(
-        context, Run(context, problem,
-                     {coefficients[0], coefficients[1], cross_entropy ? coefficients[2] : nullptr, d_logits->data()}));
+    grad.d_logits = d_logits->data();
+    OP_REQUIRES_OK(context, Run(context, problem, grad));
   }
 
  protected:
@@ -141,8 +131,7 @@ class DiceSumsCpu final : public DiceSumsKernel {
   absl::Status Run(OpKernelContext* context, const Problem& problem, const Sums& sums) override {
     Tensor workspace;
     TF_RETURN_IF_ERROR(Allocate(context, cpu::DiceSumsWorkspace(problem), &workspace));
-    const BadValue bad = cpu::DiceSums(problem, sums, workspace.data(), ThreadPool(context));
-    return bad.sample < 0 ? absl::OkStatus() : BadValueError(context, problem, bad);
+    return ToStatus(cpu::DiceSums(problem, sums, workspace.data(), ThreadPool(context)));
   }
 };
 
@@ -171,12 +160,6 @@ absl::Status StreamOf(OpKernelContext* context, void** stream) {
   return absl::OkStatus();
 }
 
-// What the CUDA layer says in words.
-absl::Status ToStatus(const Problem& problem, const std::string& error) {
-  if (error.empty()) return absl::OkStatus();
-  return problem.classes > cuda::kMaxClasses ? absl::InvalidArgumentError(error) : absl::InternalError(error);
-}
-
 class DiceSumsGpu final : public DiceSumsKernel {
  public:
   using DiceSumsKernel::DiceSumsKernel;
@@ -186,16 +169,10 @@ class DiceSumsGpu final : public DiceSumsKernel {
     void* stream = nullptr;
     TF_RETURN_IF_ERROR(StreamOf(context, &stream));
     size_t bytes = 0;
-    TF_RETURN_IF_ERROR(ToStatus(problem, cuda::DiceSumsWorkspace(problem, &bytes)));
+    TF_RETURN_IF_ERROR(ToStatus(cuda::DiceSumsWorkspace(problem, &bytes)));
     Tensor workspace;
     TF_RETURN_IF_ERROR(Allocate(context, bytes, &workspace));
-    if (cuda::ChecksLabels()) {  // else a wrong label makes its sample's sums NaN
-      BadValue bad;
-      int64_t label = 0;
-      TF_RETURN_IF_ERROR(ToStatus(problem, cuda::FindBadValue(problem, workspace.data(), stream, &bad, &label)));
-      if (bad.sample >= 0) return BadValueError(context, problem, bad, &label);
-    }
-    return ToStatus(problem, cuda::DiceSums(problem, sums, workspace.data(), stream));
+    return ToStatus(cuda::DiceSums(problem, sums, workspace.data(), stream));
   }
 };
 
@@ -207,7 +184,7 @@ class DiceSumsGradGpu final : public DiceSumsGradKernel {
   absl::Status Run(OpKernelContext* context, const Problem& problem, const SumsGrad& grad) override {
     void* stream = nullptr;
     TF_RETURN_IF_ERROR(StreamOf(context, &stream));
-    return ToStatus(problem, cuda::DiceSumsGrad(problem, grad, stream));
+    return ToStatus(cuda::DiceSumsGrad(problem, grad, stream));
   }
 };
 

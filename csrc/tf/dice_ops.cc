@@ -30,8 +30,7 @@ absl::Status Check(InferenceContext* c, Problem* problem, bool* known) {
     if (!c->RankKnown(weight[0])) return absl::OkStatus();
     weight_dims = DimsOf(c, weight[0]);
   }
-  const std::string error = MakeProblem(DimsOf(c, c->input(0)), DimsOf(c, c->input(1)), weight_dims, problem);
-  return error.empty() ? absl::OkStatus() : absl::InvalidArgumentError(error);
+  return ToStatus(MakeProblem(DimsOf(c, c->input(0)), DimsOf(c, c->input(1)), weight_dims, problem));
 }
 
 absl::Status SumsShape(InferenceContext* c) {
@@ -39,12 +38,12 @@ absl::Status SumsShape(InferenceContext* c) {
   bool known;
   TF_RETURN_IF_ERROR(Check(c, &problem, &known));
   const ShapeHandle logits = c->input(0);
-  const bool last = problem.options.data_format == DataFormat::kChannelsLast;
   const auto batch = known ? c->Dim(logits, 0) : c->UnknownDim();
-  const auto classes = known ? c->Dim(logits, last ? -1 : 1) : c->UnknownDim();
-  for (int i = 0; i < 3; ++i) c->set_output(i, c->Matrix(batch, classes));
-  c->set_output(3, problem.options.cross_entropy ? c->Matrix(batch, classes) : c->Matrix(batch, 0));
-  c->set_output(4, c->Vector(batch));
+  const auto classes = known ? c->Dim(logits, problem.channels_last() ? -1 : 1) : c->UnknownDim();
+  for (const SumInfo& info : kSums) {
+    const auto count = problem.Has(info.sum) ? classes : c->MakeDim(0);
+    c->set_output(static_cast<int>(info.sum), info.per_class ? c->Matrix(batch, count) : c->Vector(batch));
+  }
   return absl::OkStatus();
 }
 
@@ -59,6 +58,7 @@ absl::Status GradShape(InferenceContext* c) {
 }  // namespace
 }  // namespace dice_op
 
+// Literal text, as TensorFlow wants it. tests/ hold it to kOptions and kSums.
 #define DICE_OP_INPUTS                                                                                      \
   Input("logits: T")                                                                                        \
       .Input("labels: Tlabels")                                                                             \
@@ -75,7 +75,7 @@ absl::Status GradShape(InferenceContext* c) {
       .Attr("focal_gamma: float = 0.0")                                                                     \
       .Attr("threshold: float = 0.0") /* of no use to the gradient */                                       \
       .Attr("label_smoothing: float = 0.0")                                                                 \
-      .Attr("remainders: list(float) = []") /* of the three before, see attributes.h */                     \
+      .Attr("remainders: list(float) = []") /* of the floats, see attributes.h */                           \
       .Attr("ignore_label: list(int) = []") /* none or one */                                               \
       .Attr("regions: list(int) = []")      /* of label values 0, 1, ...: bit c, belongs to class c */
 

@@ -110,8 +110,7 @@ class DiceXlaKernel : public XlaOpKernel {
     inputs->problem = attributes_;
     std::optional<Dims> weight;
     if (!weights.empty()) weight = dims[2];
-    const std::string error = MakeProblem(dims[0], dims[1], weight, &inputs->problem);
-    return error.empty() ? absl::OkStatus() : absl::InvalidArgumentError(error);
+    return ToStatus(MakeProblem(dims[0], dims[1], weight, &inputs->problem));
   }
 
   xla::XlaOp Call(XlaOpKernelContext* context, const char* target, const Inputs& inputs,
@@ -125,27 +124,29 @@ class DiceXlaKernel : public XlaOpKernel {
   const std::string& platform() const { return platform_; }
 
  private:
-  // As an MLIR dictionary.
+  // The options as an MLIR dictionary.
   std::string AttributesText() const {
-    const Options& options = attributes_.options;
-    const auto number = [](double value) {  // exact, and the same in every locale
-      unsigned long long bits;
-      static_assert(sizeof(bits) == sizeof(value));
-      std::memcpy(&bits, &value, sizeof(bits));
-      char text[32];
-      std::snprintf(text, sizeof(text), "0x%016llx : f64", bits);
-      return std::string(text);
-    };
-    const auto boolean = [](bool value) { return value ? "true" : "false"; };
-    std::string regions;
-    for (int i = 0; i < options.region_labels; ++i) regions += (i ? ", " : ": ") + std::to_string(options.regions[i]);
-    return std::string("{activation = \"") + Name(options.activation) + "\", data_format = \"" +
-           Name(options.data_format) + "\", squared_pred = " + boolean(options.squared_pred) +
-           ", with_cross_entropy = " + boolean(options.cross_entropy) +
-           ", focal_gamma = " + number(options.focal_gamma) + ", label_smoothing = " + number(options.label_smoothing) +
-           ", threshold = " + number(options.threshold) + ", ignore_label = array<i64" +
-           (options.has_ignore_label ? ": " + std::to_string(options.ignore_label) : "") + ">, regions = array<i64" +
-           regions + ">}";
+    std::string text;
+    ForEachOption([&](const auto& option) {
+      text += (text.empty() ? "{" : ", ") + std::string(option.attribute) + " = " +
+              Text(ToAttribute(attributes_.options.*option.value));
+    });
+    return text + "}";
+  }
+  static std::string Text(const std::string& name) { return '"' + name + '"'; }
+  static std::string Text(bool value) { return value ? "true" : "false"; }
+  static std::string Text(double value) {  // exact, and the same in every locale
+    unsigned long long bits;
+    static_assert(sizeof(bits) == sizeof(value));
+    std::memcpy(&bits, &value, sizeof(bits));
+    char text[32];
+    std::snprintf(text, sizeof(text), "0x%016llx : f64", bits);
+    return text;
+  }
+  static std::string Text(const std::vector<int64_t>& values) {
+    std::string text;
+    for (const int64_t value : values) text += (text.empty() ? ": " : ", ") + std::to_string(value);
+    return "array<i64" + text + ">";
   }
 
   const std::string platform_;
@@ -161,16 +162,13 @@ class DiceSumsXla final : public DiceXlaKernel {
     OP_REQUIRES_OK(context, Read(context, &inputs));
     const Problem& problem = inputs.problem;
     size_t workspace_bytes = 0;
-    const std::string error = ffi::DiceSumsWorkspace(problem, platform(), &workspace_bytes);
-    OP_REQUIRES(context, error.empty(), absl::InvalidArgumentError(error));
+    OP_REQUIRES_OK(context, ToStatus(ffi::DiceSumsWorkspace(problem, platform(), &workspace_bytes)));
     const xla::PrimitiveType type = problem.sums_dtype() == DType::kDouble ? xla::F64 : xla::F32;
-    const int64_t n = problem.batch, c = problem.classes;
-    std::vector<xla::Shape> results(3, xla::ShapeUtil::MakeShape(type, {n, c}));
-    results.push_back(xla::ShapeUtil::MakeShape(type, {n, problem.options.cross_entropy ? c : 0}));
-    results.push_back(xla::ShapeUtil::MakeShape(type, {n}));
+    std::vector<xla::Shape> results;
+    for (const SumInfo& info : kSums) results.push_back(xla::ShapeUtil::MakeShape(type, problem.DimsOf(info)));
     results.push_back(xla::ShapeUtil::MakeShape(xla::U8, {static_cast<int64_t>(workspace_bytes)}));
     const xla::XlaOp call = Call(context, "dice_op_sums", inputs, xla::ShapeUtil::MakeTupleShape(results));
-    for (int i = 0; i < 5; ++i) context->SetOutput(i, xla::GetTupleElement(call, i));
+    for (int i = 0; i < kSumCount; ++i) context->SetOutput(i, xla::GetTupleElement(call, i));
   }
 };
 

@@ -1,11 +1,16 @@
 // The calls as handlers of XLA's typed foreign function interface. XLA's own header of that interface needs
 // nothing else of XLA or TensorFlow, so that the same handlers serve JAX.
+#include <algorithm>
 #include <functional>
+#include <iterator>
 #include <optional>
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <tuple>
+#include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "core/dice_op.h"
 #include "core/problem.h"
@@ -13,42 +18,31 @@
 
 namespace dice_op {
 namespace ffi {
-
-struct Attributes {
-  std::string_view activation, data_format;
-  bool squared_pred, with_cross_entropy;
-  double focal_gamma, label_smoothing, threshold;
-  xla::ffi::Span<const int64_t> ignore_label, regions;
-};
-
-}  // namespace ffi
-}  // namespace dice_op
-
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(dice_op::ffi::Attributes,                       //
-                                      StructMember<std::string_view>("activation"),   //
-                                      StructMember<std::string_view>("data_format"),  //
-                                      StructMember<bool>("squared_pred"),             //
-                                      StructMember<bool>("with_cross_entropy"),       //
-                                      StructMember<double>("focal_gamma"),            //
-                                      StructMember<double>("label_smoothing"),        //
-                                      StructMember<double>("threshold"),              //
-                                      StructMember<::xla::ffi::Span<const int64_t>>("ignore_label"),
-                                      StructMember<::xla::ffi::Span<const int64_t>>("regions"));
-
-namespace dice_op {
-namespace ffi {
 namespace {
 
 using xla::ffi::AnyBuffer;
 using xla::ffi::DataType;
-using xla::ffi::Error;
+using xla::ffi::Dictionary;
 using xla::ffi::Ffi;
 using xla::ffi::RemainingArgs;
 using xla::ffi::RemainingRets;
 using xla::ffi::Result;
 using xla::ffi::Traits;
 
-Error Invalid(const std::string& message) { return Error::InvalidArgument(message); }
+// The one place where our errors become XLA's.
+xla::ffi::Error ToXla(const Error& error) {
+  switch (error.kind) {
+    case ErrorKind::kNone:
+      return xla::ffi::Error::Success();
+    case ErrorKind::kInvalidArgument:
+      return xla::ffi::Error::InvalidArgument(error.message);
+    case ErrorKind::kUnsupported:
+      return xla::ffi::Error(xla::ffi::ErrorCode::kUnimplemented, error.message);
+    case ErrorKind::kDevice:
+      break;
+  }
+  return xla::ffi::Error::Internal(error.message);
+}
 
 Dims DimsOf(AnyBuffer buffer) { return Dims(buffer.dimensions().begin(), buffer.dimensions().end()); }
 
@@ -87,72 +81,74 @@ std::string Describe(AnyBuffer buffer) {
   return text.str();
 }
 
-// A call's operands as a Problem.
-struct Operands {
-  Problem problem;
-  Dims logits;
-  std::vector<AnyBuffer> rest;  // behind the voxel weight
-};
-
-// `others`: operands that follow the voxel weight, if there is one.
-Error Read(const Attributes& attributes, AnyBuffer logits, AnyBuffer labels, RemainingArgs args, size_t others,
-           Operands* operands) {
-  Problem& problem = operands->problem;
-  Options& options = problem.options;
-  for (const std::string& error : {Parse(std::string(attributes.activation), &options.activation),
-                                   Parse(std::string(attributes.data_format), &options.data_format),
-                                   SetRegions({attributes.regions.begin(), attributes.regions.end()}, &options)}) {
-    if (!error.empty()) return Invalid(error);
+// Reads an option from XLA's attributes.
+template <class Value, class OptionOf>
+Error ReadOption(const Dictionary& attributes, const OptionOf& option, Value* value) {
+  using Attribute = AttributeOf<Value>;
+  using Stored = std::conditional_t<
+      std::is_same_v<Attribute, std::string>, std::string_view,
+      std::conditional_t<std::is_same_v<Attribute, std::vector<int64_t>>, xla::ffi::Span<const int64_t>, Attribute>>;
+  const auto stored = attributes.get<Stored>(option.attribute);
+  if (!stored.has_value())
+    return InvalidArgument("attribute " + std::string(option.attribute) + ": " + stored.error().message());
+  if constexpr (std::is_same_v<Stored, Attribute>) {
+    return FromAttribute(*stored, value);
+  } else {
+    return FromAttribute(Attribute(stored->begin(), stored->end()), value);
   }
-  options.squared_pred = attributes.squared_pred;
-  options.cross_entropy = attributes.with_cross_entropy;
-  options.focal_gamma = attributes.focal_gamma;
-  options.label_smoothing = attributes.label_smoothing;
-  options.threshold = attributes.threshold;
-  options.has_ignore_label = attributes.ignore_label.size() > 0;
-  if (options.has_ignore_label) options.ignore_label = attributes.ignore_label[0];
-  if (attributes.ignore_label.size() > 1) return Invalid("ignore_label has several values, but must have none or one");
+}
+
+Error ReadOptions(const Dictionary& attributes, Options* options) {
+  Error error;
+  ForEachOption([&](const auto& option) {
+    if (!error) error = ReadOption(attributes, option, &(options->*option.value));
+  });
+  constexpr size_t kCount = std::tuple_size_v<decltype(kOptions)>;
+  if (!error && attributes.size() != kCount) {
+    error = InvalidArgument("there are " + std::to_string(attributes.size()) + " attributes, but there must be " +
+                            std::to_string(kCount));
+  }
+  return error;
+}
+
+Error ReadArray(const char* name, AnyBuffer buffer, DType* dtype, const void** data) {
+  const auto known = DTypeOf(buffer);
+  if (!known) {
+    return InvalidArgument(std::string(name) + " have dtype " + Describe(buffer) +
+                           ", which dice_op does not take: use a float of any width, bool, uint8, int8, uint16, "
+                           "int16, int32 or int64");
+  }
+  *dtype = *known;
+  *data = buffer.untyped_data();
+  return {};
+}
+
+// A call's operands as a Problem. `others`: those behind the voxel weight, of which there must be so many; only behind
+// them is it known whether there is a voxel weight.
+Error ReadCall(const Dictionary& attributes, AnyBuffer logits, AnyBuffer labels, RemainingArgs args, size_t others,
+               Problem* problem, std::vector<AnyBuffer>* rest) {
+  DICE_OP_RETURN_IF_ERROR(ReadOptions(attributes, &problem->options));
   if (args.size() < others || args.size() > others + 1) {
-    return Invalid(std::to_string(args.size() + 2) + " operands, but there must be " + std::to_string(others + 2) +
-                   ", and one more for a voxel weight");
+    return InvalidArgument(std::to_string(args.size() + 2) + " operands, but there must be " +
+                           std::to_string(others + 2) + ", and one more for a voxel weight");
   }
-
-  const auto take = [](AnyBuffer buffer, const char* name, DType* dtype, const void** data) {
-    const auto known = DTypeOf(buffer);
-    if (!known) {
-      return Invalid(std::string(name) + " have dtype " + Describe(buffer) +
-                     ", which dice_op does not take: use a float of any width, bool, uint8, int8, uint16, int16, int32 "
-                     "or int64");
-    }
-    *dtype = *known;
-    *data = buffer.untyped_data();
-    return Error::Success();
-  };
-  for (size_t i = 0; i < args.size(); ++i) operands->rest.push_back(*args.get<AnyBuffer>(i));
+  for (size_t i = 0; i < args.size(); ++i) rest->push_back(*args.get<AnyBuffer>(i));
   std::optional<Dims> weight;
   if (args.size() > others) {
-    const AnyBuffer buffer = operands->rest.front();
-    operands->rest.erase(operands->rest.begin());
-    if (Error error = take(buffer, "voxel weights", &problem.weight_dtype, &problem.voxel_weight); error.failure()) {
-      return error;
-    }
+    const AnyBuffer buffer = rest->front();
+    rest->erase(rest->begin());
+    DICE_OP_RETURN_IF_ERROR(ReadArray("voxel weights", buffer, &problem->weight_dtype, &problem->voxel_weight));
     weight = DimsOf(buffer);
   }
-  if (Error error = take(logits, "logits", &problem.logits_dtype, &problem.logits); error.failure()) return error;
-  if (Error error = take(labels, "labels", &problem.labels_dtype, &problem.labels); error.failure()) return error;
-  operands->logits = DimsOf(logits);
-  const std::string error = MakeProblem(operands->logits, DimsOf(labels), weight, &problem);
-  return error.empty() ? Error::Success() : Invalid(error);
+  DICE_OP_RETURN_IF_ERROR(ReadArray("logits", logits, &problem->logits_dtype, &problem->logits));
+  DICE_OP_RETURN_IF_ERROR(ReadArray("labels", labels, &problem->labels_dtype, &problem->labels));
+  return MakeProblem(DimsOf(logits), DimsOf(labels), weight, problem);
 }
 
-// Operands and results that the caller has to declare as they must be.
-Error Expect(const char* name, AnyBuffer buffer, DType dtype, const Dims& dims) {
-  if (DTypeOf(buffer) == dtype && DimsOf(buffer) == dims) return Error::Success();
-  return Invalid(std::string(name) + " must be " + Name(dtype) + Show(dims) + ", but is " + Describe(buffer));
-}
-
-Dims SumsDims(const Problem& problem, bool cross_entropy) {
-  return {problem.batch, cross_entropy && !problem.options.cross_entropy ? 0 : problem.classes};
+// An operand or result that the caller has to declare as it must be.
+Error Expect(const std::string& name, AnyBuffer buffer, DType dtype, const Dims& dims) {
+  if (DTypeOf(buffer) == dtype && DimsOf(buffer) == dims) return {};
+  return InvalidArgument(name + " must be " + Name(dtype) + Show(dims) + ", but is " + Describe(buffer));
 }
 
 // --- the platforms --------------------------------------------------------------------------------------------
@@ -173,14 +169,12 @@ struct Host {
   static std::initializer_list<Traits> TraitsOfCalls() { return {}; }
   using Context = xla::ffi::ThreadPool;
 
-  static Error DiceSums(xla::ffi::ThreadPool pool, const Operands& operands, const Sums& sums, void* workspace) {
-    const BadValue bad = cpu::DiceSums(operands.problem, sums, workspace, ThreadPool(&pool));
-    if (bad.sample < 0) return Error::Success();
-    return Invalid(DescribeBadValue(operands.problem, operands.logits, bad));
+  static Error DiceSums(xla::ffi::ThreadPool pool, const Problem& problem, const Sums& sums, void* workspace) {
+    return cpu::DiceSums(problem, sums, workspace, ThreadPool(&pool));
   }
-  static Error DiceSumsGrad(xla::ffi::ThreadPool pool, const Operands& operands, const SumsGrad& grad) {
-    cpu::DiceSumsGrad(operands.problem, grad, ThreadPool(&pool));
-    return Error::Success();
+  static Error DiceSumsGrad(xla::ffi::ThreadPool pool, const Problem& problem, const SumsGrad& grad) {
+    cpu::DiceSumsGrad(problem, grad, ThreadPool(&pool));
+    return {};
   }
 };
 
@@ -195,20 +189,12 @@ struct Cuda {
   }
   using Context = xla::ffi::PlatformStream<void*>;
 
-  static Error DiceSums(void* stream, const Operands& operands, const Sums& sums, void* workspace) {
-    if (cuda::ChecksLabels()) {
-      BadValue bad;
-      int64_t label = 0;
-      const std::string error = cuda::FindBadValue(operands.problem, workspace, stream, &bad, &label);
-      if (!error.empty()) return Error::Internal(error);
-      if (bad.sample >= 0) return Invalid(DescribeBadValue(operands.problem, operands.logits, bad, &label));
-    }
-    return ToError(cuda::DiceSums(operands.problem, sums, workspace, stream));
+  static Error DiceSums(void* stream, const Problem& problem, const Sums& sums, void* workspace) {
+    return cuda::DiceSums(problem, sums, workspace, stream);
   }
-  static Error DiceSumsGrad(void* stream, const Operands& operands, const SumsGrad& grad) {
-    return ToError(cuda::DiceSumsGrad(operands.problem, grad, stream));
+  static Error DiceSumsGrad(void* stream, const Problem& problem, const SumsGrad& grad) {
+    return cuda::DiceSumsGrad(problem, grad, stream);
   }
-  static Error ToError(const std::string& error) { return error.empty() ? Error::Success() : Error::Internal(error); }
 };
 #endif
 
@@ -218,46 +204,59 @@ template <class Platform>
 using ContextOf = typename xla::ffi::CtxDecoding<typename Platform::Context>::Type;
 
 template <class Platform>
-Error SumsImpl(ContextOf<Platform> context, AnyBuffer logits, AnyBuffer labels, RemainingArgs args,
-               RemainingRets results, Attributes attributes) {
-  Operands operands;
-  if (Error error = Read(attributes, logits, labels, args, 0, &operands); error.failure()) return error;
-  const Problem& problem = operands.problem;
-  static constexpr const char* kNames[] = {"intersection",  "pred_sum",   "label_sum",
-                                           "cross_entropy", "weight_sum", "workspace"};
-  if (results.size() != 6) return Invalid("there must be 6 results");
+Error SumsOf(ContextOf<Platform> context, AnyBuffer logits, AnyBuffer labels, RemainingArgs args, RemainingRets results,
+             const Dictionary& attributes) {
+  Problem problem;
+  std::vector<AnyBuffer> none;
+  DICE_OP_RETURN_IF_ERROR(ReadCall(attributes, logits, labels, args, 0, &problem, &none));
+  if (results.size() != kSumCount + 1) {
+    return InvalidArgument("there must be " + std::to_string(kSumCount + 1) + " results");
+  }
+  Sums sums;
+  for (const SumInfo& info : kSums) {
+    const AnyBuffer result = **results.get<AnyBuffer>(static_cast<size_t>(info.sum));
+    DICE_OP_RETURN_IF_ERROR(Expect(info.name, result, problem.sums_dtype(), problem.DimsOf(info)));
+    if (problem.Has(info.sum)) sums[info.sum] = result.untyped_data();
+  }
   size_t bytes = 0;
-  if (const std::string error = DiceSumsWorkspace(problem, Platform::kName, &bytes); !error.empty()) {
-    return Invalid(error);
-  }
-  void* data[6];
-  for (size_t i = 0; i < 6; ++i) {
-    const AnyBuffer result = **results.get<AnyBuffer>(i);
-    const Dims dims = i < 4 ? SumsDims(problem, i == 3) : i == 4 ? Dims{problem.batch} : Dims{int64_t(bytes)};
-    const DType dtype = i == 5 ? DType::kUint8 : problem.sums_dtype();
-    if (Error error = Expect(kNames[i], result, dtype, dims); error.failure()) return error;
-    data[i] = result.untyped_data();
-  }
-  const Sums sums{data[0], data[1], data[2], problem.options.cross_entropy ? data[3] : nullptr, data[4]};
-  return Platform::DiceSums(context, operands, sums, data[5]);
+  DICE_OP_RETURN_IF_ERROR(DiceSumsWorkspace(problem, Platform::kName, &bytes));
+  const AnyBuffer workspace = **results.get<AnyBuffer>(kSumCount);
+  DICE_OP_RETURN_IF_ERROR(Expect("workspace", workspace, DType::kUint8, {static_cast<int64_t>(bytes)}));
+  return Platform::DiceSums(context, problem, sums, workspace.untyped_data());
 }
 
 template <class Platform>
-Error GradImpl(ContextOf<Platform> context, AnyBuffer logits, AnyBuffer labels, RemainingArgs args,
-               Result<AnyBuffer> d_logits, Attributes attributes) {
-  Operands operands;
-  if (Error error = Read(attributes, logits, labels, args, 3, &operands); error.failure()) return error;
-  const Problem& problem = operands.problem;
-  if (const std::string error = CheckGradient(problem); !error.empty()) return Invalid(error);
-  static constexpr const char* kNames[] = {"d_intersection", "d_pred_sum", "d_cross_entropy"};
-  for (size_t i = 0; i < 3; ++i) {
-    const Error error = Expect(kNames[i], operands.rest[i], problem.sums_dtype(), SumsDims(problem, i == 2));
-    if (error.failure()) return error;
+Error GradOf(ContextOf<Platform> context, AnyBuffer logits, AnyBuffer labels, RemainingArgs args,
+             Result<AnyBuffer> d_logits, const Dictionary& attributes) {
+  Problem problem;
+  std::vector<AnyBuffer> d_sums;
+  const size_t count =
+      std::count_if(std::begin(kSums), std::end(kSums), [](const SumInfo& info) { return info.has_gradient; });
+  DICE_OP_RETURN_IF_ERROR(ReadCall(attributes, logits, labels, args, count, &problem, &d_sums));
+  DICE_OP_RETURN_IF_ERROR(CheckGradient(problem));
+  SumsGrad grad;
+  auto next = d_sums.begin();
+  for (const SumInfo& info : kSums) {
+    if (!info.has_gradient) continue;
+    const AnyBuffer d_sum = *next++;
+    DICE_OP_RETURN_IF_ERROR(Expect(std::string("d_") + info.name, d_sum, problem.sums_dtype(), problem.DimsOf(info)));
+    if (problem.Has(info.sum)) grad.d_sums[info.sum] = d_sum.untyped_data();
   }
-  if (Error error = Expect("d_logits", *d_logits, problem.logits_dtype, operands.logits); error.failure()) return error;
-  const auto data = [&](int i) { return operands.rest[i].untyped_data(); };
-  const SumsGrad grad{data(0), data(1), problem.options.cross_entropy ? data(2) : nullptr, d_logits->untyped_data()};
-  return Platform::DiceSumsGrad(context, operands, grad);
+  DICE_OP_RETURN_IF_ERROR(Expect("d_logits", *d_logits, problem.logits_dtype, problem.logits_dims));
+  grad.d_logits = d_logits->untyped_data();
+  return Platform::DiceSumsGrad(context, problem, grad);
+}
+
+template <class Platform>
+xla::ffi::Error SumsImpl(ContextOf<Platform> context, AnyBuffer logits, AnyBuffer labels, RemainingArgs args,
+                         RemainingRets results, Dictionary attributes) {
+  return ToXla(SumsOf<Platform>(context, logits, labels, args, results, attributes));
+}
+
+template <class Platform>
+xla::ffi::Error GradImpl(ContextOf<Platform> context, AnyBuffer logits, AnyBuffer labels, RemainingArgs args,
+                         Result<AnyBuffer> d_logits, Dictionary attributes) {
+  return ToXla(GradOf<Platform>(context, logits, labels, args, d_logits, attributes));
 }
 
 template <class Platform>
@@ -271,11 +270,8 @@ auto BindOperands() {
 
 template <class Platform>
 XLA_FFI_Error* CallSums(XLA_FFI_CallFrame* frame) {
-  static auto* const handler = BindOperands<Platform>()
-                                   .RemainingRets()
-                                   .template Attrs<Attributes>()
-                                   .To(SumsImpl<Platform>, Platform::TraitsOfCalls())
-                                   .release();
+  static auto* const handler =
+      BindOperands<Platform>().RemainingRets().Attrs().To(SumsImpl<Platform>, Platform::TraitsOfCalls()).release();
   return handler->Call(frame);
 }
 
@@ -283,7 +279,7 @@ template <class Platform>
 XLA_FFI_Error* CallGrad(XLA_FFI_CallFrame* frame) {
   static auto* const handler = BindOperands<Platform>()
                                    .template Ret<AnyBuffer>()
-                                   .template Attrs<Attributes>()
+                                   .Attrs()
                                    .To(GradImpl<Platform>, Platform::TraitsOfCalls())
                                    .release();
   return handler->Call(frame);
@@ -311,15 +307,15 @@ const std::vector<Handler>& Handlers() {
   return *handlers;
 }
 
-std::string DiceSumsWorkspace(const Problem& problem, const std::string& platform, size_t* bytes) {
+Error DiceSumsWorkspace(const Problem& problem, const std::string& platform, size_t* bytes) {
   if (platform == Host::kName) {
     *bytes = cpu::DiceSumsWorkspace(problem);
-    return "";
+    return {};
   }
 #ifdef DICE_OP_WITH_CUDA
   if (platform == Cuda::kName) return cuda::DiceSumsWorkspace(problem, bytes);
 #endif
-  return "this build of dice_op has no kernels for XLA's platform " + platform;
+  return Unsupported("this build of dice_op has no kernels for XLA's platform " + platform);
 }
 
 }  // namespace ffi

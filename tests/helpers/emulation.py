@@ -76,6 +76,7 @@ def _build(kind, few, folder, key):
         (kernels, "kernels.o", flags),
         (EMULATOR / "cuda_emulator.cc", "engine.o", [*_flags("plain", csrc)]),
         (csrc / "cuda" / "dice_op_cuda.cu", "dice_op_cuda.o", flags),
+        (csrc / "core" / "options.cc", "options.o", flags),
         (csrc / "core" / "problem.cc", "problem.o", flags),
         (EMULATOR / "run_cases.cc", "run_cases.o", flags),
     ]
@@ -93,7 +94,7 @@ def rebuild(kind, csrc, folder):
     flags = _flags(kind, csrc)
     _compile(EMULATOR / "few_kernels.cc", folder / "kernels.o", flags)
     _compile(csrc / "cuda" / "dice_op_cuda.cu", folder / "dice_op_cuda.o", flags)
-    others = [objects / f"{name}.o" for name in ("engine", "problem", "run_cases")]
+    others = [objects / f"{name}.o" for name in ("engine", "options", "problem", "run_cases")]
     program = folder / "run_cases"
     _link(kind, [folder / "kernels.o", folder / "dice_op_cuda.o", *others], program)
     return program
@@ -102,7 +103,7 @@ def rebuild(kind, csrc, folder):
 def build_handlers(include, folder):
     """XLA's handlers over the same few kernels, called by an XLA that is a stand-in."""
     objects = build("address", few=True).parent
-    csrc, names = CSRC, ("engine", "problem", "kernels", "dice_op_cuda")
+    csrc, names = CSRC, ("engine", "options", "problem", "kernels", "dice_op_cuda")
     flags = [*_flags("address", csrc), "-isystem", include, "-DDICE_OP_WITH_CUDA"]
     sources = csrc / "xla" / "handlers.cc", csrc / "cpu" / "pool.cc", EMULATOR / "run_handlers.cc"
     others = [folder / f"{source.stem}.o" for source in sources]

@@ -122,7 +122,7 @@ std::mt19937 generator;
 std::mutex launch_mutex;
 std::map<const void*, size_t> allowed_shared;
 std::vector<char*> free_stacks;
-std::deque<void*> idle_fibers;   // of the thread sanitizer; making one takes it half a millisecond
+std::deque<void*> idle_fibers;  // of the thread sanitizer; making one takes it half a millisecond
 LaunchState* launch;
 Thread* current;
 Context scheduler;
@@ -390,9 +390,9 @@ void NewContext(Context* context) {
   context->start.uc_stack.ss_size = 0;  // or the address sanitizer forgets a stack's red zones at every switch
 }
 
-// A fibre that is ordered after the start of the launch, and not with other fibres of it. `alive` are in use. When there
-// are as many as the thread sanitizer knows well, the one that ended first goes on as another thread: what it did before
-// is still compared with what all others do.
+// A fibre that is ordered after the start of the launch, and not with other fibres of it. `alive` are in use. When
+// there are as many as the thread sanitizer knows well, the one that ended first goes on as another thread: what it did
+// before is still compared with what all others do.
 void* NewTsanFiber(unsigned block, unsigned thread, size_t alive) {
   void* fiber;
   std::deque<void*>* const ended = idle_fibers.empty() ? &launch->finished_fibers : &idle_fibers;

@@ -21,7 +21,7 @@ Variant FindPlain(const Problem& problem, const void* d_logits) {
     return Of<Staged<BFloat16, 5, 1, 5>>(problem, d_logits);
   }
   if (problem.logits_dtype != DType::kFloat || !IsPlain<float>(problem, d_logits)) return {};
-  const bool planar = problem.options.data_format == DataFormat::kChannelsFirst;
+  const bool planar = !problem.channels_last();
   if (planar) return problem.classes == 2 ? Of<Direct<float, 2, true>>(problem, d_logits) : Variant{};
   if (problem.classes == 3) return Of<Staged<float, 3, 1, 3>>(problem, d_logits);
   if (problem.classes == 4) return Of<Direct<float, 4, false>>(problem, d_logits);
@@ -34,7 +34,7 @@ Variant FindPlain(const Problem& problem, const void* d_logits) {
 Variant FindGeneral(const Problem& problem, const void* d_logits) {
   using PerClass = General<float, true, 4, 1>;
   if (problem.hard()) return Of<PerClass, Argmax>(problem, d_logits);
-  if (problem.options.region_labels) return Of<PerClass, Sigmoid>(problem, d_logits);
+  if (problem.has_regions()) return Of<PerClass, Sigmoid>(problem, d_logits);
   if (problem.labels_per_class()) return Of<PerClass>(problem, d_logits);
   return problem.classes <= 4 ? Of<General<float, false, 4, 1>>(problem, d_logits)
                               : Of<General<float, false, 8, 32>>(problem, d_logits);

@@ -35,6 +35,8 @@ void Require(bool condition, const char* what) {
   std::exit(2);
 }
 
+void Require(const Error& error) { Require(!error, error.message.c_str()); }
+
 // Memory as long as the array and not a byte longer, for the address sanitizer.
 class Array {
  public:
@@ -64,10 +66,8 @@ void Run(const Header& header, FILE* in, FILE* out) {
   options.focal_gamma = header.focal_gamma;
   options.label_smoothing = header.label_smoothing;
   options.threshold = header.threshold;
-  const std::string no_regions = SetRegions({header.regions, header.regions + header.region_labels}, &options);
-  Require(no_regions.empty(), no_regions.c_str());
-  options.has_ignore_label = header.has_ignore_label;
-  options.ignore_label = header.ignore_label;
+  options.ignore_label = {header.has_ignore_label != 0, header.ignore_label};
+  Require(FromAttribute({header.regions, header.regions + header.region_labels}, &options.regions));
   problem.logits_dtype = static_cast<DType>(header.logits_dtype);
   problem.labels_dtype = static_cast<DType>(header.labels_dtype);
   const bool weighted = header.weight_dtype >= 0;
@@ -77,52 +77,57 @@ void Run(const Header& header, FILE* in, FILE* out) {
   const Dims dims = header.planar ? Dims{n, c, v} : Dims{n, v, c};
   std::optional<Dims> weight_dims;
   if (weighted) weight_dims = Dims{n, v};
-  const std::string refused = MakeProblem(dims, header.dense_labels ? dims : Dims{n, v}, weight_dims, &problem);
-  Require(refused.empty(), refused.c_str());
+  Require(MakeProblem(dims, header.dense_labels ? dims : Dims{n, v}, weight_dims, &problem));
 
   const size_t sum = SizeOf(problem.sums_dtype()), logits_bytes = n * v * c * SizeOf(problem.logits_dtype);
   Array logits(logits_bytes, header.misalign);
   Array labels(n * v * (header.dense_labels ? c : 1) * SizeOf(problem.labels_dtype), header.misalign);
   Array weight(weighted ? n * v * SizeOf(problem.weight_dtype) : 0, 0);
-  Array a(n * c * sum, 0), b(n * c * sum, 0), e(header.cross_entropy ? n * c * sum : 0, 0);
-  for (Array* array : {&logits, &labels, &weight, &a, &b, &e}) array->Read(in);
+  // Of the derivatives with respect to the sums, and of the sums, one for each.
+  const auto bytes_of = [&](const SumInfo& info) {
+    size_t bytes = sum;
+    for (const int64_t length : problem.DimsOf(info)) bytes *= length;
+    return bytes;
+  };
+  std::vector<std::unique_ptr<Array>> d_arrays, arrays;
+  for (Array* array : {&logits, &labels, &weight}) array->Read(in);
+  SumsGrad grad;
+  Sums sums;
+  for (const SumInfo& info : kSums) {
+    arrays.push_back(std::make_unique<Array>(bytes_of(info), 0));
+    if (problem.Has(info.sum)) sums[info.sum] = arrays.back()->data();
+    if (!info.has_gradient) continue;
+    d_arrays.push_back(std::make_unique<Array>(bytes_of(info), 0));
+    d_arrays.back()->Read(in);
+    if (problem.Has(info.sum)) grad.d_sums[info.sum] = d_arrays.back()->data();
+  }
   problem.logits = logits.data();
   problem.labels = labels.data();
   problem.voxel_weight = weighted ? weight.data() : nullptr;
 
-  std::string error;
-  const auto check = [&](const std::string& next) {
-    if (error.empty()) error = next;
-  };
+  Error error;
   size_t workspace_bytes = 0;
-  check(cuda::DiceSumsWorkspace(problem, &workspace_bytes));
-  Array workspace(workspace_bytes, 0), first_bad(8, 0), weight_sum(n * sum, 0);
-  Array intersection(n * c * sum, 0), pred_sum(n * c * sum, 0), label_sum(n * c * sum, 0);
-  Array cross_entropy(header.cross_entropy ? n * c * sum : 0, 0);
-  const Sums sums{intersection.data(), pred_sum.data(), label_sum.data(),
-                  header.cross_entropy ? cross_entropy.data() : nullptr, weight_sum.data()};
-  if (error.empty()) check(cuda::DiceSums(problem, sums, workspace.data(), nullptr));
-  BadValue bad;
-  int64_t label = 0;
-  if (error.empty()) check(cuda::FindBadValue(problem, first_bad.data(), nullptr, &bad, &label));
-  const std::string complaint = bad.sample < 0 ? "" : DescribeBadValue(problem, dims, bad, &label);
+  error = cuda::DiceSumsWorkspace(problem, &workspace_bytes);
+  Array workspace(workspace_bytes, 0);
+  if (!error) error = cuda::DiceSums(problem, sums, workspace.data(), nullptr);
+  const std::string complaint = error ? "" : cuda::FindBadValue(problem, workspace.data(), nullptr).message;
   Array separate(header.in_place ? 0 : logits_bytes, header.misalign);
   Array& d_logits = header.in_place ? logits : separate;
-  const SumsGrad grad{a.data(), b.data(), header.cross_entropy ? e.data() : nullptr, d_logits.data()};
+  grad.d_logits = d_logits.data();
   const bool differentiable = !problem.hard();
-  if (error.empty() && differentiable) check(cuda::DiceSumsGrad(problem, grad, nullptr));
+  if (!error && differentiable) error = cuda::DiceSumsGrad(problem, grad, nullptr);
 
   // whether a specialised kernel takes the call
   const int64_t specialised[2] = {cuda::FindPlain(problem, nullptr).kernel != nullptr,
                                   differentiable && cuda::FindPlain(problem, d_logits.data()).kernel};
   std::fwrite(specialised, sizeof(specialised), 1, out);
-  for (const std::string& text : {error, complaint}) {
+  for (const std::string& text : {error.message, complaint}) {
     const int64_t length = text.size();
     std::fwrite(&length, sizeof(length), 1, out);
     std::fwrite(text.data(), 1, text.size(), out);
   }
-  if (!error.empty()) return;
-  for (const Array* array : {&intersection, &pred_sum, &label_sum, &cross_entropy, &weight_sum}) array->Write(out);
+  if (error) return;
+  for (const auto& array : arrays) array->Write(out);
   d_logits.Write(out);
 }
 

@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <string>
 #include <thread>
 #include <vector>
@@ -44,7 +45,7 @@ void Work(const ParallelFor& parallel, int64_t cost) {
 }
 
 size_t DiceSumsWorkspace(const Problem&) { return 0; }
-BadValue DiceSums(const Problem&, const Sums&, void*, const ParallelFor& parallel) {
+Error DiceSums(const Problem&, const Sums&, void*, const ParallelFor& parallel) {
   Work(parallel, 1'000'000);
   return {};
 }
@@ -114,38 +115,58 @@ struct Floats : Buffer {
   explicit Floats(std::vector<int64_t> shape) : Buffer(XLA_FFI_DataType_F32, sizeof(float), std::move(shape)) {}
 };
 
-// As XLA keeps them: sorted by name.
+// The options as attributes, as XLA keeps them: sorted by name.
 struct Attributes {
-  bool no = false, yes = true;
-  double zero = 0;
-  XLA_FFI_ByteSpan activation = SpanOf("softmax"), data_format = SpanOf("channels_last");
-  XLA_FFI_Scalar number = {XLA_FFI_DataType_F64, &zero}, off = {XLA_FFI_DataType_PRED, &no},
-                 on = {XLA_FFI_DataType_PRED, &yes};
-  XLA_FFI_Array none = {XLA_FFI_DataType_S64, 0, nullptr};
-  std::vector<XLA_FFI_ByteSpan> names;
-  std::vector<XLA_FFI_ByteSpan*> name_pointers;
+  struct One {
+    std::string text;
+    double number = 0;
+    bool boolean = false;
+    XLA_FFI_ByteSpan span = {};
+    XLA_FFI_Scalar scalar = {};
+    XLA_FFI_Array array = {XLA_FFI_DataType_S64, 0, nullptr};
+    XLA_FFI_AttrType type = XLA_FFI_AttrType_ARRAY;
+    void* value = &array;
+    XLA_FFI_ByteSpan name = {};
+
+    void Set(const std::string& given) {
+      text = given;
+      span = SpanOf(text.c_str());
+      type = XLA_FFI_AttrType_STRING, value = &span;
+    }
+    void Set(double given) {
+      number = given;
+      scalar = {XLA_FFI_DataType_F64, &number};
+      type = XLA_FFI_AttrType_SCALAR, value = &scalar;
+    }
+    void Set(bool given) {
+      boolean = given;
+      scalar = {XLA_FFI_DataType_PRED, &boolean};
+      type = XLA_FFI_AttrType_SCALAR, value = &scalar;
+    }
+    void Set(const std::vector<int64_t>&) {}  // none
+  };
+  std::map<std::string, One> all;
+  std::vector<XLA_FFI_ByteSpan*> names;
   std::vector<XLA_FFI_AttrType> types;
   std::vector<void*> values;
   Attributes() {
-    Add("activation", XLA_FFI_AttrType_STRING, &activation);
-    Add("data_format", XLA_FFI_AttrType_STRING, &data_format);
-    Add("focal_gamma", XLA_FFI_AttrType_SCALAR, &number);
-    Add("ignore_label", XLA_FFI_AttrType_ARRAY, &none);
-    Add("label_smoothing", XLA_FFI_AttrType_SCALAR, &number);
-    Add("regions", XLA_FFI_AttrType_ARRAY, &none);
-    Add("squared_pred", XLA_FFI_AttrType_SCALAR, &off);
-    Add("threshold", XLA_FFI_AttrType_SCALAR, &number);
-    Add("with_cross_entropy", XLA_FFI_AttrType_SCALAR, &on);
-    for (XLA_FFI_ByteSpan& name : names) name_pointers.push_back(&name);
-  }
-  void Add(const char* name, XLA_FFI_AttrType type, void* value) {
-    names.push_back(SpanOf(name));
-    types.push_back(type);
-    values.push_back(value);
+    Options options;
+    options.cross_entropy = true;
+    ForEachOption([&](const auto& option) { all[option.attribute].Set(ToAttribute(options.*option.value)); });
+    for (auto& [name, one] : all) {
+      one.name = SpanOf(name.c_str());
+      names.push_back(&one.name);
+      types.push_back(one.type);
+      values.push_back(one.value);
+    }
   }
   XLA_FFI_Attrs View() {
-    return {XLA_FFI_Attrs_STRUCT_SIZE, nullptr,      static_cast<int64_t>(names.size()), types.data(),
-            name_pointers.data(),      values.data()};
+    return {XLA_FFI_Attrs_STRUCT_SIZE,
+            nullptr,
+            static_cast<int64_t>(names.size()),
+            types.data(),
+            names.data(),
+            values.data()};
   }
 };
 
@@ -210,7 +231,7 @@ void RunBoth(const char* platform, int64_t place, void (*after_sums)(), void (*a
   problem.voxels = kVoxels;
   problem.classes = kClasses;
   size_t bytes = 0;
-  if (!ffi::DiceSumsWorkspace(problem, platform, &bytes).empty()) std::abort();
+  if (ffi::DiceSumsWorkspace(problem, platform, &bytes)) std::abort();
   const std::vector<int64_t> shape = {kBatch, kClasses};
   Floats intersection(shape), pred_sum(shape), label_sum(shape), cross_entropy(shape), weight_sum({kBatch});
   Buffer workspace(XLA_FFI_DataType_U8, 1, {static_cast<int64_t>(bytes)});

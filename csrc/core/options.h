@@ -1,0 +1,120 @@
+// The options of a call: one list with name, type, default and legal range, which every front end walks.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "core/error.h"
+
+namespace dice_op {
+
+// The last two give 0 or 1, for scores: they have neither cross-entropy nor gradient.
+enum class Activation : int { kSoftmax, kSigmoid, kNone, kArgmax, kThreshold };
+enum class DataFormat : int { kChannelsLast, kChannelsFirst };
+
+// The class index that marks voxels which count for nothing, where there is one.
+struct IgnoreLabel {
+  bool given = false;
+  int64_t value = 0;
+};
+
+// Classes that are overlapping regions, each a set of label values: bit c of classes_of[label] says that the label
+// belongs to class c. Labels from 0 to labels - 1 are known; without any, classes are the label values themselves.
+struct Regions {
+  static constexpr int kMost = 32;
+  int labels = 0;
+  uint32_t classes_of[kMost] = {};
+};
+
+struct Options {
+  Activation activation = Activation::kSoftmax;
+  DataFormat data_format = DataFormat::kChannelsLast;
+  bool squared_pred = false;     // cardinalities of squares: sum p^2 and sum t^2
+  bool cross_entropy = false;    // the cross-entropy is added up as well
+  double focal_gamma = 0.0;      // its focal exponent; 0 is plain cross-entropy
+  double label_smoothing = 0.0;  // s: its labels are (1 - s) t + s / C, for sigmoid (1 - s) t + s / 2
+  double threshold = 0.0;        // of the activation of that name: logits above it count as 1
+  IgnoreLabel ignore_label;
+  Regions regions;
+};
+
+template <class T>
+struct Option {
+  using Type = T;
+  const char* name;  // in Python
+  T Options::* value;
+  const char* attribute = name;  // of TensorFlow's op and XLA's handlers
+};
+
+// A number and its legal range. NaN is never legal.
+template <>
+struct Option<double> {
+  using Type = double;
+  const char* name;
+  double Options::* value;
+  double least, most;
+  const char* range;  // in words, after "must be"
+  const char* attribute = name;
+};
+
+// The numbers among them keep their order, and new ones follow: saved graphs of TensorFlow hold them by their place.
+inline constexpr auto kOptions = std::make_tuple(
+    Option<Activation>{"activation", &Options::activation},                        //
+    Option<DataFormat>{"data_format", &Options::data_format},                      //
+    Option<bool>{"squared_pred", &Options::squared_pred},                          //
+    Option<bool>{"cross_entropy", &Options::cross_entropy, "with_cross_entropy"},  // an output has its name
+    Option<double>{"focal_gamma", &Options::focal_gamma, 0, std::numeric_limits<double>::max(),
+                   "finite and at least 0"},
+    Option<double>{"label_smoothing", &Options::label_smoothing, 0, 1, "in [0, 1]"},
+    Option<double>{"threshold", &Options::threshold, -std::numeric_limits<double>::infinity(),
+                   std::numeric_limits<double>::infinity(), "a number"},
+    Option<IgnoreLabel>{"ignore_label", &Options::ignore_label},  //
+    Option<Regions>{"regions", &Options::regions});
+
+// Calls fn(option) for each of them, in order.
+template <class Fn>
+void ForEachOption(Fn&& fn) {
+  std::apply([&](const auto&... option) { (fn(option), ...); }, kOptions);
+}
+
+#pragma GCC visibility push(default)  // dice_op_kernels.so exports what follows
+
+// An option as an attribute of TensorFlow's op or of XLA's handlers: choices are strings ("softmax", "channels_first"),
+// an ignore_label is a list of none or one, regions are a list of masks (bit c of the mask at place v says that the
+// label value v belongs to class c), numbers and booleans are what they are.
+std::string ToAttribute(Activation activation);
+std::string ToAttribute(DataFormat data_format);
+std::vector<int64_t> ToAttribute(const IgnoreLabel& ignore_label);
+std::vector<int64_t> ToAttribute(const Regions& regions);
+inline bool ToAttribute(bool value) { return value; }
+inline double ToAttribute(double value) { return value; }
+
+Error FromAttribute(const std::string& name, Activation* activation);
+Error FromAttribute(const std::string& name, DataFormat* data_format);
+Error FromAttribute(const std::vector<int64_t>& values, IgnoreLabel* ignore_label);
+Error FromAttribute(const std::vector<int64_t>& masks, Regions* regions);
+inline Error FromAttribute(bool attribute, bool* value) {
+  *value = attribute;
+  return {};
+}
+inline Error FromAttribute(double attribute, double* value) {
+  *value = attribute;
+  return {};
+}
+
+template <class T>
+using AttributeOf = decltype(ToAttribute(std::declval<T>()));
+
+// The regions of classes that are given by their label values.
+Error RegionsOf(const std::vector<std::vector<int64_t>>& labels_of_classes, Regions* regions);
+
+// Whether the numbers are in their ranges.
+Error CheckRanges(const Options& options);
+
+#pragma GCC visibility pop
+
+}  // namespace dice_op
