@@ -29,7 +29,7 @@ struct Call {
   int label_bytes;
   int row_padding;                    // bytes between the rows of a staged tile, so that they start at other banks
   uint32_t row_magic;                 // (x * row_magic) >> 20 is the row of a tile's 16-byte word, or element, x
-  int source_bytes, shared_per_warp;  // shared memory of a warp: the source's, then the sums'
+  int access_bytes, shared_per_warp;  // shared memory of a warp: the access's, then the sums'
   DType logits_dtype, labels_dtype, weight_dtype;
   bool planar;  // channels first
   bool dense_labels;
@@ -41,7 +41,7 @@ DICE_OP_INLINE constexpr int PartialLength(int classes) { return static_cast<int
 // A kernel, and what its launch must know.
 struct Variant {
   void (*kernel)(Call) = nullptr;
-  int source_bytes = 0, shared_per_warp = 0;
+  int access_bytes = 0, shared_per_warp = 0;
   int warps = 0;  // of a block; they work alone until the block's sums are added
   int tile = 0;   // voxels that a warp takes at a time
   int row_padding = 0;

@@ -194,7 +194,7 @@ DICE_OP_DEVICE R FromPartner(R x, int distance) {
 
 // The sums of kCount values, each over those lanes of a warp whose numbers are equal modulo kLanes, dealt out: Add
 // leaves the sums of the numbers First(), First() + 1, ... in the first kHeld of `values`, as far as they are less than
-// kCount, if Holds(). `values` has kPadded elements, those from kCount on zero.
+// kCount, if IsOwner(). `values` has kPadded elements, those from kCount on zero.
 //
 // Each step halves the number of values: partners give each other the half that the other keeps. That takes about
 // kCount shuffles in all; adding up one value after the other takes five times that.
@@ -203,10 +203,10 @@ struct LaneSums {
   static constexpr int PowerOfTwo(int count) { return count <= 1 ? 1 : 2 * PowerOfTwo((count + 1) / 2); }
   static constexpr int kGroups = kWarp / kLanes, kPadded = PowerOfTwo(kCount);
   static constexpr int kHeld = kPadded > kGroups ? kPadded / kGroups : 1;
-  static constexpr int kSharers = kPadded < kGroups ? kGroups / kPadded : 1;  // the first of them holds
+  static constexpr int kSharers = kPadded < kGroups ? kGroups / kPadded : 1;  // the first of them is the owner
 
   DICE_OP_DEVICE static int First() { return Lane() / kLanes / kSharers * kHeld; }
-  DICE_OP_DEVICE static bool Holds() { return Lane() / kLanes % kSharers == 0; }
+  DICE_OP_DEVICE static bool IsOwner() { return Lane() / kLanes % kSharers == 0; }
 
   template <int kDistance = kWarp / 2, int kLeft = kPadded, class R>
   DICE_OP_DEVICE static void Add(R* values) {

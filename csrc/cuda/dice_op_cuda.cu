@@ -124,7 +124,7 @@ Error MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   call.label_bytes = SizeOf(problem.labels_dtype);
   call.row_padding = variant.row_padding;
   call.row_magic = variant.row_magic;
-  call.source_bytes = variant.source_bytes;
+  call.access_bytes = variant.access_bytes;
   call.shared_per_warp = variant.shared_per_warp;
   call.logits_dtype = problem.logits_dtype;
   call.labels_dtype = problem.labels_dtype;

@@ -11,7 +11,7 @@ namespace {
 
 // More than 16 classes: the smallest tile that holds them.
 template <class T, class Activation>
-Variant Shared(const Problem& problem, bool grad) {
+Variant ManyClasses(const Problem& problem, bool grad) {
   const auto of = [&](auto source) { return VariantOf<typename decltype(source)::type, Activation>(problem, grad); };
   const int64_t c = problem.classes;
   if (c <= 24) return of(Type<Staged<T, 12, 2, 8>>{});
@@ -25,7 +25,7 @@ Variant Shared(const Problem& problem, bool grad) {
   return {};
 }
 
-template <class T, class Activation, Loss kLoss>
+template <class T, class Activation, CrossEntropyMode kMode>
 Variant Plain(const Problem& problem, bool grad) {
   constexpr bool kSoftmax = std::is_same_v<Activation, Softmax>;
   constexpr int kMost = kSoftmax ? 16 : std::is_same_v<Activation, Sigmoid> ? 1 : 4;
@@ -34,12 +34,12 @@ Variant Plain(const Problem& problem, bool grad) {
   return WithCount<kMost>(problem.classes, [&](auto count) -> Variant {
     constexpr int kCount = count.value;
     const auto of = [&](auto source) {
-      return VariantOf<typename decltype(source)::type, Activation, kLoss>(problem, grad);
+      return VariantOf<typename decltype(source)::type, Activation, kMode>(problem, grad);
     };
     if (planar) {
       if constexpr (kCount > 1 && kCount <= kMostPlanar) return of(Type<Direct<T, kCount, true>>{});
     } else if constexpr (kCount == 0) {
-      if constexpr (kSoftmax) return Shared<T, Activation>(problem, grad);
+      if constexpr (kSoftmax) return ManyClasses<T, Activation>(problem, grad);
     } else if constexpr (kCount == 1 && kSoftmax) {  // p = 1 everywhere
     } else if constexpr (kCount == 1 || kCount == 2 || kCount == 4) {
       return of(Type<Direct<T, kCount, false>>{});
@@ -57,13 +57,13 @@ Variant PlainOf(const Problem& problem, const void* d_logits) {
   if (!IsPlain<T>(problem, d_logits)) return {};
   const bool grad = d_logits != nullptr;
   const Activation activation = problem.options.activation;
-  if (activation == Activation::kSigmoid) return Plain<T, Sigmoid, Loss::kAsked>(problem, grad);
+  if (activation == Activation::kSigmoid) return Plain<T, Sigmoid, CrossEntropyMode::kAtRunTime>(problem, grad);
   if constexpr (sizeof(T) == 4) {  // a model's own softmax gives floats
-    if (activation == Activation::kNone) return Plain<T, Identity, Loss::kAsked>(problem, grad);
+    if (activation == Activation::kNone) return Plain<T, Identity, CrossEntropyMode::kAtRunTime>(problem, grad);
   }
   if (activation != Activation::kSoftmax) return {};
-  return problem.options.cross_entropy ? Plain<T, Softmax, Loss::kWith>(problem, grad)
-                                       : Plain<T, Softmax, Loss::kWithout>(problem, grad);
+  return problem.options.cross_entropy ? Plain<T, Softmax, CrossEntropyMode::kWith>(problem, grad)
+                                       : Plain<T, Softmax, CrossEntropyMode::kWithout>(problem, grad);
 }
 
 // --- everything else ----------------------------------------------------------------------------------------

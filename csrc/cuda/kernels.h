@@ -1,7 +1,9 @@
 // The kernels: sums, and gradient.
 #pragma once
 
-#include "cuda/source.h"
+#include "cuda/direct.h"
+#include "cuda/general.h"
+#include "cuda/staged.h"
 
 namespace dice_op {
 namespace {
@@ -14,50 +16,50 @@ constexpr int kFlush = 64;
 
 // Warps of a block. The sums of many classes take much shared memory, of which the smallest GPUs have
 // 64 KB for a block.
-template <class Source>
-constexpr int kWarps = Source::kLanes < 8 ? 4 : 2;
-template <class Source>
-constexpr int kThreads = kWarps<Source> * kWarp;
+template <class VoxelAccess>
+constexpr int kWarps = VoxelAccess::kLanes < 8 ? 4 : 2;
+template <class VoxelAccess>
+constexpr int kThreads = kWarps<VoxelAccess> * kWarp;
 
 // So many blocks fit on a multiprocessor, by their registers.
-template <class Source>
-constexpr int kBlocks = (1 << 16) / (Source::kRegisters * kThreads<Source>);
+template <class VoxelAccess>
+constexpr int kBlocks = (1 << 16) / (VoxelAccess::kRegisters * kThreads<VoxelAccess>);
 
 // The sums of a thread, and under them those of its warp. Where a voxel has one label and many
 // classes, what goes to the label's class goes to a bin in shared memory that is this thread's own;
 // whether cross-entropy is wanted then costs nothing but a question, and is asked at run time.
-template <class Source, class Activation, bool kCrossEntropy>
+template <class VoxelAccess, class Activation, bool kCrossEntropy>
 struct Accumulators {
-  using R = typename Source::Number;
-  static constexpr int kItems = Source::kItems, kLanes = Source::kLanes;
-  static constexpr bool kBins = Source::kSingle;
-  static constexpr bool kLossBins = kBins && !Activation::kBinary;  // of the cross-entropy
-  static constexpr bool kLossRows = !kLossBins && kCrossEntropy;
+  using R = typename VoxelAccess::Number;
+  static constexpr int kItems = VoxelAccess::kItems, kLanes = VoxelAccess::kLanes;
+  static constexpr bool kBins = VoxelAccess::kSingle;
+  static constexpr bool kCrossEntropyBins = kBins && !Activation::kBinary;  // of the cross-entropy
+  static constexpr bool kCrossEntropyRows = !kCrossEntropyBins && kCrossEntropy;
   // The warp's totals: per sum, item and lane that shares a voxel; then the weight, and bad labels.
   static constexpr int kWeight = kClassSumCount * kItems * kLanes, kBad = kWeight + kSampleSumCount, kTotals = kBad + 1;
 
   R pred_sum[kItems], intersection[kBins ? 1 : kItems], label_sum[kBins ? 1 : kItems];
-  R cross_entropy[kLossRows ? kItems : 1];
+  R cross_entropy[kCrossEntropyRows ? kItems : 1];
   R weight_sum = R(0);
   double* const totals;
   R* const bins;  // [kind][item] of this thread, kWarp apart
-  const bool wants_loss;
+  const bool wants_cross_entropy;
   int added = 0;
 
   static int Bytes(bool cross_entropy) {
-    const int bins = !kBins ? 0 : kLossBins && cross_entropy ? 3 : 2;
+    const int bins = !kBins ? 0 : kCrossEntropyBins && cross_entropy ? 3 : 2;
     return (kTotals * 8 + bins * kItems * kWarp * static_cast<int>(sizeof(R)) + 15) / 16 * 16;
   }
 
   DICE_OP_DEVICE Accumulators(const Call& call, char* memory)
       : totals(reinterpret_cast<double*>(memory)),
         bins(reinterpret_cast<R*>(totals + kTotals) + Lane()),
-        wants_loss(call.terms.cross_entropy) {
+        wants_cross_entropy(call.terms.cross_entropy) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       pred_sum[i] = R(0);
       if constexpr (!kBins) intersection[i] = label_sum[i] = R(0);
-      if constexpr (kLossRows) cross_entropy[i] = R(0);
+      if constexpr (kCrossEntropyRows) cross_entropy[i] = R(0);
     }
     if constexpr (kBins) {
 #pragma unroll 1
@@ -67,14 +69,14 @@ struct Accumulators {
     for (int i = Lane(); i < kTotals; i += kWarp) totals[i] = 0;
     __syncwarp();
   }
-  DICE_OP_DEVICE int Kinds() const { return kLossBins && wants_loss ? 3 : 2; }  // of bins
+  DICE_OP_DEVICE int Kinds() const { return kCrossEntropyBins && wants_cross_entropy ? 3 : 2; }  // of bins
 
   template <class Term>
   DICE_OP_DEVICE void AddLabel(int item, R pred, R label, const Term& loss) {
     R* const bin = bins + item * kWarp;
     bin[0] += pred;
     bin[kItems * kWarp] += label;
-    if (kLossBins && wants_loss) bin[2 * kItems * kWarp] += loss();
+    if (kCrossEntropyBins && wants_cross_entropy) bin[2 * kItems * kWarp] += loss();
   }
 
   DICE_OP_DEVICE void Done(int voxels, bool last) {
@@ -84,18 +86,18 @@ struct Accumulators {
 
  private:
   DICE_OP_DEVICE void Flush() {
-    constexpr int kPred = static_cast<int>(Sum::kPredSum), kLoss = static_cast<int>(Sum::kCrossEntropy);
+    constexpr int kPred = static_cast<int>(Sum::kPredSum), kCrossEntropySum = static_cast<int>(Sum::kCrossEntropy);
     if constexpr (kBins) {
       using Shares = LaneSums<kLanes, kItems>;
 #pragma unroll 1
-      for (int sum = 0; sum < (kLossRows ? kClassSumCount : Kinds() + 1); ++sum) {
+      for (int sum = 0; sum < (kCrossEntropyRows ? kClassSumCount : Kinds() + 1); ++sum) {
         R values[Shares::kPadded] = {};
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
           if (sum == kPred) {
             values[i] = Take(&pred_sum[i]);
-          } else if (kLossRows && sum == kLoss) {
-            values[i] = Take(&cross_entropy[kLossRows ? i : 0]);
+          } else if (kCrossEntropyRows && sum == kCrossEntropySum) {
+            values[i] = Take(&cross_entropy[kCrossEntropyRows ? i : 0]);
           } else {  // of the bins, which are in the order of the sums
             values[i] = Take(&bins[((sum < kPred ? sum : sum - 1) * kItems + i) * kWarp]);
           }
@@ -103,7 +105,7 @@ struct Accumulators {
         AddToTotals<Shares, kItems>(sum * kItems, values);
       }
     } else {
-      constexpr int kCount = (kLossRows ? kClassSumCount : kClassSumCount - 1) * kItems;
+      constexpr int kCount = (kCrossEntropyRows ? kClassSumCount : kClassSumCount - 1) * kItems;
       using Shares = LaneSums<kLanes, kCount>;
       R values[Shares::kPadded] = {};
       const auto at = [&](Sum sum, int i) -> R& { return values[static_cast<int>(sum) * kItems + i]; };
@@ -112,11 +114,11 @@ struct Accumulators {
         at(Sum::kIntersection, i) = Take(&intersection[i]);
         at(Sum::kPredSum, i) = Take(&pred_sum[i]);
         at(Sum::kLabelSum, i) = Take(&label_sum[i]);
-        if constexpr (kLossRows) at(Sum::kCrossEntropy, i) = Take(&cross_entropy[i]);
+        if constexpr (kCrossEntropyRows) at(Sum::kCrossEntropy, i) = Take(&cross_entropy[i]);
       }
       AddToTotals<Shares, kCount>(0, values);
     }
-    if constexpr (Source::kWeighted) {
+    if constexpr (VoxelAccess::kWeighted) {
       R value = Take(&weight_sum);
       LaneSums<kLanes, 1>::Add(&value);
       if (Lane() == 0) totals[kWeight] += static_cast<double>(value);
@@ -130,7 +132,7 @@ struct Accumulators {
     double* const mine = totals + (first + Shares::First()) * kLanes + Lane() % kLanes;
 #pragma unroll
     for (int i = 0; i < Shares::kHeld; ++i) {
-      if (Shares::Holds() && Shares::First() + i < kCount) mine[i * kLanes] += static_cast<double>(values[i]);
+      if (Shares::IsOwner() && Shares::First() + i < kCount) mine[i * kLanes] += static_cast<double>(values[i]);
     }
   }
   DICE_OP_DEVICE static R Take(R* from) {
@@ -141,40 +143,41 @@ struct Accumulators {
 };
 
 // The cross-entropy is settled when compiling, where few instructions count, or asked for when running.
-enum class Loss { kWithout, kWith, kAsked };
-template <Loss kLoss, class R>
-DICE_OP_DEVICE Terms<R> Settled(Terms<R> terms) {
-  if constexpr (kLoss != Loss::kAsked) terms.cross_entropy = kLoss == Loss::kWith;
+enum class CrossEntropyMode { kWithout, kWith, kAtRunTime };
+template <CrossEntropyMode kMode, class R>
+DICE_OP_DEVICE Terms<R> WithMode(Terms<R> terms) {
+  if constexpr (kMode != CrossEntropyMode::kAtRunTime) terms.cross_entropy = kMode == CrossEntropyMode::kWith;
   return terms;
 }
 
-template <class Source, class Activation, Loss kLoss>
-__global__ void __launch_bounds__(kThreads<Source>, kBlocks<Source>) SumsKernel(const __grid_constant__ Call call) {
-  using R = typename Source::Number;
-  constexpr bool kCrossEntropy = kLoss != Loss::kWithout;
-  using Sums = Accumulators<Source, Activation, kCrossEntropy>;
+template <class VoxelAccess, class Activation, CrossEntropyMode kMode>
+__global__ void __launch_bounds__(kThreads<VoxelAccess>, kBlocks<VoxelAccess>)
+    SumsKernel(const __grid_constant__ Call call) {
+  using R = typename VoxelAccess::Number;
+  constexpr bool kCrossEntropy = kMode != CrossEntropyMode::kWithout;
+  using Sums = Accumulators<VoxelAccess, Activation, kCrossEntropy>;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarp, 0);  // the compiler sees that lanes agree
   const int64_t sample = blockIdx.x;
   char* const memory = SharedMemory();
 
-  Source source(call, sample, memory + warp * call.shared_per_warp);
-  Sums sums(call, memory + warp * call.shared_per_warp + call.source_bytes);
+  VoxelAccess access(call, sample, memory + warp * call.shared_per_warp);
+  Sums sums(call, memory + warp * call.shared_per_warp + call.access_bytes);
   bool no_probability = false;
-  source.template Run<false>(
-      blockIdx.y * kWarps<Source> + warp, call.blocks_per_sample * kWarps<Source>,
+  access.template Run<false>(
+      blockIdx.y * kWarps<VoxelAccess> + warp, call.blocks_per_sample * kWarps<VoxelAccess>,
       [&](const auto& classes, R* z, const auto& label, R m, const Terms<R>& terms) {
-        R p[Source::kItems];
+        R p[VoxelAccess::kItems];
         if constexpr (std::is_same_v<Activation, Identity>) {
 #pragma unroll
-          for (int i = 0; i < Source::kItems; ++i) {
+          for (int i = 0; i < VoxelAccess::kItems; ++i) {
             no_probability |= classes.Class(i) < call.classes && m != R(0) && !IsProbability(z[i]);
           }
         }
-        AddVoxel<Activation, kCrossEntropy>(classes, z, p, label, m, Settled<kLoss>(terms), sums);
-        if constexpr (Source::kWeighted) sums.weight_sum += m;
+        AddVoxel<Activation, kCrossEntropy>(classes, z, p, label, m, WithMode<kMode>(terms), sums);
+        if constexpr (VoxelAccess::kWeighted) sums.weight_sum += m;
       },
       [&](int voxels, bool last) { sums.Done(voxels, last); });
-  const bool bad = __any_sync(0xffffffffu, source.bad() || no_probability);
+  const bool bad = __any_sync(0xffffffffu, access.bad() || no_probability);
   if (bad && Lane() == 0) sums.totals[Sums::kBad] = 1;
   __syncthreads();
 
@@ -182,50 +185,53 @@ __global__ void __launch_bounds__(kThreads<Source>, kBlocks<Source>) SumsKernel(
   const int length = cuda::PartialLength(call.classes);
   double* const partials = call.partials + (sample * call.blocks_per_sample + blockIdx.y) * length;
 #pragma unroll 1
-  for (int entry = threadIdx.x, sum = 0, c = entry; entry < length; entry += kThreads<Source>, c += kThreads<Source>) {
+  for (int entry = threadIdx.x, sum = 0, c = entry; entry < length;
+       entry += kThreads<VoxelAccess>, c += kThreads<VoxelAccess>) {
     while (sum < kClassSumCount && c >= call.classes) c -= call.classes, ++sum;
-    const int row = sum * Source::kItems + c / Source::kLanes;
-    const int at = sum < kClassSumCount ? row * Source::kLanes + c % Source::kLanes : Sums::kWeight + c;
+    const int row = sum * VoxelAccess::kItems + c / VoxelAccess::kLanes;
+    const int at = sum < kClassSumCount ? row * VoxelAccess::kLanes + c % VoxelAccess::kLanes : Sums::kWeight + c;
     double total = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps<Source>; ++w) {
-      total += reinterpret_cast<const double*>(memory + w * call.shared_per_warp + call.source_bytes)[at];
+    for (int w = 0; w < kWarps<VoxelAccess>; ++w) {
+      total += reinterpret_cast<const double*>(memory + w * call.shared_per_warp + call.access_bytes)[at];
     }
     partials[entry] = total;
   }
 }
 
-template <class Source, class Activation, Loss kLoss>
-__global__ void __launch_bounds__(kThreads<Source>, kBlocks<Source>) GradKernel(const __grid_constant__ Call call) {
-  using R = typename Source::Number;
-  constexpr int kItems = Source::kItems;
-  constexpr bool kCrossEntropy = kLoss != Loss::kWithout;
-  constexpr bool kLossOfHeld = kCrossEntropy && (Activation::kBinary || !Source::kSingle);
+template <class VoxelAccess, class Activation, CrossEntropyMode kMode>
+__global__ void __launch_bounds__(kThreads<VoxelAccess>, kBlocks<VoxelAccess>)
+    GradKernel(const __grid_constant__ Call call) {
+  using R = typename VoxelAccess::Number;
+  constexpr int kItems = VoxelAccess::kItems;
+  constexpr bool kCrossEntropy = kMode != CrossEntropyMode::kWithout;
+  constexpr bool kCrossEntropyOfHeld = kCrossEntropy && (Activation::kBinary || !VoxelAccess::kSingle);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarp, 0);  // the compiler sees that lanes agree
   const int64_t sample = blockIdx.x;
   const auto of_sample = [&](Sum sum) {
     return call.d_sums[sum] ? static_cast<const R*>(call.d_sums[sum]) + sample * call.classes : nullptr;
   };
 
-  Source source(call, sample, SharedMemory() + warp * call.shared_per_warp);
+  VoxelAccess access(call, sample, SharedMemory() + warp * call.shared_per_warp);
   const R *const d_intersection = of_sample(Sum::kIntersection), *const d_pred_sum = of_sample(Sum::kPredSum),
-                 *const d_loss = of_sample(Sum::kCrossEntropy);
-  R a[Source::kSingle ? 1 : kItems], b[kItems], e[kLossOfHeld ? kItems : 1];  // of the classes held
+                 *const d_cross_entropy = of_sample(Sum::kCrossEntropy);
+  R a[VoxelAccess::kSingle ? 1 : kItems], b[kItems], e[kCrossEntropyOfHeld ? kItems : 1];  // of the classes held
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    const int c = Dealt<kItems, Source::kLanes>::Class(i);
+    const int c = StridedClasses<kItems, VoxelAccess::kLanes>::Class(i);
     const bool there = c < call.classes;
     b[i] = there ? d_pred_sum[c] : R(0);
-    if constexpr (!Source::kSingle) a[i] = there ? d_intersection[c] : R(0);
-    if constexpr (kLossOfHeld) e[i] = there && d_loss ? d_loss[c] : R(0);
+    if constexpr (!VoxelAccess::kSingle) a[i] = there ? d_intersection[c] : R(0);
+    if constexpr (kCrossEntropyOfHeld) e[i] = there && d_cross_entropy ? d_cross_entropy[c] : R(0);
   }
-  source.template Run<true>(
-      blockIdx.y * kWarps<Source> + warp, call.blocks_per_sample * kWarps<Source>,
+  access.template Run<true>(
+      blockIdx.y * kWarps<VoxelAccess> + warp, call.blocks_per_sample * kWarps<VoxelAccess>,
       [&](const auto& classes, R* z, const auto& label, R m, const Terms<R>& terms) {
-        R p[kItems], h[kLossOfHeld ? kItems : 1];
+        R p[kItems], h[kCrossEntropyOfHeld ? kItems : 1];
         // z is read for the last time before the gradient takes its place
-        VoxelGrad<Activation, kCrossEntropy>(classes, z, p, h, z, label, m, Settled<kLoss>(terms),
-                                             Source::kSingle ? d_intersection : a, b, kLossOfHeld ? e : d_loss);
+        VoxelGrad<Activation, kCrossEntropy>(classes, z, p, h, z, label, m, WithMode<kMode>(terms),
+                                             VoxelAccess::kSingle ? d_intersection : a, b,
+                                             kCrossEntropyOfHeld ? e : d_cross_entropy);
       },
       [](int, bool) {});
 }
@@ -234,12 +240,12 @@ __global__ void __launch_bounds__(kThreads<Source>, kBlocks<Source>) GradKernel(
 
 // Lanes of a warp that read the same bank of shared memory at once, where each reads one element of a
 // row that starts `row` bytes after its neighbour's.
-template <class Source>
+template <class VoxelAccess>
 int BankConflicts(int row) {
-  constexpr int kElement = sizeof(typename Source::Storage);
+  constexpr int kElement = sizeof(typename VoxelAccess::Storage);
   int words[kWarp], conflicts = 0;
   for (int lane = 0; lane < kWarp; ++lane) {
-    words[lane] = (lane / Source::kLanes * row + lane % Source::kLanes * kElement) / 4;
+    words[lane] = (lane / VoxelAccess::kLanes * row + lane % VoxelAccess::kLanes * kElement) / 4;
   }
   for (int bank = 0; bank < kWarp; ++bank) {
     int different = 0;
@@ -251,31 +257,31 @@ int BankConflicts(int row) {
   return conflicts;
 }
 
-template <class Source, class Activation, Loss kWish = Loss::kAsked>
+template <class VoxelAccess, class Activation, CrossEntropyMode kRequested = CrossEntropyMode::kAtRunTime>
 Variant VariantOf(const Problem& problem, bool grad) {
-  constexpr Loss kLoss = Activation::kHard                      ? Loss::kWithout
-                         : Source::kSingle || Source::kWeighted ? Loss::kAsked
-                                                                : kWish;
-  constexpr int kElement = sizeof(typename Source::Storage);
+  constexpr CrossEntropyMode kMode = Activation::kHard                                ? CrossEntropyMode::kWithout
+                                     : VoxelAccess::kSingle || VoxelAccess::kWeighted ? CrossEntropyMode::kAtRunTime
+                                                                                      : kRequested;
+  constexpr int kElement = sizeof(typename VoxelAccess::Storage);
   const int classes = static_cast<int>(problem.classes), row = classes * kElement;
   Variant variant;
-  variant.warps = kWarps<Source>;
-  variant.tile = Source::kTile;
+  variant.warps = kWarps<VoxelAccess>;
+  variant.tile = VoxelAccess::kTile;
   const auto magic = [](int parts) { return (1u << 20) / parts + 1; };
-  if (Source::kWeighted) {
+  if (VoxelAccess::kWeighted) {
     variant.row_magic = magic(classes);
-  } else if (Source::kLanes > 1 && row % 16 == 0) {
+  } else if (VoxelAccess::kLanes > 1 && row % 16 == 0) {
     variant.row_magic = magic(row / 16);
-    if (BankConflicts<Source>(row + 16) < BankConflicts<Source>(row)) variant.row_padding = 16;
+    if (BankConflicts<VoxelAccess>(row + 16) < BankConflicts<VoxelAccess>(row)) variant.row_padding = 16;
   }
-  variant.source_bytes = Source::Bytes(classes, variant.row_padding);
-  variant.shared_per_warp = variant.source_bytes;
+  variant.access_bytes = VoxelAccess::Bytes(classes, variant.row_padding);
+  variant.shared_per_warp = variant.access_bytes;
   if constexpr (!Activation::kHard) {
-    if (grad) variant.kernel = GradKernel<Source, Activation, kLoss>;
+    if (grad) variant.kernel = GradKernel<VoxelAccess, Activation, kMode>;
   }
   if (!grad) {
-    variant.kernel = SumsKernel<Source, Activation, kLoss>;
-    using Sums = Accumulators<Source, Activation, kLoss != Loss::kWithout>;
+    variant.kernel = SumsKernel<VoxelAccess, Activation, kMode>;
+    using Sums = Accumulators<VoxelAccess, Activation, kMode != CrossEntropyMode::kWithout>;
     variant.shared_per_warp += Sums::Bytes(problem.options.cross_entropy);
   }
   return variant;

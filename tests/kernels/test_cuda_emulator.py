@@ -138,49 +138,49 @@ def find_in_the_emulators_kernels(bug, folder):
 
 KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that sees it
     "staged: no wait for the other lanes' copies": (
-        "source.h",
+        "staged.h",
         "      __syncwarp();  // all lanes' copies are there, and no lane is at the stage before\n",
         "",
         "thread",
     ),
     "staged: one copy too many left on its way": (
-        "source.h",
+        "staged.h",
         "WaitForCopies<kStages - 2>();",
         "WaitForCopies<kStages - 1>();",
         "plain",
     ),
     "staged: the next tile over the one in use": (
-        "source.h",
+        "staged.h",
         "stage == 0 ? kStages - 1 : stage - 1);",
         "stage);",
         "plain",
     ),
     "staged: computed before it is there": (
-        "source.h",
+        "staged.h",
         "      if (t >= first) {",
         "      if (t >= first - step) {",
         "plain",
     ),
     "staged: labels after the last": (
-        "source.h",
+        "staged.h",
         "? Voxels(tile) - Lane() : 0;",
         "? kTile - Lane() : 0;",
         "address",
     ),
     "staged: stored before it is computed": (
-        "source.h",
+        "staged.h",
         "        __syncwarp();  // the whole tile is computed\n",
         "",
         "thread",
     ),
     "staged: the last tile taken for a full one": (
-        "source.h",
+        "staged.h",
         "const int elements = Voxels(tile) * classes(),",
         "const int elements = kTile * classes(),",
         "address",
     ),
     "staged: old memory where no voxel is": (
-        "source.h",
+        "staged.h",
         "reinterpret_cast<Word<T>*>(memory_)[w] = Word<T>{};",
         "",
         "plain",
@@ -198,7 +198,7 @@ KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that
         "plain",
     ),
     "direct: the last tile taken for a full one": (
-        "source.h",
+        "direct.h",
         "if (tile < call_.tiles - 1 || call_.last_voxels == kTile) {",
         "if (tile < call_.tiles) {",
         "address",
@@ -210,7 +210,7 @@ KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that
         "address",
     ),
     "direct: a gradient stored one word further": (
-        "source.h",
+        "direct.h",
         "StoreStreaming<T>(d_logits + first +",
         "StoreStreaming<T>(d_logits + 1 + first +",
         "address",
@@ -222,21 +222,21 @@ KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that
         "plain",
     ),
     "general: a tile overwritten while others read it": (
-        "source.h",
+        "general.h",
         "      __syncwarp();  // no lane is at the tile before any more\n",
         "",
         "thread",
     ),
     "general: labels of voxels without weight": (
-        "source.h",
+        "general.h",
         "if (m != R(0)) *index",
         "*index",
         "plain",
     ),
     "general: regions of a voxel without label": (
-        "source.h",
-        "call_.region_labels && index >= 0 ? call_.regions[index] : 0",
-        "call_.region_labels ? call_.regions[index] : 0",
+        "general.h",
+        "has_regions && index >= 0 ? call_.options.regions.classes_of[index] : 0",
+        "has_regions ? call_.options.regions.classes_of[index] : 0",
         "address",
     ),
     "scores: every class of a tie": (
@@ -277,12 +277,12 @@ KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that
     ),
     "sums: bins of too few classes": (
         "kernels.h",
-        "kLossBins && cross_entropy ? 3 : 2;",
-        "kLossBins && cross_entropy ? 2 : 2;",
+        "kCrossEntropyBins && cross_entropy ? 3 : 2;",
+        "kCrossEntropyBins && cross_entropy ? 2 : 2;",
         "address",
     ),
     "sums: a class beyond the last": (
-        "source.h",
+        "staged.h",
         "const bool held = label < static_cast<uint32_t>(classes()) &&",
         "const bool held = ++label < static_cast<uint32_t>(classes()) &&",
         "plain",
@@ -296,8 +296,8 @@ KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that
     ),
     "sums: a block's row written to another's": (
         "kernels.h",
-        "* call.blocks_per_sample + blockIdx.y) * width;",
-        "* call.blocks_per_sample + blockIdx.y + 1) * width;",
+        "* call.blocks_per_sample + blockIdx.y) * length;",
+        "* call.blocks_per_sample + blockIdx.y + 1) * length;",
         "address",
     ),
 }

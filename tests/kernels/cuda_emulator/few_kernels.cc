@@ -4,11 +4,11 @@
 namespace dice_op {
 namespace {
 
-template <class Source, class Activation = Softmax>
+template <class VoxelAccess, class Activation = Softmax>
 cuda::Variant Of(const Problem& problem, const void* d_logits) {
   const bool grad = d_logits != nullptr;
-  return problem.options.cross_entropy ? VariantOf<Source, Activation, Loss::kWith>(problem, grad)
-                                       : VariantOf<Source, Activation, Loss::kWithout>(problem, grad);
+  return problem.options.cross_entropy ? VariantOf<VoxelAccess, Activation, CrossEntropyMode::kWith>(problem, grad)
+                                       : VariantOf<VoxelAccess, Activation, CrossEntropyMode::kWithout>(problem, grad);
 }
 
 }  // namespace

@@ -1,0 +1,109 @@
+// Voxels from memory to registers and back: few classes, which fill 16-byte words evenly.
+#pragma once
+
+#include "cuda/voxel_access.h"
+
+namespace dice_op {
+namespace {
+
+// A unit is what a thread takes at once: the kVoxels voxels in one 16-byte word, or in one word of each
+// class's plane. Words must be aligned.
+template <class T, int kCount, bool kPlanar>
+class Direct {
+ public:
+  using Number = float;
+  using Storage = T;  // of a tile
+  using Classes = AllClasses<kCount>;
+  using Label = IndexLabel<int>;
+  static constexpr int kItems = kCount, kLanes = 1;
+  static constexpr int kPerWord = 16 / sizeof(T);
+  static constexpr int kWords = kPlanar ? kCount : 1;
+  static constexpr int kVoxels = kPlanar ? kPerWord : kPerWord / kCount;
+  static constexpr int kUnits = kWords == 1 && kVoxels < 8 ? 2 : 1;  // so that threads wait for 32 bytes or more
+  static constexpr int kTile = kWarp * kUnits * kVoxels;
+  static constexpr int Bytes(int, int) { return 0; }
+  static constexpr bool kSingle = false, kWeighted = false;
+  static constexpr int kRegisters =
+      sizeof(T) == 4 ? (kPlanar ? 80 : 64) : (kPlanar ? 128 : 80);  // of a thread, at most
+
+  DICE_OP_DEVICE Direct(const Call& call, int64_t sample, char*)
+      : call_(call), offset_(sample * call.voxels * kCount), voxel_offset_(sample * call.voxels) {}
+  DICE_OP_DEVICE bool bad() const { return largest_ >= static_cast<uint32_t>(call_.label_limit); }
+
+  template <bool kStore, class Voxel, class Done>
+  DICE_OP_DEVICE void Run(int first, int step, Voxel&& voxel, Done&& done) {
+    for (int t = first; t < call_.tiles; t += step) {
+      const int tile = kStore ? call_.tiles - 1 - t : t;
+      if (tile < call_.tiles - 1 || call_.last_voxels == kTile) {
+        Units<kStore>(tile * static_cast<int64_t>(kTile / kVoxels) + Lane(), voxel);
+      } else {
+        for (int64_t v = tile * static_cast<int64_t>(kTile) + Lane(); v < call_.voxels; v += kWarp) {
+          One<kStore>(v, voxel);
+        }
+      }
+      done(kUnits * kVoxels, t + step >= call_.tiles);
+    }
+  }
+
+ private:
+  template <bool kStore, class Voxel>
+  DICE_OP_DEVICE void Units(int64_t first, Voxel&& voxel) {
+    const auto* logits = reinterpret_cast<const Word<T>*>(static_cast<const T*>(call_.logits) + offset_);
+    auto* d_logits = reinterpret_cast<Word<T>*>(static_cast<T*>(call_.d_logits) + offset_);
+    const int64_t plane = call_.voxels / kPerWord;  // if planar
+    Word<T> words[kUnits][kWords];
+    uint32_t labels[kUnits][kVoxels];
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) words[u][w] = logits[first + u * kWarp + w * plane];
+    }
+    constexpr int kStride = kWarp * kVoxels;
+    ReadLabels<kVoxels, kUnits>(call_, voxel_offset_ + first * kVoxels, kStride, kUnits * kStride, labels, &largest_);
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+      for (int v = 0; v < kVoxels; ++v) {
+        float z[kCount];
+#pragma unroll
+        for (int c = 0; c < kCount; ++c) z[c] = Read<float>(Element(words[u], v, c));
+        voxel(Classes{}, z, LabelOf(labels[u][v]), 1.0f, PlainTerms<float>(call_.terms.cross_entropy));
+        if constexpr (kStore) {
+#pragma unroll
+          for (int c = 0; c < kCount; ++c) Element(words[u], v, c) = Write<T>(z[c]);
+        }
+      }
+      if constexpr (kStore) {
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) StoreStreaming<T>(d_logits + first + u * kWarp + w * plane, words[u][w]);
+      }
+    }
+  }
+  DICE_OP_DEVICE static T& Element(Word<T>* words, int voxel, int c) {
+    return kPlanar ? words[c].elements[voxel] : words[0].elements[voxel * kCount + c];
+  }
+
+  // The only class of a mask is the label 1.
+  DICE_OP_DEVICE static Label LabelOf(uint32_t label) { return {static_cast<int>(label - (kCount == 1 ? 1 : 0))}; }
+
+  // A voxel of the last tile, which is not full.
+  template <bool kStore, class Voxel>
+  DICE_OP_DEVICE void One(int64_t v, Voxel&& voxel) {
+    const auto at = [&](int c) { return offset_ + (kPlanar ? c * call_.voxels + v : v * kCount + c); };
+    float z[kCount];
+    uint32_t label[1][1];
+    ReadLabels<1, 1>(call_, voxel_offset_ + v, 1, 1, label, &largest_);
+    for (int c = 0; c < kCount; ++c) z[c] = Read<float>(static_cast<const T*>(call_.logits)[at(c)]);
+    voxel(Classes{}, z, LabelOf(label[0][0]), 1.0f, PlainTerms<float>(call_.terms.cross_entropy));
+    if constexpr (kStore) {
+      for (int c = 0; c < kCount; ++c) static_cast<T*>(call_.d_logits)[at(c)] = Write<T>(z[c]);
+    }
+  }
+
+  const Call& call_;
+  const int64_t offset_, voxel_offset_;
+  uint32_t largest_ = 0;
+};
+
+}  // namespace
+}  // namespace dice_op
