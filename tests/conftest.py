@@ -4,7 +4,8 @@ import textwrap
 
 import pytest
 
-pytest.register_assert_rewrite("helpers")  # so that a failure in there shows the values
+# An assertion in there then shows its values when it fails.
+pytest.register_assert_rewrite("helpers")
 from helpers.processes import output_of  # noqa: E402
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -13,7 +14,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 @pytest.fixture(scope="session")
 def run_python():
-    """Runs code in a Python process of its own and returns what it prints; fails if it does."""
+    """Runs code in a Python process of its own. Returns what it prints; fails if the code fails."""
 
     def run(code, *arguments, **environment):
         command = [sys.executable, "-c", textwrap.dedent(code), *arguments]

@@ -1,4 +1,4 @@
-"""The record that `make bench` left, what is written from it, and the measuring itself in small."""
+"""What is written from the record that `make bench` left is true to it. And measuring, in small."""
 
 import json
 import re
@@ -46,7 +46,7 @@ class SteadyMachine:
 
 
 class SharedMachine:
-    """One that somebody else uses: of `paces`, one is told after the other."""
+    """A machine that somebody else uses as well: it tells one of `paces` after the other."""
 
     def __init__(self, *paces):
         self.paces = list(paces)
@@ -61,10 +61,10 @@ class SharedMachine:
 @pytest.mark.parametrize(
     "paces, attempt, pace",
     [
-        ((1, 1.05), 1, 1.05),  # quiet before and after
-        ((2, 2, 1, 1), 1, 1),  # waits for a quiet moment
-        ((1, 2, 1.02, 1.04), 2, 1.04),  # disturbed while it measured: again
-        ((2, 3, 1.5, 1.6, 3), 2, 1.6),  # never quiet: the best there was
+        ((1, 1.05), 1, 1.05),  # The machine is quiet before and after.
+        ((2, 2, 1, 1), 1, 1),  # It waits for a quiet moment.
+        ((1, 2, 1.02, 1.04), 2, 1.04),  # It is disturbed while it measures, and measures again.
+        ((2, 3, 1.5, 1.6, 3), 2, 1.6),  # It is never quiet: the best attempt is taken.
     ],
 )
 def test_a_disturbed_measurement_is_repeated(paces, attempt, pace, monkeypatch):

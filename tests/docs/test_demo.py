@@ -1,4 +1,4 @@
-"""`make demo` in small: every part of it runs, a few steps each, and writes what it promises."""
+"""`make demo` in small: every part of it runs for a few steps and writes what it promises."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The code in docs/mathematics.md."""
+"""The code in docs/mathematics.md is run, and gives what the page says."""
 
 import re
 
@@ -12,7 +12,7 @@ from helpers.paths import DOCS
 def test_the_code_that_averages_scores_gives_what_the_metric_gives():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, (3, 6, 5)).astype(np.uint8)
-    labels[0][labels[0] == 3] = 0  # predicted, but not labelled
+    labels[0][labels[0] == 3] = 0  # The class is predicted there, but not labelled.
     prediction = rng.integers(0, 4, (3, 6, 5))
     metric = DiceScore()
     metric.update_state(labels, np.eye(4, dtype=np.float32)[prediction])

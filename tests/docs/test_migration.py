@@ -1,11 +1,11 @@
-"""docs/migration.md, row by row: the code that stands there against what it stands for.
+"""docs/migration.md, row by row: our code on that page computes what the other library computes.
 
-A row's second cell is run as it is written (`written`), and its value and gradient are held to
-MONAI or Keras, or to the published formula (tests/helpers/peers.py), in double precision on the
-very logits that ours get. A row that says "differs" is run as well: what it says of the difference.
+A row's second cell is run as it is written (`written`). Its value and gradient are compared with
+those of MONAI or Keras, or with the published formula (tests/helpers/peers.py), in double precision
+on the very logits that ours get. Where a row says "differs", the tests show that the two differ,
+and how.
 
-The last tests look whether any row has no test. The others need MONAI and PyTorch: `make
-test-full`.
+The last tests look for rows that have no test. The others need MONAI and PyTorch: `make test-full`.
 """
 
 import ast
@@ -53,11 +53,11 @@ if HAS_PEERS:
     from benchmarks import stability
 
 PAGE = DOCS / "migration.md"
-TESTS_OF_ROWS = {}  # row: names of the tests that run it; `runs` fills it
+TESTS_OF_ROWS = {}  # {row: the names of the tests that run it}, filled by `runs`
 
 
 class Row(typing.NamedTuple):
-    """How a row of the page is found: the heading above it, and its first cell."""
+    """A row of the page, found by the heading above it and by its first cell."""
 
     heading: str
     cell: str
@@ -65,7 +65,7 @@ class Row(typing.NamedTuple):
 
 @functools.cache
 def rows_of_page():
-    """{Row: its other cells}, of all tables of the page."""
+    """{Row: its other cells} for the rows of all tables of the page."""
     rows, heading, last = {}, "", None
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
@@ -95,7 +95,7 @@ in_monai, in_nnunet, in_keras, in_sm, in_smp, in_mri, in_kornia = (
 
 
 def runs(*rows):
-    """Says which rows of the page a test runs; it needs MONAI and PyTorch."""
+    """Says which rows of the page a test runs, and that it needs MONAI and PyTorch."""
 
     def decorate(test):
         for row in rows:
@@ -111,7 +111,7 @@ def written(row, template="{}", **names):
     """What the page's own code in a row's second cell builds.
 
     Args:
-      template: what the code is filled into, piece by piece: "DiceLoss({}, batch=True)".
+      template: what the pieces of code are filled into, as in "DiceLoss({}, batch=True)".
       names: the values of the names that the code leaves open.
     """
     pieces = re.findall("`([^`]+)`", rows_of_page()[row][0])
@@ -124,13 +124,14 @@ def changed(loss, **options):
 
 
 class Case(typing.NamedTuple):
-    """A form of a row that says: equal. `template` and `names` are those of `written`."""
+    """One way to write a row that is marked as equal. `template` and `names` are those of
+    `written`."""
 
     template: str
     theirs: typing.Callable  # (x, y): value and gradient
     names: dict = {}
     classes: int = CLASSES
-    channels: int | None = None  # of the logits, where they are fewer than the label values
+    channels: int | None = None  # of the logits, where there are fewer than label values
     ignored: int | None = None  # the label of voxels that do not count
 
 
@@ -139,13 +140,13 @@ def by_torch(formula, **arguments):
 
 
 def by_nnunet(formula, **arguments):
-    """The page's nnU-Net tables are for 1 - dice, of which nnU-Net has -dice."""
+    """nnU-Net's loss holds -dice where ours, and the page's tables, hold 1 - dice."""
     weight = arguments.get("weight_dice", 1)
     return by_torch(lambda x, y: weight + formula(x, y, **arguments))
 
 
 def by_monai(name, **arguments):
-    """MONAI's loss of class indices, of one class: of a mask."""
+    """MONAI's loss of class indices; where there is one class, of a mask."""
 
     def loss(x, y):
         options = dict(arguments)
@@ -168,7 +169,7 @@ def by_keras(loss, activation=tf.nn.softmax):
 
 
 def cross_entropy_and_dice(y, x):
-    """Keras' cross-entropy plus Dice as in docs/mathematics.md."""
+    """The sum of Keras' cross-entropy and of Dice as docs/mathematics.md defines it."""
     cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True, dtype="float64")
     p, t = tf.nn.softmax(x), tf.one_hot(y, x.shape[-1], dtype=x.dtype)
     i, p, t = (tf.reduce_sum(v, list(range(1, x.shape.rank - 1))) for v in (p * t, p, t))
@@ -176,8 +177,9 @@ def cross_entropy_and_dice(y, x):
 
 
 BOTH = (False, True)
-W3 = [3.0, 0.5, 2.0]  # without background
-AS_SMP = 'DiceLoss(batch=True, absent="one", smooth_nr=0, smooth_dr=0, {})'  # its first row's
+W3 = [3.0, 0.5, 2.0]  # The weights of the classes but the background.
+# as in the first row of its table
+AS_SMP = 'DiceLoss(batch=True, absent="one", smooth_nr=0, smooth_dr=0, {})'
 AS_NNUNET = "DiceCELoss(batch={batch}, include_background=False, {{}})"
 EQUAL = {
     "MONAI 1.6": {
@@ -321,7 +323,7 @@ EQUAL = {
             Case("{}", by_keras(keras_tversky(a, b)), {"a": a, "b": b})
             for a, b in ((0.5, 0.5), (0.2, 0.8), (1.5, 0.1))
         ]
-        + [  # of a softmax FP and FN are equal, all classes added up
+        + [  # With a softmax FP and FN are equal once all classes are added up.
             Case(
                 '{0}.from_config({0}.get_config() | dict(activation="sigmoid"))',
                 by_keras(keras_tversky(a, b), tf.nn.sigmoid),
@@ -461,7 +463,7 @@ TOLERANCES = {
 
 
 def in_setting(loss, x, y, labels, data_format, channel):
-    """Value, and gradient as float64 with the channels last, of logits `[N, spatial..., C]`."""
+    """A loss's value, and its gradient as float64 with the channels last, as they are in x."""
     first = data_format == "channels_first"
     loss = changed(loss, data_format=data_format)
     if channel:
@@ -474,7 +476,7 @@ def in_setting(loss, x, y, labels, data_format, channel):
 
 
 def with_ignored(y, label, share=0.3):
-    """Labels of which some are `label`, the first voxel of a sample never."""
+    """Labels of which some are replaced by `label`, but never the first voxel of a sample."""
     hit = np.random.default_rng(9).random(y.shape) < share
     hit.reshape(len(y), -1)[:, 0] = False
     return np.where(hit, label, y)
@@ -482,7 +484,8 @@ def with_ignored(y, label, share=0.3):
 
 @pytest.fixture(autouse=True)
 def operation_by_operation():
-    """A loss's formula is not compiled, which would take longer than the one call of a test."""
+    """Losses run operation by operation: compiling takes longer than the one call that a test
+    makes."""
     tf.config.run_functions_eagerly(True)
     yield
     tf.config.run_functions_eagerly(False)
@@ -514,11 +517,12 @@ def test_rows_marked_as_equal_are_equal(form, volume_name):
 # --- rows that need a test of their own -----------------------------------------------------------
 
 SOME = ("random", "two dimensions", "absent class")
-THREE = ("{0}", "{1}", "{2}")  # of a row's pieces of code: ours, and two that add up to theirs
+# A row's pieces of code: our loss, and two losses that add up to theirs.
+THREE = ("{0}", "{1}", "{2}")
 
 
 def assert_differ(ours, theirs):
-    """In value and gradient, by far more than rounding."""
+    """Value and gradient differ by far more than rounding."""
     (value, gradient), (expected, expected_gradient) = ours, theirs
     assert abs(value - expected) > 1e-3 * abs(expected)
     distance = np.linalg.norm(gradient - expected_gradient)
@@ -526,7 +530,7 @@ def assert_differ(ours, theirs):
 
 
 def total(*parts):
-    """The sum of losses."""
+    """The loss that is the sum of several losses."""
     return lambda y, x: sum(part(y, x) for part in parts)
 
 
@@ -535,7 +539,7 @@ def sums_of(p, t, mask=1):
 
 
 def a_mask(y):
-    """Which voxels count, `[N, spatial...]`, the first of each sample always."""
+    """Which voxels count, `[N, spatial...]`; the first voxel of each sample always does."""
     return with_ignored(y, -1, 0.4) != -1
 
 
@@ -585,7 +589,7 @@ def test_monai_masked_dice_of_one_hot_labels_is_equal(batch, activation, volume_
 @pytest.mark.parametrize("batch", [False, True])
 @runs(in_monai("`MaskedDiceLoss(softmax=True, to_onehot_y=True)`"))
 def test_monai_masked_dice_of_class_indices_differs(batch, volume_name):
-    """Its masked voxels are background, T of class 0 grows by their number."""
+    """MONAI takes masked voxels for background: T of class 0 grows by their number."""
     x, y = volume(volume_name)
     mask = a_mask(y)
     counted = torch.tensor(mask[:, None])
@@ -633,7 +637,7 @@ def test_monai_cross_entropy_beside_a_sigmoid_differs(batch, volume_name):
 
 
 def weighted_cross_entropy(x, y, weight):
-    """Of each voxel, and its weight; `[N, spatial...]` both."""
+    """The cross-entropy of each voxel, and each voxel's weight; both are `[N, spatial...]`."""
     w = torch.tensor(weight, dtype=x.dtype)
     each = torch.nn.functional.cross_entropy(x, y[:, 0], weight=w, reduction="none")
     return each, w[y[:, 0]]
@@ -643,12 +647,13 @@ def weighted_cross_entropy(x, y, weight):
 @pytest.mark.parametrize("background", [False, True])
 @runs(in_monai("`DiceCELoss(weight=w)` of class indices (`to_onehot_y=True`)"))
 def test_monai_weights_of_single_samples_differ(background, volume_name):
-    """Its cross-entropy is of the batch even where its Dice is of each sample."""
+    """MONAI's cross-entropy is that of the batch even where its Dice is that of each sample."""
     x, y = volume(volume_name)
     row = in_monai("`DiceCELoss(weight=w)` of class indices (`to_onehot_y=True`)")
     w = W if background else [0.0] + W3
     ours, dice, cross_entropy = (written(row, c, w=W) for c in THREE)
-    if not background:  # Dice has no weight for class 0 then, and the mean is over the others
+    # Without background Dice has no weight for class 0, and its mean is over the other classes.
+    if not background:
         of_dice = {"class_weight": [v / 3 for v in W3], "include_background": False}
         ours = changed(ours, ce_class_weight=w, **of_dice)
         dice, cross_entropy = changed(dice, **of_dice), changed(cross_entropy, ce_class_weight=w)
@@ -665,7 +670,8 @@ def test_monai_weights_of_single_samples_differ(background, volume_name):
         losses = losses[:, first:] * torch.tensor(w[first:], dtype=x.dtype)
         return losses.mean() + of_samples.mean()
 
-    y[0][np.random.default_rng(2).random(y[0].shape) < 0.8] = 3  # mostly in the first sample
+    # This class is mostly in the first sample.
+    y[0][np.random.default_rng(2).random(y[0].shape) < 0.8] = 3
     theirs = by_monai("DiceCELoss", softmax=True, **options)(x, y)
     assert_differ(of_ours(ours, x, y), theirs)
     assert_conforms(of_ours(ours, x, y), of_torch(by_formula, x, y))
@@ -676,7 +682,11 @@ def test_monai_weights_of_single_samples_differ(background, volume_name):
 @pytest.mark.parametrize("batch", [False, True])
 @runs(in_monai("`DiceCELoss(weight=w)` of one-hot labels"))
 def test_monai_weights_of_one_hot_labels_differ(batch, volume_name):
-    """PyTorch divides by the voxels there; here class indices and one-hot labels are the same."""
+    """For one-hot labels PyTorch divides by the number of voxels, for class indices by their
+    weights.
+
+    Ours gives the same for both kinds of labels.
+    """
     x, y = volume(volume_name)
     row = in_monai("`DiceCELoss(weight=w, batch=True)` of class indices (`to_onehot_y=True`)")
     ours = changed(written(row, w=W), batch=batch)
@@ -721,7 +731,8 @@ def test_monai_focal_loss_beside_a_softmax_differs(batch, volume_name):
 @pytest.mark.parametrize("batch", [False, True])
 @runs(in_monai("`DiceFocalLoss(sigmoid=True, include_background=False)`"))
 def test_monai_focal_loss_without_background_is_equal(batch, volume_name):
-    """Without the row's weights all classes are in the focal term."""
+    """MONAI leaves the background out of the focal term as well; ours needs the row's weights for
+    it."""
     x, y = volume(volume_name)
     row = in_monai("`DiceFocalLoss(sigmoid=True, include_background=False)`")
     ours = changed(written(row, C=CLASSES), batch=batch)
@@ -752,7 +763,7 @@ def our_score(score, x, y):
 @pytest.mark.parametrize("background", [False, True])
 @runs(in_monai("`DiceMetric(ignore_empty=True)`"))
 def test_monai_metric_differs_where_classes_are_absent(background):
-    x, y = volume("absent class")  # sample 0 is all background, and nobody has class 3
+    x, y = volume("absent class")  # Sample 0 is all background, and no sample has class 3.
     y[1][y[1] == 2] = 1
     mean, each = (
         changed(
@@ -786,7 +797,8 @@ def test_monai_metric_that_counts_empty_labels_is_equal(background, volume_name)
     in_nnunet("`DC_and_BCE_loss(use_ignore_label=True)` with `batch_dice=False`"),
 )
 def test_nnunet_ignored_voxels_of_single_samples_differ(volume_name, label):
-    """Its cross-entropy is the mean over the batch's voxels, ours that of the samples' means."""
+    """nnU-Net's cross-entropy is the mean over the batch's voxels, ours the mean of the samples'
+    means."""
     x, y = volume(volume_name)
     y[0] = with_ignored(y, label, 0.7)[0]
     row = in_nnunet("`ignore_label=k` with `batch_dice=False`")
@@ -818,7 +830,7 @@ def test_nnunet_ignored_voxels_of_single_samples_differ(volume_name, label):
 
 @runs()
 def test_nnunet_adds_the_cross_entropy_of_regions_up_where_a_label_is_ignored():
-    """With a label that no voxel has: its cross-entropy is C times what it is without one."""
+    """It does so even for a label that no voxel has: its cross-entropy is then C times as large."""
     x, y = volume("random")
     x = x[..., : len(REGIONS)]
     dice = written(in_nnunet("`DC_and_BCE_loss`, region-based training"), batch_dice=True)
@@ -832,9 +844,10 @@ def test_nnunet_adds_the_cross_entropy_of_regions_up_where_a_label_is_ignored():
 @pytest.mark.parametrize("batch_size", [2, 4])
 @runs(in_nnunet("batch Dice gathered over GPUs (`AllGatherGrad`)"))
 def test_nnunet_batch_dice_of_two_gpus_is_that_of_the_whole_batch(batch_size, ignored):
-    """Two halves of a batch as two GPUs: Dice of all, the mean of the two cross-entropies.
+    """Two halves of a batch stand for two GPUs. nnU-Net takes the Dice of all samples, and the mean
+    of the two cross-entropies.
 
-    That a strategy's replicas are one batch is tests/losses/test_distribute.py's.
+    tests/losses/test_distribute.py shows that the replicas of a strategy are one batch.
     """
     x, y = (np.tile(v, (2,) + (1,) * (v.ndim - 1))[:batch_size] for v in volume("random"))
     x = x + np.random.default_rng(3).normal(size=x.shape).astype(np.float32)
@@ -878,7 +891,8 @@ def test_keras_losses_are_1_where_labels_and_probabilities_are_0(shape, dtype):
 @pytest.mark.parametrize("batch", [False, True])
 @runs(in_sm("`class_weights=w`"))
 def test_class_weights_of_segmentation_models_add_a_constant(batch, volume_name):
-    """Of another mean than 1: ours is larger by that mean minus 1, and the gradient the same."""
+    """Where the mean of the weights is not 1, ours is larger by that mean minus 1; the gradients
+    agree."""
     x, y = volume(volume_name)
     ours = written(in_sm("`class_weights=w`"), "DiceLoss({}, batch=batch)", w=W, batch=batch)
     value, gradient = by_torch(sm_loss, weights=W, per_image=not batch)(x, y)
@@ -919,7 +933,8 @@ OF_PROBABILITIES = {
 @pytest.mark.parametrize("name", OF_PROBABILITIES)
 @runs()
 def test_losses_of_probabilities_are_equal(name, volume_name):
-    """activation="none" for models that end in a softmax: the gradient is the probabilities'."""
+    """activation="none" is for models that end in a softmax; the gradient is that of the
+    probabilities."""
     row, theirs = OF_PROBABILITIES[name]
     x, y = volume(volume_name)
     p = tf.nn.softmax(x).numpy()
@@ -945,7 +960,7 @@ def test_smp_raises_smaller_scores_to_1e_7_before_the_logarithm(volume_name):
 @pytest.mark.parametrize("gamma", [0.75, 2, 3])
 @runs(in_smp('`TverskyLoss("multiclass", gamma=g)`'))
 def test_gamma_of_smp_differs(gamma, volume_name):
-    """It is the exponent of the mean, ours of each class's loss; of one class they are equal."""
+    """smp raises the mean to that power, ours each class's loss; of one class they are equal."""
     x, y = volume(volume_name)
     x[..., 1] += 4 * (y == 1)
     template = AS_SMP.replace("DiceLoss(", "TverskyLoss(alpha=0.3, beta=0.7, ")
@@ -970,10 +985,11 @@ def test_gamma_of_smp_differs(gamma, volume_name):
     in_kornia("`TverskyLoss(alpha=a, beta=b, eps=1e-8)`"),
 )
 def test_kornia_losses_are_what_a_calculation_by_hand_gives():
-    """Four pixels labelled 0, 0, 1, 1, each with p = 1/2, 1/4, 1/4: class 2 is absent.
+    """Four pixels are labelled 0, 0, 1, 1, and each has p = 1/2, 1/4, 1/4: class 2 is absent.
 
-    TP, FP, FN are 1, 1, 1 of class 0 and 1/2, 1/2, 3/2 of class 1. kornia 0.9 takes the mean of
-    these two; until 0.8 its Dice took that of all three, and its Tversky loss added them up first.
+    TP, FP, FN are 1, 1, 1 for class 0 and 1/2, 1/2, 3/2 for class 1. kornia 0.9 takes the mean over
+    these two classes. Until 0.8 its Dice took the mean over all three, and its Tversky loss added
+    the classes up first.
     """
     x = np.tile(np.log([0.5, 0.25, 0.25]), (1, 2, 2, 1)).astype(np.float32)
     y = np.array([[[0, 0], [1, 1]]])
@@ -997,7 +1013,8 @@ def test_kornia_losses_are_what_a_calculation_by_hand_gives():
 @pytest.mark.parametrize("ignored", [-1, 9, 2])
 @runs(in_kornia("`ignore_index=k`"))
 def test_a_sample_that_is_ignored_as_a_whole_is_1_in_kornia(ignored):
-    """Its mean over no class is 1, ours 0; where all classes are added up both are 1."""
+    """kornia's mean over no class is 1, ours is 0. Where all classes are added up, both losses are
+    1."""
     x, y = volume("random")
     y = with_ignored(y, ignored)
     y[1] = ignored
@@ -1016,7 +1033,8 @@ def test_a_sample_that_is_ignored_as_a_whole_is_1_in_kornia(ignored):
 @pytest.mark.parametrize("volume_name", SOME)
 @runs()
 def test_monai_unified_focal_loss_has_an_exponent_for_the_foreground_alone(volume_name, gamma):
-    """Its foreground is our loss with gamma = 1 - its gamma; its background has no exponent."""
+    """MONAI's loss of the foreground is ours with gamma = 1 - its gamma; the background has no
+    exponent."""
     x, y = volume(volume_name, 2)
     theirs = unified_focal_loss.AsymmetricFocalTverskyLoss(
         to_onehot_y=True, gamma=gamma, reduction="none"
@@ -1049,7 +1067,7 @@ STOPS = (
 @pytest.mark.parametrize("case", STOPS)
 @runs(*map(of_stability, STOPS))
 def test_the_numbers_about_where_the_others_stop_are_right(case):
-    """The row's numbers: the exact ones and ours to their last digit, the others' to 2 %."""
+    """The exact numbers of the row and ours hold to their last digit, those of others to 2 %."""
     exact, *cells = map(float, rows_of_page()[of_stability(case)])
     edge, kind, dtype, background = stability.CASES[case]
     x, y = stability.volume(edge, kind, dtype)
@@ -1068,7 +1086,7 @@ def test_the_numbers_about_where_the_others_stop_are_right(case):
 @pytest.mark.parametrize("size", SIZES)
 @runs(*map(of_stability, SIZES))
 def test_the_numbers_about_generalized_dice_of_large_volumes_are_right(size):
-    """Both classes have V / 2 voxels: MONAI's loss is 8 / V / (8 / V + 1e-5)."""
+    """Both classes have V / 2 voxels, so that MONAI's loss is 8 / V / (8 / V + 1e-5)."""
     ours, theirs = map(float, rows_of_page()[of_stability(size)])
     got = stability.generalized_dice(SIZES[size])
     np.testing.assert_allclose(got, (ours, theirs), atol=6e-4)
@@ -1091,7 +1109,7 @@ ELSEWHERE = {
 
 
 def test_every_row_has_a_test():
-    """Name a new row in `EQUAL`, or in `runs` of a test of its own, or in `ELSEWHERE`."""
+    """A new row must be named in `EQUAL`, or in the `runs` of a test, or in `ELSEWHERE`."""
     rows = {row for row, (ours, *_) in rows_of_page().items() if ours != "not here"}
     tested = set(TESTS_OF_ROWS) | set(ELSEWHERE)
     assert not rows - tested, "rows that no test runs"
@@ -1100,7 +1118,7 @@ def test_every_row_has_a_test():
 
 
 def test_marks_say_what_the_tests_show():
-    """The test of a row that says "differs" has that in its name, and shows the difference."""
+    """A row is marked "differs" if and only if the name of one of its tests says so."""
     for row, (ours, *others) in rows_of_page().items():
         if row.heading != "Where the others stop":
             tests = TESTS_OF_ROWS.get(row, []) + ELSEWHERE.get(row, [])

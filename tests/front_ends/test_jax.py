@@ -1,5 +1,8 @@
-"""XLA's handlers called from JAX: the proof that they need no TensorFlow, and so work on a GPU
-machine that has none. In a process without TensorFlow; `make test-full` installs JAX."""
+"""XLA's handlers are called from JAX, in a process without TensorFlow.
+
+This proves that they need no TensorFlow, and so work on a GPU machine that has none. `make
+test-full` installs JAX.
+"""
 
 import importlib.util
 
@@ -75,7 +78,7 @@ VALUES = """
 
 
 def test_jax_gives_the_same_bits_as_numpy(run_python):
-    """Those are held to the float64 reference by test_core."""
+    """kernels/test_core.py compares the bits on NumPy arrays with the float64 reference."""
     assert run_python(SETUP + VALUES).splitlines() == ["False"]
 
 

@@ -1,4 +1,5 @@
-"""The TensorFlow ops: gradients to second order, half types, memory, graphs, errors."""
+"""The TensorFlow ops: gradients to second order, half types, memory, graphs, errors, exact
+numbers."""
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def volume(shape, seed=0):
 
 
 def weighted_total(sums, seed=5):
-    """A scalar that depends on every sum with another coefficient."""
+    """A scalar that depends on every sum, on each with another coefficient."""
     rng = np.random.default_rng(seed)
     parts = [sums.intersection, sums.pred_sum, sums.label_sum, sums.cross_entropy]
     return tf.add_n(
@@ -50,7 +51,8 @@ def weighted_total(sums, seed=5):
 
 
 def assert_jacobians(function, arguments, tolerance):
-    """tf.test.compute_gradient, symbolic against numeric, relative to the largest entry."""
+    """tf.test.compute_gradient's symbolic and numeric derivatives agree, relative to the largest
+    entry."""
     delta = 1e-5 if arguments[0].dtype == tf.float64 else 1 / 1024
     symbolic, numeric = tf.test.compute_gradient(function, arguments, delta)
     for s, n in zip(symbolic, numeric, strict=True):
@@ -66,7 +68,7 @@ def assert_jacobians(function, arguments, tolerance):
 def test_first_and_second_order_gradients_agree_with_numeric_ones(
     activation, labels, data_format, dtype
 ):
-    """First and second order, of all sums at once. The tolerance is the numeric derivative's."""
+    """All sums are tested at once. The tolerance is the error of the numeric derivative."""
     x, y = make(labels, activation, data_format, dtype)
     tolerance = 5e-3 if dtype == "float32" else 1e-6
 
@@ -131,7 +133,8 @@ def test_weights_have_a_gradient_where_the_channels_of_one_hot_labels_are_unknow
 @pytest.mark.parametrize("labels", LABELS)
 @pytest.mark.parametrize("classes", [1, 2, 4])
 def test_composite_computes_what_the_kernels_compute(classes, labels, activation):
-    """composite.py backs the rare derivatives: it must be the function that the kernels compute."""
+    """composite.py computes the rare derivatives, so that it must be the same function as the
+    kernels."""
     same = {"with_cross_entropy": True, "focal_gamma": 0.0, "label_smoothing": 0.0}
     same = {**same, "squared_pred": False, "ignore_label": [], "regions": []}
 
@@ -177,7 +180,7 @@ def test_forward_mode_persistent_tapes_and_jacobians_work():
 
 
 def textbook_loss(x, y, dtype):
-    """What people write, in the logits' own type."""
+    """The loss as people write it, in the logits' own type."""
     p = tf.nn.softmax(x)
     t = tf.one_hot(y, x.shape[-1], dtype=dtype)
     axes = list(range(1, x.shape.rank - 1))
@@ -187,8 +190,9 @@ def textbook_loss(x, y, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_loss_and_gradient_are_as_exact_as_their_type_allows(dtype):
-    """float32: 1e-6 and 1e-5. Half types: at most twice the error that TensorFlow's own operations
-    make in the same type, which bounds both rounding of the logits' gradient and of the sums."""
+    """In float32 the errors are at most 1e-6 and 1e-5. In half types they are at most twice the
+    error that TensorFlow's own operations make in the same type, which bounds the rounding of the
+    logits' gradient and of the sums."""
     rng = np.random.default_rng(0)
     x = tf.constant(2 * rng.normal(size=(2, 12, 12, 12, 4)), dtype)
     y = tf.constant(rng.integers(0, 4, size=(2, 12, 12, 12)), tf.uint8)
@@ -213,7 +217,7 @@ def test_loss_and_gradient_are_as_exact_as_their_type_allows(dtype):
 
 
 def test_half_logits_work_where_sums_pass_65504():
-    """160^3 voxels: a sum in half would be infinite. The loss scale is Keras' initial one."""
+    """Over 160^3 voxels a sum in half would be infinite. The loss scale is Keras' initial one."""
     rng = np.random.default_rng(0)
     shape = (1, 160, 160, 160)
     y = rng.integers(0, 2, size=shape).astype(np.uint8)
@@ -232,14 +236,14 @@ def test_half_logits_work_where_sums_pass_65504():
     gradient = reference.flat(gradient.numpy().astype(np.float64)) / scale
     assert np.isfinite(gradient).all()
     assert reference.gradient_error(gradient, wanted) <= 1e-3
-    # the textbook's way, to show what this test is about
+    # The textbook's loss fails here, which shows what this test is about.
     assert not np.isfinite(float(textbook_loss(tf.constant(x), y, "float16"))) or (
         abs(float(textbook_loss(tf.constant(x), y, "float16")) - expected) > 0.1
     )
 
 
 def test_a_lesion_of_one_voxel_in_ten_million_has_the_right_gradient():
-    """The lesion's own gradient is there, and the right one."""
+    """The gradient at the lesion is not lost among that of all other voxels."""
     shape = (1, 216, 216, 216)
     y = np.zeros(shape, np.uint8)
     y[0, 100, 50, 7] = 1
@@ -265,7 +269,7 @@ def test_empty_masks_give_finite_losses_and_gradients():
         loss = dice_op.losses.DiceLoss(activation="sigmoid", smooth_nr=smooth, smooth_dr=smooth)
         value, gradient = value_and_gradient(lambda x, loss=loss: loss(empty, x), x)
         assert np.isfinite(float(value)) and np.isfinite(gradient).all()
-    assert float(value) < 1e-5  # nothing to find, nothing found
+    assert float(value) < 1e-5  # There is nothing to find, and nothing is found.
     exactly = dice_op.losses.DiceLoss(activation="none", smooth_nr=0, smooth_dr=0)
     value, gradient = value_and_gradient(lambda x: exactly(empty, x), tf.zeros((2, 6, 6, 1)))
     assert float(value) == 0 and not gradient.numpy().any()
@@ -282,7 +286,8 @@ def test_a_batch_of_no_samples_has_loss_0():
 
 
 def test_the_bits_are_the_same_at_any_number_of_threads(run_python):
-    """Through TensorFlow's pool: one process per thread count."""
+    """The threads are those of TensorFlow's pool; each number of threads has a process of its
+    own."""
     code = """
         import hashlib, sys
         import numpy as np, tensorflow as tf
@@ -342,9 +347,9 @@ MEMORY = """
 
 @pytest.mark.parametrize("function", ["given", "made_inside"])
 def test_the_gradient_is_the_only_extra_memory(function, run_python):
-    """Beyond logits and labels: the gradient and nothing else. Where the logits are made inside the
-    function and nobody else holds them, the gradient takes their memory: logits and gradient
-    together need one buffer."""
+    """Beyond logits and labels, the gradient takes memory and nothing else does. Where the logits
+    are made inside the function and nobody else holds them, the gradient takes their memory: logits
+    and gradient together need one buffer."""
     try:
         open("/proc/self/clear_refs", "w").write("5")
     except OSError:
@@ -434,12 +439,12 @@ def test_the_cross_entropy_is_none_where_nobody_asked_for_it():
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
 @pytest.mark.parametrize("way", ["eager", "function", "XLA"])
 def test_options_keep_the_digits_of_a_double(way, activation):
-    """An attribute of an op is a float: 0.1 would be 1.5e-9 off."""
+    """An attribute of an op is a float, in which 0.1 would be wrong by 1.5e-9."""
     x, y = volume((4, 50))
     x = x.astype(np.float64)
     if activation == "none":
         x = reference.softmax(x)
-        x[0, 0] = 0, 0.5, 0.5  # at the floor of the cross-entropy
+        x[0, 0] = 0, 0.5, 0.5  # One is at the smallest probability of the cross-entropy.
     options = {"label_smoothing": 0.1, "focal_gamma": 1.7}
     coefficients = np.random.default_rng(0).normal(size=(3, 4, 3))
 
@@ -468,11 +473,11 @@ def test_options_keep_the_digits_of_a_double(way, activation):
         assert reference.relative_error(actual, wanted) <= 1e-14
     wanted = reference.gradient(x, t, coefficients, **given)
     assert reference.gradient_error(gradient, wanted) <= 1e-13
-    # Of |gradient|^2, by central differences of the reference's own gradient along it.
+    # The change of |gradient|^2 along the gradient, by central differences of the reference's.
     step = 1e-6 * wanted / np.linalg.norm(wanted)
     ahead, behind = (reference.gradient(x + s, t, coefficients, **given) for s in (step, -step))
     along = (np.sum(ahead**2) - np.sum(behind**2)) / 2
-    if activation != "none":  # no derivative at the floor
+    if activation != "none":  # At the smallest probability there is no derivative.
         assert abs(np.sum(second * step) - along) <= 1e-6 * abs(along)
 
 

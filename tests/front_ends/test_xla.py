@@ -1,4 +1,4 @@
-"""The ops in programs that XLA compiles: the same numbers, wherever the loss stands."""
+"""The ops give the same numbers in programs that XLA compiles, wherever the loss stands."""
 
 import concurrent.futures
 import re
@@ -19,7 +19,7 @@ from helpers.tape import value_and_gradient
 
 
 def compile_library(source, text):
-    """A library over TensorFlow's XLA, beside its source."""
+    """Compiles a library that uses TensorFlow's XLA; it lies beside its source."""
     source.write_text(text)
     include = tf.sysconfig.get_include()
     folders = [include] + [
@@ -85,7 +85,8 @@ OPTIONS = {
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_xla_gives_the_same_bits_as_eager_execution(options, dtype):
-    """Several blocks of the CPU kernels, the last not full, shared out over XLA's threads."""
+    """The volume is several blocks of the CPU kernels, the last not full, shared by XLA's
+    threads."""
     options = {"activation": "softmax", **OPTIONS[options]}
     x, y = volume((2, 50, 41, 23), 3, dtype)
     if options["activation"] == "none":
@@ -179,7 +180,7 @@ def test_losses_work_inside_control_flow():
         def body(i, total):
             return i + 1, total + loss(y, x * total)
 
-        start, bound = (0, 1.0), {"maximum_iterations": 3}  # without a bound XLA has no gradient
+        start, bound = (0, 1.0), {"maximum_iterations": 3}  # Without a bound XLA has no gradient.
         return tf.while_loop(lambda i, _: i < 3, body, start, **bound)[1]
 
     def in_map_fn(x):
@@ -193,7 +194,7 @@ def test_losses_work_inside_control_flow():
         return tf.recompute_grad(lambda x: loss(y, tf.tanh(x)))(x)
 
     inner = tf.function(loss)
-    inner(y, x)  # traced before XLA asks for it
+    inner(y, x)  # It is traced before XLA asks for it.
 
     def in_an_inner_function(x):
         return inner(y, x)
@@ -209,7 +210,7 @@ def test_losses_work_inside_control_flow():
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_second_order_gradients_agree_with_eager_ones(activation):
     x, y = volume((2, 3, 2), 3, "float64")
-    t = tf.one_hot(y, 3, dtype=tf.float64)  # the gradient with respect to labels as well
+    t = tf.one_hot(y, 3, dtype=tf.float64)  # Labels have a gradient as well.
     loss = dice_op.losses.DiceLoss(activation=activation)
 
     def function(x, t):
@@ -256,7 +257,7 @@ def test_dice_op_may_be_imported_before_or_after_the_first_compiled_op(when, run
 
 
 def test_auto_clustering_takes_our_ops(run_python):
-    """XLA picks the operations to compile itself; it takes ours."""
+    """XLA itself picks the operations to compile, and picks ours."""
     out = run_python(
         """
         import tensorflow as tf
@@ -377,7 +378,8 @@ except ValueError as error:
 
 
 def test_lowering_for_a_gpu_emits_our_calls_or_says_why_not(tmp_path, run_python):
-    """XLA's front end for GPUs makes the program; where TensorFlow has none, one is registered."""
+    """XLA's front end for GPUs makes the program. Where TensorFlow has none, the test registers
+    one."""
     compile_library(tmp_path / "backend.cc", GPU_BACKEND)
     out = run_python(LOAD_BACKEND + STEP + LOWER, tmp_path / "backend.so")
     if core.build_info()["cuda"] is None:
@@ -390,12 +392,14 @@ def test_lowering_for_a_gpu_emits_our_calls_or_says_why_not(tmp_path, run_python
         assert f"u8[{workspace}]" in out
 
 
-handlers = pytest.mark.xdist_group("handlers")  # compiled once
+# The handlers are compiled once for all tests of this group.
+handlers = pytest.mark.xdist_group("handlers")
 
 
 @pytest.fixture(scope="module")
 def run_handlers(tmp_path_factory):
-    """cuda_emulator/run_handlers.cc, under the address sanitizer: the lines it prints."""
+    """Runs cuda_emulator/run_handlers.cc under the address sanitizer; returns the lines it
+    prints."""
     folder = tmp_path_factory.mktemp("handlers")
     program = emulation.build_handlers(tf.sysconfig.get_include(), folder)
 
@@ -431,7 +435,7 @@ def test_the_handlers_for_a_gpu_agree_with_the_cpu(run_handlers):
 
 @handlers
 def test_cuda_graphs_may_hold_our_calls_unless_they_check_labels(run_handlers):
-    """Our calls; but none that waits for a label that is no class."""
+    """A call that waits for the check of the labels cannot be replayed."""
     replayed = 1  # XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE
     for checks, traits in (("0", replayed), ("1", 0)):
         assert run_handlers("traits", DICE_OP_CHECK_LABELS=checks) == [
@@ -445,9 +449,10 @@ def test_cuda_graphs_may_hold_our_calls_unless_they_check_labels(run_handlers):
 @handlers
 @pytest.mark.parametrize("pool", ["inline", "threads", "late"])
 def test_the_pool_is_used_and_not_waited_for(pool, run_handlers):
-    """Each block is done once; a task that starts late finds nothing, and nobody waits for it.
+    """Each block is done once. A task that starts late finds nothing to do, and nobody waits for
+    it.
 
-    A pool of three threads gets two tasks, for the caller takes part; work of 100 ns gets none.
+    A pool of three threads gets two tasks, for the caller takes part. Work of 100 ns gets none.
     """
     assert run_handlers("host", pool) == ["2 1 1", "0 1 1"]
 
@@ -456,7 +461,7 @@ def test_the_pool_is_used_and_not_waited_for(pool, run_handlers):
 
 
 class CountedLoss(dice_op.losses.DiceLoss):
-    """Counts how often it is traced."""
+    """A loss that counts how often it is traced."""
 
     traces = 0
 
@@ -466,7 +471,7 @@ class CountedLoss(dice_op.losses.DiceLoss):
 
 
 def demo_network():
-    """What examples/brain_segmentation.py trains, and data to learn from."""
+    """The network that examples/brain_segmentation.py trains, and data to learn from."""
     from brain_segmentation import build_unet
 
     keras.utils.set_random_seed(0)
@@ -480,7 +485,7 @@ def test_fit_gives_the_same_losses_with_and_without_xla(monkeypatch):
     for jit_compile in (False, True):
         model, x, y = demo_network()
         loss = CountedLoss()
-        # not Adam, which makes whole steps of rounding errors where a gradient is nearly zero
+        # Adam would make whole steps of rounding errors where a gradient is nearly zero.
         model.compile(keras.optimizers.SGD(0.1), loss, jit_compile=jit_compile)
         fitted = model.fit(x, y, batch_size=2, epochs=3, shuffle=False, verbose=0)
         assert loss.traces == 1
@@ -490,7 +495,8 @@ def test_fit_gives_the_same_losses_with_and_without_xla(monkeypatch):
 
 
 def test_a_model_trains_where_compile_chooses_xla_for_a_gpu(monkeypatch):
-    """There, compile() chooses XLA; it does so if TensorFlow claims to have a GPU."""
+    """Keras' compile() chooses XLA if TensorFlow claims to have a GPU; here it is made to claim
+    so."""
     gpu = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
     devices = [*tf.config.list_physical_devices(), gpu]
     with monkeypatch.context() as patch:
@@ -528,7 +534,8 @@ def test_a_label_that_is_no_class_is_an_error():
     y = tf.tensor_scatter_nd_update(y, [[1, 2, 3]], tf.constant([9], tf.uint8))
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"\[1, 2, 3\] have the value 9"):
         jit(dice_and_gradient)(x, y)
-    assert_close(jit(dice_and_gradient)(x, y % 4), dice_and_gradient(x, y % 4))  # and goes on
+    # It goes on working.
+    assert_close(jit(dice_and_gradient)(x, y % 4), dice_and_gradient(x, y % 4))
 
 
 def test_shapes_that_do_not_fit_are_an_error():
@@ -572,7 +579,7 @@ def test_workspace_sizes_are_checked():
 
 
 def test_a_locale_with_a_decimal_comma_changes_nothing(tmp_path, run_python):
-    """XLA's attributes are text."""
+    """Numbers reach XLA as text, which must not depend on the locale."""
     if shutil.which("localedef"):
         run("localedef", "-i", "de_DE", "-f", "UTF-8", tmp_path / "de_DE.UTF-8")
     if not (tmp_path / "de_DE.UTF-8").exists():
@@ -628,7 +635,8 @@ USE = """
 
 
 def test_handlers_that_xla_refuses_cause_a_warning_and_an_error(tmp_path, run_python):
-    """As a TensorFlow with another version of the interface would: never a silent wrong path."""
+    """A TensorFlow with another version of the interface would refuse them. That must never go
+    unsaid."""
     compile_library(tmp_path / "occupy.cc", OCCUPY)
     warning, value, error = run_python(USE, tmp_path / "occupy.so").splitlines()
     assert "pass jit_compile=False" in warning and "dice_op_sums" in warning

@@ -1,1 +1,1 @@
-"""What several test files need: `from helpers import reference`. It holds no test."""
+"""What several test files need, as in `from helpers import reference`. There is no test in here."""

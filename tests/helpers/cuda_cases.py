@@ -1,4 +1,4 @@
-"""Calls of the CUDA kernels on the emulator, each with what it must give."""
+"""Calls of the CUDA kernels on the emulator, each with the results that it must give."""
 
 import functools
 
@@ -14,7 +14,7 @@ REGIONS = {1: [(1,)], 3: [(1, 2, 3), (2, 3), (3,)], 6: [(c, c + 1) for c in rang
 
 
 class Cases:
-    """Calls with what they must give."""
+    """Calls, and the results that they must give."""
 
     def __init__(self):
         self.calls, self.expected = [], []
@@ -35,11 +35,11 @@ class Cases:
         regions=None,
         **options,
     ):
-        """ignore: a label that some voxels get; ignore_none: one that none has."""
+        """Adds a call. ignore: a label that some voxels get; ignore_none: one that no voxel has."""
         n, v, c = shape
         x, y, t = make(shape, label_kind, activation, seed)
         if activation == "argmax":
-            x = np.round(x)  # with ties
+            x = np.round(x)  # There are ties then.
         if regions:
             y = np.random.default_rng(seed).integers(0, max(map(max, regions)) + 1, y.shape)
             y = y.astype(label_kind)
@@ -50,7 +50,7 @@ class Cases:
         rng = np.random.default_rng(seed + 1)
         if weight is not None:
             weight = rng.integers(0, 3, (n, v)).astype(weight)
-            x[weight == 0] = np.nan  # a voxel without weight may hold anything
+            x[weight == 0] = np.nan  # A voxel without weight may hold anything.
             m = weight.astype(np.float64)
         if ignore is not None:
             y = y.copy()
@@ -90,7 +90,8 @@ class Cases:
             for name, value in wanted.items():
                 got = result[name].reshape(value.shape).astype(np.float64)
                 if name == "gradient":
-                    if not np.any(value):  # one class under softmax: none, but e (1 / e) rounds
+                    # One class under softmax has no gradient, but e (1 / e) rounds.
+                    if not np.any(value):
                         assert np.abs(got).max(initial=0) <= 2**-21 * largest, label
                         continue
                     error = reference.gradient_error(got, value)
@@ -104,7 +105,8 @@ class Cases:
 
 @functools.cache
 def few_cases(small=False):
-    """What few_kernels.cc has kernels for: one of each sort; several tiles and flushes a warp."""
+    """Calls of the kernels in few_kernels.cc, one of each sort; a warp gets several tiles and
+    flushes."""
     v = 300 if small else 20_000
     cases = Cases()
     cases.add((2, v, 4))

@@ -1,4 +1,4 @@
-"""Volumes and labels for the kernels, and what their options are called in reference.py."""
+"""Volumes and labels for the kernels, and the names that reference.py has for their options."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ REGIONS = [(1, 2, 3), (2, 3), (3,), (0, 4)]  # the label values of each class, w
 
 
 def make(shape, label_kind="uint8", activation="softmax", seed=0):
-    """Logits [N, V, C] float32, labels as passed, labels as t [N, V, C]."""
+    """Logits [N, V, C] in float32, the labels to pass, and the same labels as t [N, V, C]."""
     n, v, c = shape
     rng = np.random.default_rng(seed)
     x = (3 * rng.normal(size=shape)).astype(np.float32)
@@ -31,7 +31,7 @@ def make(shape, label_kind="uint8", activation="softmax", seed=0):
 
 
 def in_format(data_format, *arrays):
-    """[N, V, C] arrays laid out as asked; those of rank 2 as they are."""
+    """Arrays of shape [N, V, C] laid out as asked; those of rank 2 stay as they are."""
     if data_format == "channels_last":
         return arrays
     return tuple(np.ascontiguousarray(a.swapaxes(1, 2)) if a.ndim == 3 else a for a in arrays)

@@ -1,4 +1,4 @@
-"""Where things lie in this repository. No test finds its way from its own place."""
+"""Where things lie in this repository, said once: no test looks for them from its own place."""
 
 import importlib.util
 import pathlib

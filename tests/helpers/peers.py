@@ -73,7 +73,8 @@ def of_ours(loss, x, y):
 
 
 def of_torch(loss, x, y):
-    """loss(logits `[N, C, spatial...]`, class indices `[N, 1, spatial...]`), double."""
+    """Value and gradient of a loss that takes logits `[N, C, spatial...]` and class indices
+    `[N, 1, spatial...]`, in double precision."""
     x = torch.tensor(np.moveaxis(x, -1, 1), dtype=torch.float64, requires_grad=True)
     value = loss(x, torch.tensor(y[:, None]))
     value.backward()
@@ -99,7 +100,7 @@ def keras_tversky(alpha, beta):
 def assert_conforms(ours, theirs, tolerance=1e-5, gradient_tolerance=1e-5):
     (value, gradient), (expected, expected_gradient) = ours, theirs
     assert np.isfinite(expected) and np.isfinite(expected_gradient).all()
-    # Of a loss near 0 the error is that of the 1 it is taken from.
+    # A loss near 0 is 1 minus something near 1, and has the error of that.
     assert abs(value - expected) <= tolerance * max(abs(expected), 0.1)
     norm = np.linalg.norm(expected_gradient)
     if norm < 1e-12:
@@ -118,7 +119,7 @@ def hot(y, classes, dtype):
 def nnunet_loss(
     x, y, *, batch_dice, do_bg=False, smooth=1e-5, ignore_label=None, weight_ce=1, weight_dice=1
 ):
-    """DC_and_CE_loss over MemoryEfficientSoftDiceLoss, nnunetv2/training/loss."""
+    """DC_and_CE_loss over MemoryEfficientSoftDiceLoss, as in nnunetv2/training/loss."""
     mask = torch.ones_like(y, dtype=x.dtype)
     target = y.clone()
     if ignore_label is not None:
@@ -139,7 +140,7 @@ def nnunet_loss(
 
 
 def nnunet_regions_loss(x, y, *, batch_dice, smooth=1e-5, ignore_label=None):
-    """DC_and_BCE_loss over the same Dice, with background: every channel is a region."""
+    """DC_and_BCE_loss over the same Dice, with background, for every channel is a region."""
     t = torch.cat([torch.isin(y, torch.tensor(region)) for region in REGIONS], 1).to(x.dtype)
     mask = torch.ones_like(y, dtype=x.dtype) if ignore_label is None else (y != ignore_label)
     axes = (0, *spatial(x)) if batch_dice else spatial(x)
@@ -164,8 +165,8 @@ def smp_loss(
     eps=1e-7,
     ignore_index=None,
 ):
-    """DiceLoss, JaccardLoss, TverskyLoss of segmentation_models_pytorch/losses: multiclass, and
-    binary where there is one class."""
+    """DiceLoss, JaccardLoss and TverskyLoss of segmentation_models_pytorch/losses: multiclass,
+    or binary where there is one class."""
     counted = torch.ones_like(y) if ignore_index is None else (y != ignore_index).long()
     y = y * counted
     if x.shape[1] == 1:
@@ -185,9 +186,10 @@ def smp_loss(
 
 
 def counts(x, y, axes, activated=False):
-    """tp, fp, fn of softmax probabilities, added over `axes`; the probabilities; one-hot labels.
+    """TP, FP, FN added over `axes`, the softmax's probabilities, and one-hot labels.
 
-    `activated`: x are the probabilities already.
+    Args:
+      activated: whether x are probabilities already, and no logits.
     """
     p, t = x if activated else torch.softmax(x, 1), hot(y, x.shape[1], x.dtype)
     return (p * t).sum(axes), (p * (1 - t)).sum(axes), ((1 - p) * t).sum(axes), p, t
@@ -234,16 +236,16 @@ def mri_loss(x, y, *, alpha, beta, gamma=1.0, micro=False, weights=None, activat
 
 
 def kornia_loss(x, y, *, tversky=None, micro=False, ignore_index=-100):
-    """kornia/losses: dice_loss with average="micro" or "macro"; tversky_loss, always macro."""
+    """kornia/losses: dice_loss with average="micro" or "macro"; or tversky_loss, which is macro."""
     counted = (y != ignore_index).to(x.dtype)
     p = torch.softmax(x, 1) * counted
     t = hot(torch.where(y == ignore_index, 0, y), x.shape[1], x.dtype) * counted
     axes = (1, *spatial(x)) if micro else spatial(x)
     i, p, t = ((v.sum(axes)) for v in (p * t, p, t))
     alpha, beta = tversky or (0.5, 0.5)
-    eps = 1e-8 if tversky else 0.5e-8  # Dice's is added to twice this denominator
+    eps = 1e-8 if tversky else 0.5e-8  # Dice adds its eps to twice this denominator.
     score = i / (i + alpha * (p - i) + beta * (t - i) + eps)
     if micro:
         return (1 - score).mean()
-    present = (t > 0).to(x.dtype)  # in the sample's labels: where none is, the loss is 1
+    present = (t > 0).to(x.dtype)  # Where no class is in the sample's labels, the loss is 1.
     return (1 - (score * present).sum(1) / present.sum(1).clamp_min(1)).mean()

@@ -25,14 +25,15 @@ def run(*command, cwd=None, timeout=None, **environment):
 
 
 def output_of(*command, timeout=None, **environment):
-    """What a program prints; the test fails if the program does."""
+    """What a program prints. The test fails if the program fails."""
     done = run(*command, timeout=timeout, **environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
 def configure(build, *options, **environment):
-    """Runs CMake on this repository without building anything; its error messages as one line."""
+    """Runs CMake on this repository, and builds nothing. Returns its status and its messages as
+    a line."""
     cmake = [sys.executable, "-m", "cmake", "-S", ROOT, "-B", build]
     done = run(*cmake, *options, f"-DPython_EXECUTABLE={sys.executable}", **environment)
     return done.returncode, " ".join(done.stderr.split())

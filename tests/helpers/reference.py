@@ -10,7 +10,8 @@ STEP = 1e-30
 
 
 def one_hot(index, classes):
-    """[...] class indices to [..., C]; an index that is no class gives zeros. C = 1: the mask."""
+    """[...] class indices to [..., C]. An index that is no class gives zeros; one class is a
+    mask."""
     first = 1 if classes == 1 else 0
     return (np.asarray(index, np.int64)[..., None] == np.arange(first, first + classes)).astype(
         float
@@ -37,7 +38,8 @@ def _softplus(x):
 
 
 def voxel_terms(x, t, activation, squared=False, gamma=0.0, smoothing=0.0, threshold=0.0):
-    """What each voxel adds to (intersection, pred_sum, label_sum, cross_entropy): [..., C] each."""
+    """What each voxel adds to intersection, pred_sum, label_sum and cross_entropy: [..., C]
+    each."""
     power = 2 if squared else 1
     classes = x.shape[-1]
     smooth_t = (1 - smoothing) * t + smoothing / (2 if activation == "sigmoid" else classes)
@@ -53,7 +55,7 @@ def voxel_terms(x, t, activation, squared=False, gamma=0.0, smoothing=0.0, thres
         p = np.exp(log_p)
     else:
         p = x + 0
-        cut = np.where(p.real < 1e-7, 1e-7, p)  # the cross-entropy's smallest probability
+        cut = np.where(p.real < 1e-7, 1e-7, p)  # the smallest probability of the cross-entropy
         return p * t, p**power, t**power + 0 * p, -smooth_t * (1 - cut) ** gamma * np.log(cut)
     present = np.where(smooth_t != 0, -smooth_t * (1 - p) ** gamma * log_p, 0)
     if activation == "sigmoid":
@@ -62,7 +64,7 @@ def voxel_terms(x, t, activation, squared=False, gamma=0.0, smoothing=0.0, thres
 
 
 def sums(x, t, weight=None, **options):
-    """(intersection, pred_sum, label_sum, cross_entropy) as [N, C]; x, t: [N, V, C]."""
+    """intersection, pred_sum, label_sum and cross_entropy, [N, C] each, of x and t, [N, V, C]."""
     x, t = np.asarray(x, np.float64), np.asarray(t, np.float64)
     m = np.ones(x.shape[:2]) if weight is None else np.asarray(weight, np.float64)
     x = np.where(m[..., None] == 0, 0, x)
@@ -70,13 +72,17 @@ def sums(x, t, weight=None, **options):
 
 
 def gradient(x, t, coefficients, weight=None, **options):
-    """d(sum of coefficient * sum)/dx, coefficients of (intersection, pred_sum, cross_entropy)."""
+    """The gradient with respect to x of a weighted total of the sums.
+
+    Args:
+      coefficients: the weights of intersection, pred_sum and cross_entropy, [N, C] each.
+    """
     x, t = np.asarray(x, np.float64), np.asarray(t, np.float64)
     m = np.ones(x.shape[:2]) if weight is None else np.asarray(weight, np.float64)
     x = np.where(m[..., None] == 0, 0, x)
     a, b, e = (np.asarray(k, np.float64)[:, None, :] for k in coefficients)
     result = np.empty_like(x)
-    for c in range(x.shape[-1]):  # voxels do not interact: one step serves them all
+    for c in range(x.shape[-1]):  # Voxels do not interact, so that one step serves them all.
         stepped = x.astype(complex)
         stepped[..., c] += 1j * STEP
         i, p, _, ce = voxel_terms(stepped, t, **options)
@@ -85,7 +91,7 @@ def gradient(x, t, coefficients, weight=None, **options):
 
 
 def dice_losses(i, p, t, smooth_nr=1e-5, smooth_dr=1e-5):
-    """1 - (2 I + nr) / (P + T + dr), per sample and class."""
+    """1 - (2 I + smooth_nr) / (P + T + smooth_dr), for each sample and class."""
     return 1 - (2 * i + smooth_nr) / (p + t + smooth_dr)
 
 
@@ -95,7 +101,11 @@ def mean_dice(i, p, t):
 
 
 def loss_and_gradient(x, t, of_sums, weight=None, **options):
-    """A loss and its gradient with respect to x; of_sums(I, P, T) -> scalar, [N, C] each."""
+    """A loss and its gradient with respect to x.
+
+    Args:
+      of_sums: makes the loss of intersection, pred_sum and label_sum, [N, C] each.
+    """
     values = sums(x, t, weight, **options)
     coefficients = [np.zeros_like(values[0]) for _ in range(3)]
     for which in (0, 1):
@@ -107,7 +117,7 @@ def loss_and_gradient(x, t, of_sums, weight=None, **options):
 
 
 def relative_error(actual, expected):
-    """Largest error over the largest expected value. Of two zeros: 0."""
+    """The largest error, divided by the largest expected value. Between two zeros it is 0."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     scale = np.abs(expected).max(initial=0)
@@ -116,7 +126,8 @@ def relative_error(actual, expected):
 
 
 def gradient_error(actual, expected):
-    """Relative L2 distance. A gradient of zeros has error 1, whatever the volume's size."""
+    """The relative L2 distance. A gradient of zeros has error 1, whatever the size of the
+    volume."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     norm = np.linalg.norm(expected)
@@ -125,7 +136,7 @@ def gradient_error(actual, expected):
 
 
 def assert_gradient(actual, expected, tolerance=1e-5):
-    """By relative L2 (catches a wrong scale) and by cosine (catches a wrong direction)."""
+    """Compares by relative L2, which catches a wrong scale, and by cosine: a wrong direction."""
     assert gradient_error(actual, expected) <= tolerance
     a, b = np.ravel(actual).astype(np.float64), np.ravel(expected).astype(np.float64)
     assert 1 - a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) <= tolerance

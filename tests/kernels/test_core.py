@@ -1,6 +1,6 @@
-"""The kernels through dice_op.core, on NumPy arrays: values, gradients, bits, errors.
+"""The CPU kernels through dice_op.core, on NumPy arrays: values, gradients, bits, errors.
 
-test_simd.py runs this file once more for each instruction set the processor has.
+test_simd.py runs this file once more for each instruction set that the processor has.
 """
 
 import mmap
@@ -15,7 +15,7 @@ from dice_op import core
 from helpers import reference
 from helpers.kernel_inputs import FORMATS, NAMES, REGIONS, in_format, make, renamed
 
-# (N, V, C): which part of the CPU path a shape reaches
+# Shapes (N, V, C), each with the part of the CPU kernels that it reaches.
 REGIMES = {
     "one voxel": (1, 1, 3),
     "one class": (2, 100, 1),
@@ -37,7 +37,7 @@ REGIMES = {
 
 
 def check(x, y, t, *, data_format="channels_last", weight=None, tolerance=1e-6, **options):
-    """Sums and gradient of one call against the reference."""
+    """Compares the sums and the gradient of one call with the reference."""
     expected = reference.sums(
         x, t, weight, **{k: v for k, v in renamed(options).items() if k != "ignore_label"}
     )
@@ -59,7 +59,7 @@ def check(x, y, t, *, data_format="channels_last", weight=None, tolerance=1e-6, 
     )
     assert gradient.dtype == x.dtype
     wanted = reference.gradient(x, t, coefficients, weight, **renamed(options))
-    if np.any(wanted):  # one class under softmax has none
+    if np.any(wanted):  # One class under softmax has no gradient.
         (gradient,) = in_format(data_format, gradient)
         if data_format == "channels_first":
             gradient = gradient.reshape(x_.shape).swapaxes(1, 2) if x.shape[2] == 1 else gradient
@@ -80,7 +80,8 @@ def test_every_regime_agrees_with_the_reference(regime, activation, data_format)
 @pytest.mark.parametrize(
     "label_kind",
     ["bool", "int8", "uint16", "int16", "int32", "int64", "soft"]
-    + ["float16", "bfloat16", "float32", "float64"]  # class indices, as NIfTI readers give them
+    # class indices in floats, as NIfTI readers give them
+    + ["float16", "bfloat16", "float32", "float64"]
     + [
         f"dense {k}"
         for k in ("bool", "uint8", "int64", "float16", "bfloat16", "float32", "float64")
@@ -120,7 +121,7 @@ def test_label_smoothing_agrees_with_the_reference(
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_scores_are_counted_exactly(regime, dtype, data_format):
-    """Counts are exact, and a tie goes to the first class."""
+    """A tie goes to the first class."""
     for label_kind in ("uint8", "soft"):
         x, y, t = make(REGIMES[regime], label_kind)
         x = np.round(x).astype(dtype)
@@ -142,7 +143,8 @@ def test_argmax_takes_millions_of_classes():
 
 
 def test_nan_makes_scores_nan():
-    """In all classes of the voxel, as in a softmax; or in its own, as in a sigmoid."""
+    """argmax makes all classes of the voxel NaN, as a softmax does; threshold only the class
+    itself."""
     nan = np.nan
     for place in range(5):
         x = np.array([[[5, 2, 3, 1, 4], [1, 2, 3, 2, 1]]], np.float32)
@@ -214,7 +216,7 @@ def test_every_dtype_agrees_with_the_reference(dtype, data_format):
     for classes in (2, 4, 6):
         x, y, t = make((2, 203, classes))
         x = x.astype(dtype)
-        # a gradient in half keeps 11 bits, in bfloat16 8
+        # A gradient in half keeps 11 bits, one in bfloat16 keeps 8.
         tolerance = {2: 1e-3 if x.dtype == np.float16 else 1e-2, 4: 1e-6, 8: 1e-12}[x.itemsize]
         expected = reference.sums(x, t, activation="softmax")
         x_, y_ = in_format(data_format, x, y)
@@ -235,7 +237,8 @@ def test_every_dtype_agrees_with_the_reference(dtype, data_format):
 
 
 def test_half_and_bfloat16_are_read_and_written_exactly():
-    """Reading: patterns of the whole range. Writing: rounding up, down, to even, to infinity."""
+    """Patterns of the whole range are read. What is written is rounded up, down, to even, to
+    infinity."""
     bits = np.arange(2**16, dtype=np.uint16)
     floats = np.concatenate([np.float32(2.0) ** np.arange(-30, 20), np.linspace(-1e5, 1e5, 4001)])
     floats = np.concatenate([floats, floats * (1 + 2**-11), floats * (1 + 2**-9)]).astype(
@@ -258,7 +261,7 @@ def test_half_and_bfloat16_are_read_and_written_exactly():
             y[0, at] = 1
             got = core.sums(inside, y, activation="none")["intersection"][0, 0]
             assert got == np.float32(inside[0, at, 0])
-        # and the gradient is the coefficient, written in the logits' type
+        # The gradient is the coefficient, written in the logits' type.
         zeros = np.zeros((1, 16, 1), dtype)
         label = np.ones((1, 16), np.uint8)
         for value in floats[:: max(1, floats.size // 400)]:
@@ -281,7 +284,7 @@ def test_voxel_weights_agree_with_the_reference(dtype, data_format):
             .integers(0, 2 if dtype == "bool" else 4, (2, 213))
             .astype(dtype)
         )
-        x[weight == 0] = np.nan  # a masked voxel may hold anything
+        x[weight == 0] = np.nan  # A voxel without weight may hold anything.
         check(x, y, t, activation="sigmoid", weight=weight, data_format=data_format)
 
 
@@ -336,14 +339,15 @@ def test_the_bits_are_the_same_at_any_number_of_threads(shape):
 
 
 def test_probabilities_are_exact_to_the_last_digits():
-    """Of the smaller of two classes, for every size of the logit. The exponential's error is stated
-    as 2 units in the last place down to e^-20 and 5 below; the division and sums add 1.5."""
+    """The probability of the smaller of two classes is tested for every size of the logit. The
+    exponential's error is stated as 2 units in the last place down to e^-20 and as 5 below; the
+    division and the sums add 1.5."""
     z = -np.concatenate([np.geomspace(1e-6, 1, 3000), np.linspace(1, 87, 9000)]).astype(np.float32)
-    x = np.stack([z, np.zeros_like(z)], -1)[:, np.newaxis]  # a sample of one voxel each
+    x = np.stack([z, np.zeros_like(z)], -1)[:, np.newaxis]  # Each sample has one voxel.
     p = core.sums(x, np.zeros((len(z), 1), np.uint8))["pred_sum"][:, 0]
     wanted = 1 / (1 + np.exp(-z.astype(np.float64)))
     error = np.abs(p - wanted) / wanted * 2**24
-    unit = 2  # of 2^-24: the last place of the largest mantissa
+    unit = 2  # in units of 2^-24: the last place of the largest mantissa
     assert error[z > -20].max() < unit * (2 + 1.5)
     assert error.max() < unit * (5 + 1.5)
     zero = core.sums(np.float32([[[-np.inf, 0]], [[-1e30, 0]]]), np.zeros((2, 1), np.uint8))
@@ -361,7 +365,7 @@ def test_sums_of_extreme_logits_are_right():
         for name, value in zip(NAMES[:3], expected[:3], strict=True):
             np.testing.assert_allclose(sums[name], value, rtol=1e-6, atol=1e-30)
     x = np.float32([[[1e4, -1e4, 0], [-1e4, 1e4, 1e4]]])
-    y = np.array([[1, 0]], np.uint8)  # both wrong by 20000
+    y = np.array([[1, 0]], np.uint8)  # Both voxels are wrong by 20000.
     sums = core.sums(x, y, cross_entropy=True)
     np.testing.assert_allclose(sums["cross_entropy"], [[2e4 + np.log(2), 2e4, 0]], rtol=1e-6)
     focal = core.sums(x, y, cross_entropy=True, focal_gamma=2.0)
@@ -379,8 +383,8 @@ def test_the_gradient_of_extreme_logits_is_right(activation, focal_gamma):
 
 @pytest.mark.parametrize("data_format", FORMATS)
 def test_confident_false_positives_keep_their_gradient(data_format):
-    """Sigmoid, element by element: where p rounds to 1, p (1 - p) does not vanish. Nor does the
-    gradient of the cross-entropy of a confident true positive."""
+    """Where a sigmoid p rounds to 1, p (1 - p) does not vanish. Neither does the gradient of the
+    cross-entropy of a confident true positive. Each element is compared by itself."""
     x = np.linspace(-30, 30, 601, dtype=np.float32).reshape(1, -1, 1)
     for classes in (1, 3, 5):
         logits = np.repeat(x, classes, axis=2)
@@ -398,7 +402,7 @@ def test_confident_false_positives_keep_their_gradient(data_format):
                 d_pred_sum=coefficients[1],
                 d_cross_entropy=coefficients[2],
             )
-            (gradient,) = in_format(data_format, gradient)  # back: its own inverse
+            (gradient,) = in_format(data_format, gradient)  # The conversion is its own inverse.
             np.testing.assert_allclose(gradient.reshape(wanted.shape), wanted, rtol=2e-6)
 
 
@@ -423,11 +427,11 @@ def test_volumes_of_size_zero_give_zeros(shape):
 
 
 def test_long_sums_keep_their_precision():
-    """10^7 equal voxels: a running float32 sum would be off by far more."""
+    """Over 10^7 equal voxels a running sum in float32 would be wrong by far more."""
     x = np.zeros((1, 10**7, 3), np.float32)
     x[..., 0] = 1.0
     y = np.zeros((1, 10**7), np.uint8)
-    y[0, 123] = 2  # and a lesion of one voxel
+    y[0, 123] = 2  # There is a lesion of one voxel as well.
     p = np.exp([1.0, 0, 0]) / np.exp([1.0, 0, 0]).sum()
     sums = core.sums(x, y)
     np.testing.assert_allclose(sums["pred_sum"][0], 1e7 * p, rtol=1e-6)
@@ -439,8 +443,9 @@ def test_long_sums_keep_their_precision():
 @pytest.mark.parametrize("classes", [1, 3, 4, 6, 7, 14])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
 def test_large_gradients_are_the_same_though_stored_past_the_caches(dtype, classes, data_format):
-    """From 8 MB on the gradient is stored past the caches, not so in place: the same bits. An odd
-    number of voxels and an odd address leave no piece of it aligned."""
+    """From 8 MB on the gradient is stored past the caches, except where it overwrites the
+    logits; the bits are the same. With an odd number of voxels and an odd address no piece of it
+    is aligned."""
     dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
     voxels = (8 << 20) // (classes * dtype.itemsize) + 77
     shape = (1, voxels, classes) if data_format == "channels_last" else (1, classes, voxels)
@@ -472,7 +477,7 @@ def test_large_gradients_ask_for_huge_pages(megabytes, asks):
     x, y = np.zeros_like(out), np.zeros(out.shape[:-1], np.uint8)
     a, b = np.full((2, 1, 4), 1e-6, np.float32)
     core.gradient(x, y, d_intersection=a, d_pred_sum=b, out=out)
-    # of the memory in the middle of the gradient, what the kernel has been asked for
+    # What the operating system was asked for, about the memory in the middle of the gradient.
     address, flags = out.ctypes.data + out.nbytes // 2, None
     for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
         if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
@@ -564,7 +569,7 @@ def test_errors_of_the_gradient_say_what_is_wrong():
 
 
 class Holder:
-    """What has `__array__` alone, as arrays of pandas and xarray do; each call makes a copy."""
+    """It has `__array__` alone, as arrays of pandas and xarray do; each call makes a copy."""
 
     def __init__(self, array):
         self.array = array
@@ -584,7 +589,7 @@ TEMPORARIES = {
 
 
 def overwrite_freed_memory(size):
-    """Takes memory of that size from where the allocator keeps what was freed."""
+    """Takes memory of this size from where the allocator keeps what was freed, and writes to it."""
     return [np.full(size, 0xA5, np.uint8) for _ in range(8)]
 
 
@@ -612,7 +617,7 @@ def test_scores_of_a_list_are_those_of_its_volume():
 
 @pytest.mark.parametrize("kind", TEMPORARIES)
 def test_sums_and_gradients_of_temporaries_are_right(kind):
-    """Every argument that holds numbers, as something that is converted; floats are double."""
+    """Every argument that holds numbers is something that must be converted; floats are double."""
     make_temporary = TEMPORARIES[kind]
     x, y, _ = make((2, 700, 3))
     x = x.astype(np.float64)
@@ -701,7 +706,7 @@ def test_predictions_may_overshoot_as_labels_may_and_need_not_add_up_to_one():
     x = np.full((1, 50, 3), 1.0009, np.float32)
     x[0, ::2] = -0.0009
     core.sums(x, np.zeros((1, 50), np.uint8), activation="none")
-    x[0, 7] = np.nan  # is seen, not hidden
+    x[0, 7] = np.nan  # NaN is seen, not hidden.
     sums = core.sums(x, np.zeros((1, 50), np.uint8), activation="none")
     assert np.isnan(sums["pred_sum"]).all()
 
@@ -738,7 +743,7 @@ def test_an_error_advises_what_to_do_about_wrong_labels(dtype, values, classes, 
 
 
 def test_an_error_advises_what_to_do_about_a_value_of_no_region():
-    y = np.array([[0, 1, 2, 4]], np.uint8)  # as in BraTS
+    y = np.array([[0, 1, 2, 4]], np.uint8)  # The labels of BraTS have these values.
     with pytest.raises(
         ValueError, match="value 4, .*; name the value in the regions that it belongs"
     ):

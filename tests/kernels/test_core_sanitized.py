@@ -1,7 +1,7 @@
-"""test_core.py and test_scores.py whole, with all that is compiled under the address sanitizer.
+"""test_core.py and test_scores.py pass as a whole under the address sanitizer.
 
-It sees every read and write of memory that is freed, or beyond an array's end, as those of an array
-that was converted for a call and is gone before the call has ended.
+The sanitizer sees every read and write of memory that is freed or lies beyond an array's end: as
+when an array was converted for a call and is gone before the call has ended.
 """
 
 import os
@@ -16,13 +16,15 @@ from helpers.paths import BUILD, ROOT, TESTS
 from helpers.processes import output_of, run
 
 BUILT = BUILD / "sanitized"
-# Checks as calls, not as code at each place, and none of locals: compiled in a tenth of the time.
+# Checks are calls instead of code at each place, and locals have none: compiling takes a tenth of
+# the time.
 FLAGS = (
     "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address "
     "--param asan-instrumentation-with-call-threshold=0 --param asan-stack=0"
 )
 
-pytestmark = [pytest.mark.full, pytest.mark.xdist_group("sanitized")]  # built once
+# It is built once for all tests of this group.
+pytestmark = [pytest.mark.full, pytest.mark.xdist_group("sanitized")]
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +65,13 @@ def sanitized(package, *arguments):
         *arguments,
         LD_PRELOAD=" ".join(runtime),
         PYTHONPATH=str(package),
-        PYTHONMALLOC="malloc",  # so that the sanitizer sees each of Python's objects
+        PYTHONMALLOC="malloc",  # The sanitizer then sees each of Python's objects.
         ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1",
     )
 
 
 def test_the_sanitizer_is_at_work(package):
-    """It stops a read of an array whose memory is freed."""
+    """The sanitizer stops a read of an array whose memory is freed."""
     code = """
         import types, numpy as np
         from dice_op import core
@@ -84,7 +86,8 @@ def test_the_sanitizer_is_at_work(package):
 
 @pytest.mark.parametrize("file", ["test_core.py", "test_scores.py"])
 def test_nothing_is_read_or_written_that_is_not_there(file, package):
-    options = ["-q", "-x", "-p", "no:cacheprovider", "--capture=sys"]  # its report shows
+    # The sanitizer's report is then shown.
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--capture=sys"]
     done = sanitized(package, "-m", "pytest", *options, TESTS / "kernels" / file)
     assert "AddressSanitizer" not in done.stderr + done.stdout, done.stderr[-5000:]
     assert done.returncode == 0, done.stdout[-5000:]

@@ -1,7 +1,7 @@
-"""The CUDA kernels, executed on the CPU: values, gradients, bits, errors, sanitizers.
+"""The CUDA kernels are executed on the CPU: values, gradients, bits, errors, sanitizers.
 
-The emulator runs the very sources that nvcc compiles. What it does not cover (the rounding of fast
-instructions, the hardware itself) is checked on a GPU by build_tools/gpu_check.py.
+The emulator runs the very sources that nvcc compiles. What it does not cover, which is the rounding
+of fast instructions and the hardware itself, build_tools/gpu_check.py checks on a GPU.
 """
 
 import functools
@@ -15,7 +15,8 @@ from helpers import emulation, reference
 from helpers.cuda_cases import REGIONS, Cases, bits, few_cases
 from helpers.kernel_inputs import FORMATS, NAMES, in_format, make
 
-# Classes, and the regime that channels_last float32 class indices reach with them.
+# Numbers of classes, each with the regime that float32 logits in channels_last and class indices
+# reach.
 REGIMES = {
     1: "direct (sigmoid); softmax of one class: general",
     2: "direct, two voxels in a word",
@@ -39,20 +40,22 @@ REGIMES = {
 
 
 def voxel_counts(classes):
-    """One voxel; a whole number of tiles and words; no multiple of anything, several tiles."""
+    """Numbers of voxels: one; a whole number of tiles and words; several tiles, and no multiple
+    of anything."""
     return (1, 64, 77) if classes > 64 else (1, 256, 333) if classes > 16 else (1, 512, 1003)
 
 
 @functools.cache
 def regime_cases(dtype, data_format, brief=False):
-    """brief: several tiles, the last not full, two samples; the regimes are the same."""
+    """Calls in every regime. brief: only those of two samples and several tiles, the last not
+    full."""
     cases = Cases()
     for c in REGIMES:
         for v in voxel_counts(c)[2 if brief else 0 :]:
             for n in (2,) if brief else (1, 2):
                 activations = ("softmax", "sigmoid", "none") if c <= 5 or v == 1 else ("softmax",)
                 for activation in activations:
-                    # the gradient of log p is 1 / p, too large for half
+                    # The gradient of log p is 1 / p, which is too large for half.
                     too_large = dtype == "float16" and activation == "none"
                     cases.add(
                         (n, v, c), ["uint8", "int16", "int32", "int64"][(c + v) % 4], dtype,
@@ -67,7 +70,7 @@ def regime_cases(dtype, data_format, brief=False):
 
 
 def is_specialised(x, planar, activation):
-    """Whether a kernel of its own takes class indices and no options."""
+    """Whether a call with class indices and without options has a kernel of its own."""
     n, v, c = (x.shape[0], x.shape[2], x.shape[1]) if planar else x.shape
     if x.dtype == np.float64 or (c == 1 and activation == "softmax"):
         return False
@@ -86,7 +89,7 @@ def program():
 
 @pytest.fixture(scope="session")
 def few():
-    """The same program with one kernel of each sort, compiled in seconds."""
+    """The same program, but with one kernel of each sort, which is compiled in seconds."""
     return functools.cache(lambda kind: emulation.build(kind, few=True))
 
 
@@ -147,7 +150,7 @@ def option_cases(data_format):
 @pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize("activation", ["sigmoid", "threshold"])
 def test_regions_give_what_masks_of_them_give(activation, data_format, program, tmp_path):
-    """What class indices in overlapping regions give is what a mask for each region gives."""
+    """Class indices in overlapping regions give the same bits as a mask for each region."""
     rng = np.random.default_rng(0)
     options = {"activation": activation, "data_format": data_format}
     options["cross_entropy"] = activation == "sigmoid"
@@ -169,7 +172,7 @@ def test_regions_give_what_masks_of_them_give(activation, data_format, program, 
     for by_index, by_mask in zip(results[::2], results[1::2], strict=True):
         assert by_index["bad_label"] == by_mask["bad_label"] == ""
         if activation == "threshold":
-            del by_mask["gradient"]  # it has none
+            del by_mask["gradient"]  # Scores have no gradient.
         for name, value in by_mask.items():
             if isinstance(value, np.ndarray):
                 np.testing.assert_array_equal(by_index[name], value)
@@ -187,7 +190,8 @@ def simple_case(x, y, **options):
 
 
 def test_long_sums_keep_their_precision(program, tmp_path):
-    """Adding one value in float32 drifts by 1e-4 over so many voxels."""
+    """A sum to which one value is added at a time in float32 is wrong by 1e-4 after so many
+    voxels."""
     x = np.zeros((1, 3_000_000, 2), np.float32)
     x[..., 0] = 0.3
     y = np.zeros(x.shape[:2], np.uint8)
@@ -239,9 +243,9 @@ def test_more_classes_than_the_gpu_takes_are_an_error(program, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64", "float32"])
 def test_a_label_that_is_no_class_makes_its_sample_nan(dtype, program, tmp_path):
-    """NaN for the sample, not for the others; who asks is told which voxel it is, and its value."""
+    """The sample gets NaN, the others do not. Who asks is told which voxel it is, and its value."""
     cases, wanted = [], []
-    for c in (1, 2, 3, 4, 14, 104)[dtype == "float32" :]:  # one channel of floats is a soft mask
+    for c in (1, 2, 3, 4, 14, 104)[dtype == "float32" :]:  # One channel of floats is a soft mask.
         for value in (c + 1, 120, -1, 0.5, np.nan):
             if dtype.startswith("u") and value == -1 or dtype != "float32" and value % 1:
                 continue
@@ -275,9 +279,9 @@ def test_dense_labels_that_are_no_labels_make_their_sample_nan(program, tmp_path
 def test_a_prediction_that_is_no_probability_makes_its_sample_nan(
     dtype, data_format, program, tmp_path
 ):
-    """NaN for the sample, not for the others; who asks is told which voxel it is, and its value.
+    """The sample gets NaN, the others do not. Who asks is told which voxel it is, and its value.
 
-    1 to 4 classes of float: kernels of their own; the others: the general ones.
+    1 to 4 classes of float32 have kernels of their own; all others take the general ones.
     """
     cases, wanted = [], []
     for c in (1, 2, 3, 4, 5, 14, 104):
@@ -307,7 +311,7 @@ def test_predictions_that_count_for_nothing_may_be_anything(program, tmp_path):
         y[0, 5] = 1000
         cases.append(simple_case(x, y, activation="none", ignore_label=1000))
         x = x.copy()
-        x[0, 5] = 1.0009  # overshoots as a soft label may
+        x[0, 5] = 1.0009  # It overshoots 1 as a soft label may.
         cases.append(simple_case(x, np.where(y == 1000, 1, y), activation="none"))
     for result in emulation.run(program("plain"), cases, tmp_path):
         assert result["bad_label"] == ""
@@ -323,7 +327,7 @@ def test_weights_that_are_fractions_are_counted_in_double(activation, dtype, pro
         x = x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
         weight = np.random.default_rng(0).random(shape[:2])
         given = {"activation": activation, "threshold": 0.1}
-        x[0, :5] = np.asarray(0.1, x.dtype)  # as large as the threshold in its precision
+        x[0, :5] = np.asarray(0.1, x.dtype)  # In its precision it is as large as the threshold.
         cases.append(simple_case(x, y, weight=weight, cross_entropy=False, **given))
         given["threshold"] = 0.1 if dtype == "float64" else np.float32(0.1)
         wanted.append(reference.sums(x.astype(np.float64), t, weight, **given)[:3])
@@ -360,7 +364,7 @@ def test_sanitizers_find_nothing(kind, order, few, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("kind", ["address", "thread"])
 def test_sanitizers_find_nothing_in_any_kernel(kind, dtype, program, tmp_path):
-    # the thread sanitizer takes most of a second for a call
+    # The thread sanitizer takes most of a second for a call.
     for data_format in FORMATS:
         calls = regime_cases(dtype, data_format, brief=kind == "thread").calls
         emulation.run(program(kind), calls, tmp_path, "random", CUDA_EMULATOR_SMS="1")

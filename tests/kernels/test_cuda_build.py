@@ -1,4 +1,4 @@
-"""The CUDA kernels as machine code: what nvcc made of each, for every architecture."""
+"""The machine code that nvcc made of each CUDA kernel, for every architecture."""
 
 import concurrent.futures
 import os
@@ -30,7 +30,7 @@ def tool(name):
 
 
 def dump(*arguments):
-    """cuobjdump's words, split by architecture and function: {(arch, function): text}."""
+    """cuobjdump's output, split by architecture and function: {(arch, function): text}."""
     path = f"{pathlib.Path(tool('nvdisasm')).parent}:{os.environ['PATH']}"
     text = output_of(tool("cuobjdump"), *arguments, PATH=path)
     functions, arch, function = {}, None, None
@@ -46,7 +46,8 @@ def dump(*arguments):
 
 
 def budget(function):
-    """Registers that a thread may have: as each access to voxels in csrc/cuda states."""
+    """How many registers a thread may have, as csrc/cuda/source.h states for each source of
+    voxels."""
     if match := re.search(r"DirectI.*?Li\d+ELb([01])E", function):
         planar = match[1] == "1"
         return (80 if planar else 64) if "DirectIf" in function else (128 if planar else 80)
@@ -56,7 +57,7 @@ def budget(function):
 
 
 def complaints(usages):
-    """What is wrong with functions, by cuobjdump's -res-usage."""
+    """What is wrong with functions, according to cuobjdump's -res-usage."""
     found = []
     for (arch, function), usage in usages.items():
         numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
@@ -102,7 +103,7 @@ def test_a_planted_spill_is_noticed(tmp_path):
 
 
 def wanting(arch):
-    """Kernels without the 16-byte accesses that the design has, one line for each."""
+    """The kernels that lack 16-byte accesses which the design has, one line for each."""
     (found,) = BUILD.glob("CMakeFiles/dice_op_cuda.dir/**/kernels.cu.o")
     found_wanting = []
     for (_, function), code in dump("-sass", "-arch", f"sm_{arch}", found).items():
@@ -139,8 +140,8 @@ def test_an_architecture_of_another_form_is_named(tmp_path):
 
 
 def test_the_libraries_need_no_cuda_library():
-    """TensorFlow's GPU package exports the runtime's symbols, in another version; its CPU package
-    has none. A machine without a driver has no libcuda."""
+    """TensorFlow's GPU package exports the CUDA runtime's symbols, in another version; its CPU
+    package exports none of them. A machine without a driver has no libcuda."""
     for library in LIBRARY.parent.glob("*.so"):
         symbols = output_of("nm", "-D", "--undefined-only", library)
         assert not re.findall(r"\b_*cuda\w+", symbols), library.name
@@ -156,7 +157,7 @@ def test_both_ops_have_gpu_kernels():
         devices = {k.device_type for k in kernels.get_registered_kernels_for_op(op).kernel}
         assert {"CPU", "GPU"} <= devices
         for kernel in kernels.get_registered_kernels_for_op(op).kernel:
-            assert not kernel.host_memory_arg  # labels stay where they are
+            assert not kernel.host_memory_arg  # Labels stay on the device.
 
 
 def test_the_library_is_small():

@@ -1,4 +1,4 @@
-"""The tests of the tests: bugs planted in correct kernels, each of which must be noticed.
+"""The tests of the tests: bugs are planted in correct kernels, and each must be noticed.
 
 A bug is a line of source text that is replaced. If the line is no longer there, the test fails: the
 bug must then be planted in what took its place.
@@ -31,7 +31,7 @@ def plant(source, old, new):
 
 
 def selftest(kind, folder):
-    """Builds cuda_emulator/selftest.cc, or what stands in `folder` in its place."""
+    """Builds and runs cuda_emulator/selftest.cc, or what stands in `folder` in its place."""
     if not (folder / "selftest.cc").exists():
         shutil.copy(emulation.EMULATOR / "selftest.cc", folder)
     flags = ["-std=c++17", "-g1", f"-I{emulation.EMULATOR}", "-Wno-unknown-pragmas"]
@@ -63,7 +63,7 @@ def test_correct_kernels_pass(tmp_path):
     assert len(outputs) == 1 and outputs.pop().startswith("digest ")
 
 
-SELFTEST_BUGS = {  # what stands there, what takes its place, the build that sees it
+SELFTEST_BUGS = {  # the line that stands there, what takes its place, the build that notices it
     "a missing barrier": ("  __syncthreads();  // the tree is filled\n", "", "thread"),
     "a barrier that some threads miss": (
         "  __syncthreads();  // the shares are written",
@@ -136,7 +136,8 @@ def find_in_the_emulators_kernels(bug, folder):
 
 # --- the library's kernels ------------------------------------------------------------------------
 
-KERNEL_BUGS = {  # file, what stands there, what takes its place, the build that sees it
+# the file, the line that stands there, what takes its place, the build that notices it
+KERNEL_BUGS = {
     "staged: no wait for the other lanes' copies": (
         "staged.h",
         "      __syncwarp();  // all lanes' copies are there, and no lane is at the stage before\n",

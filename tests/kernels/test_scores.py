@@ -1,4 +1,4 @@
-"""Hard scores on NumPy volumes, dice_op.core.scores, against counts by NumPy."""
+"""Hard scores of NumPy volumes, by dice_op.core.scores, are compared with counts by NumPy."""
 
 import itertools
 
@@ -8,12 +8,13 @@ import pytest
 from dice_op import core
 from helpers.kernel_inputs import REGIONS
 
-# Voxels of a sample: within one chunk, over one, over one task (of 2^20) and no multiple of a chunk
+# The voxels of a sample fit one chunk, exceed one, or exceed one task (of 2^20) and are no multiple
+# of a chunk.
 SIZES = {"one": (1,), "a chunk and one": (5, 5, 41), "two tasks": (2**20 + 333,)}
 
 
 def maps(size, values, blobs, seed=0):
-    """Two label maps `[2, spatial...]` that agree in part: noise, or runs of one value."""
+    """Two label maps `[2, spatial...]` that agree in part. They are noise, or runs of one value."""
     rng = np.random.default_rng(seed)
     shape = (2, *SIZES[size])
     labels = rng.integers(0, values, size=shape)
@@ -49,7 +50,7 @@ def check(actual, wanted):
 @pytest.mark.parametrize("size", SIZES)
 def test_label_maps_are_counted_as_numpy_counts_them(size, classes, blobs):
     prediction, labels = maps(size, max(classes, 2), blobs)
-    first = 1 if classes == 1 else 0  # one class is the foreground
+    first = 1 if classes == 1 else 0  # One class is the foreground.
     wanted = counted(prediction, labels, [(c,) for c in range(first, first + classes)])
     for threads in (1, 3):
         check(core.scores(prediction, labels, classes=classes, threads=threads), wanted)
@@ -61,7 +62,8 @@ DTYPES = ("uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "floa
 @pytest.mark.parametrize("ignore_label", [None, 0, 3, 100])
 def test_labels_of_every_type_are_counted_but_for_ignored_voxels(ignore_label):
     prediction, labels = maps("a chunk and one", 4, True)
-    prediction[0, 0, 0, :2] = 100 if ignore_label == 100 else 0  # of what is ignored nobody asks
+    # Nobody asks about the prediction of ignored voxels.
+    prediction[0, 0, 0, :2] = 100 if ignore_label == 100 else 0
     labels[0, 0, 0, :2] = 3 if ignore_label is None else ignore_label
     wanted = counted(prediction, labels, [(c,) for c in range(4)], labels != ignore_label)
     options = {"classes": 4, "ignore_label": ignore_label}

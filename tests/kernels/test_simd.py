@@ -1,4 +1,7 @@
-"""Every instruction set the processor has: all of test_core.py, and the objects themselves."""
+"""All of test_core.py passes with every instruction set that the processor has.
+
+The objects that are compiled for each of them are looked at as well.
+"""
 
 import sys
 
@@ -47,7 +50,7 @@ def test_an_object_exports_its_table_and_nothing_else(level):
         pytest.skip("not built from this checkout")
     symbols = output_of("nm", "--demangle", "--defined-only", "--extern-only", objects[0])
     defined = [line.split(maxsplit=2)[1:] for line in symbols.splitlines()]
-    # DW.ref.*: a pointer to the unwinder's entry, the same in every object
+    # DW.ref.* is a pointer to the unwinder's entry, and the same in every object.
     defined = [(kind, name) for kind, name in defined if not name.startswith("DW.ref.")]
     assert len(defined) == 1, defined
     assert defined[0][1].startswith("dice_op::cpu::k")

@@ -1,9 +1,9 @@
-"""Values and gradients against MONAI, PyTorch and Keras themselves, and against the published
-formulas of nnU-Net, segmentation_models, segmentation_models_pytorch, tensorflow-mri and kornia,
-over ordinary and degenerate volumes.
+"""Our losses have the values and gradients of other libraries, on ordinary and degenerate volumes.
 
-The others compute in double precision on the very float32 logits that ours get. `make test-full`
-installs what this needs. tests/docs/test_migration.py runs docs/migration.md with these formulas.
+The others are MONAI, PyTorch and Keras themselves, and the published formulas of nnU-Net,
+segmentation_models, segmentation_models_pytorch, tensorflow-mri and kornia (helpers/peers.py). They
+compute in double precision on the very float32 logits that ours get. `make test-full` installs what
+this needs. tests/docs/test_migration.py runs docs/migration.md with the same formulas.
 """
 
 import keras
@@ -46,7 +46,7 @@ COMMON = {
     "batch": ({"batch": True}, {"batch": True}),
     "smoothing": ({"smooth_nr": 1.0, "smooth_dr": 2.0}, {"smooth_nr": 1.0, "smooth_dr": 2.0}),
 }
-# MONAI's default, which hides the errors of large volumes
+# MONAI's default, which hides the errors in large volumes.
 SMALL = {"smooth_nr": 1e-5, "smooth_dr": 1e-5}
 SQUARED = ({"squared_pred": True}, {"squared_pred": True})
 # name: (ours, its arguments, MONAI's, its arguments)
@@ -56,7 +56,7 @@ MONAI = {
     "Dice, Jaccard": ("DiceLoss", {"jaccard": True}, "DiceLoss", {"jaccard": True}),
     "Dice, weights": (
         "DiceLoss", {"class_weight": [w / 4 for w in W]}, "DiceLoss", {"weight": W},
-    ),  # MONAI: the mean of w (1 - dice)
+    ),  # MONAI takes the mean of w (1 - dice).
     **{f"Tversky, {k}": ("TverskyLoss", a, "TverskyLoss", b) for k, (a, b) in COMMON.items()},
     "Tversky, recall": (
         "TverskyLoss", {"alpha": 0.3, "beta": 0.7}, "TverskyLoss", {"alpha": 0.3, "beta": 0.7},
@@ -124,7 +124,7 @@ MONAI_SIGMOID = {
 @pytest.mark.parametrize("volume_name", VOLUMES)
 @pytest.mark.parametrize("form", MONAI_SIGMOID)
 def test_sigmoid_losses_conform_to_monai(form, volume_name, classes):
-    """Regions, each a class of its own; with one class, a binary mask."""
+    """Each class is a region of its own; one class alone is a binary mask."""
     ours, theirs, arguments = MONAI_SIGMOID[form]
     x, y = volume(volume_name, classes)
     loss = getattr(monai, theirs)(sigmoid=True, **arguments)
@@ -204,7 +204,7 @@ def test_tversky_conforms_to_keras(activation, volume_name):
 @pytest.mark.parametrize("do_bg", [False, True])
 @pytest.mark.parametrize("batch_dice", [False, True])
 def test_dice_and_cross_entropy_conform_to_nnunet(batch_dice, do_bg, volume_name):
-    """Ours is its loss plus 1: 1 - dice for -dice."""
+    """Ours is nnU-Net's loss plus 1, for it holds 1 - dice where nnU-Net's holds -dice."""
     x, y = volume(volume_name)
 
     def theirs(x, y):
@@ -254,7 +254,8 @@ def test_losses_conform_to_segmentation_models_pytorch(form, volume_name):
 # --- segmentation_models 1.0, tensorflow-mri 0.23, kornia 0.9 (their published formulas) ----------
 
 
-TWICE = {"smooth_nr": 2e-5, "smooth_dr": 2e-5}  # 2 I / (P + T) is I / (I + (FP + FN) / 2)
+# 2 I / (P + T) is the same as I / (I + (FP + FN) / 2).
+TWICE = {"smooth_nr": 2e-5, "smooth_dr": 2e-5}
 FLAT = {"smooth_nr": 0, "smooth_dr": 1e-8}
 BY_FORMULA = {
     "segmentation_models, Dice": (losses.DiceLoss(batch=True), sm_loss, {}),
@@ -265,7 +266,7 @@ BY_FORMULA = {
     "segmentation_models, class weights": (
         losses.DiceLoss(batch=True, class_weight=[w / 4 for w in (0.5, 1, 2, 0.5)]),
         sm_loss, {"weights": [0.5, 1, 2, 0.5]},
-    ),  # of mean 1: with others the two differ by a constant
+    ),  # The mean of the weights is 1; otherwise the two would differ by a constant.
     "segmentation_models, Dice + focal": (
         losses.DiceFocalLoss(batch=True, lambda_ce=0.25 / CLASSES), sm_loss, {"focal": True},
     ),

@@ -1,4 +1,4 @@
-"""Losses at several resolutions against labels of the finest: dice_op.losses.deep_supervision."""
+"""dice_op.losses.deep_supervision: losses at several resolutions, of labels at the finest."""
 
 import keras
 import numpy as np
@@ -7,7 +7,8 @@ import tensorflow as tf
 
 from dice_op.losses import DiceCELoss, DiceLoss, DownsampledLabels, deep_supervision
 
-SHAPE = (2, 12, 9, 8)  # of the labels; the second is no multiple of the coarse predictions'
+# The labels' shape. The second size is no multiple of that of the coarse predictions.
+SHAPE = (2, 12, 9, 8)
 COARSE = (2, 6, 4, 2)
 
 
@@ -19,7 +20,7 @@ def make(channels_first=False):
 
 
 def coarse(volume, first=1):
-    """The voxels at the centres of the coarse ones, by NumPy."""
+    """The fine voxels at the centres of the coarse ones, by NumPy."""
     for axis, (old, new) in enumerate(zip(SHAPE[1:], COARSE[1:], strict=True), first):
         centres = np.floor((np.arange(new) + 0.5) * old / new).astype(int)
         volume = np.take(volume, centres, axis)
@@ -58,7 +59,7 @@ def model_of(resolutions, names=None):
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("names", [None, ["main", "half", "quarter"]])
 def test_a_network_of_several_resolutions_trains(names, jit_compile):
-    """A dict's outputs are sorted by Keras: by name each keeps its weight."""
+    """Keras sorts the outputs of a dict, but each keeps the weight of its name."""
     keras.utils.set_random_seed(0)
     model = model_of(3, names)
     x = np.random.default_rng(0).normal(size=(4, 16, 16, 1)).astype(np.float32)
@@ -71,7 +72,7 @@ def test_a_network_of_several_resolutions_trains(names, jit_compile):
     predictions = model.predict(x, verbose=0)
     if names:
         predictions = [predictions[name] for name in names]
-    # at 8 x 8 voxels the centres are those of odd numbers, at 4 x 4 every fourth
+    # At 8 x 8 voxels the centres are the voxels with odd numbers, at 4 x 4 every fourth voxel.
     each = [
         float(loss(labels, p))
         for labels, p in zip((y, y[:, 1::2, 1::2], y[:, 2::4, 2::4]), predictions, strict=True)

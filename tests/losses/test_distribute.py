@@ -1,4 +1,4 @@
-"""Distribution: what several replicas, processes or patches compute is what one device computes."""
+"""Several replicas, processes or patches compute what one device computes."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_two_replicas_train_as_one_device(run_python):
 
 
 def test_keras_masks_under_a_strategy_are_those_of_keras_own_loss(run_python):
-    """Each replica has its own number of steps that are left."""
+    """The number of steps that are left is another one on each replica."""
     strategy = TRAIN.partition("import keras")[0]
     out = run_python(
         strategy
@@ -177,7 +177,8 @@ def test_two_processes_train_as_one(run_python):
 
 @pytest.mark.parametrize("axis", [1, 2, 3])
 def test_sums_of_patches_add_up(axis):
-    """A volume too large for one device: its patches' sums, and its gradient patch by patch."""
+    """A volume may be too large for one device: its sums and its gradient are computed in
+    patches."""
     rng = np.random.default_rng(0)
     x = tf.constant(rng.normal(size=(2, 12, 10, 8, 3)), tf.float32)
     y = tf.constant(rng.integers(0, 3, size=x.shape[:-1]), tf.uint8)

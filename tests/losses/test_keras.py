@@ -1,5 +1,8 @@
-"""What Keras does around a loss and a metric: masks, weights of both kinds, its settings,
-callbacks, subclasses; and shapes and arguments that are taken for something else."""
+"""What Keras does around a loss and a metric: masks, weights of both kinds, settings, callbacks,
+subclasses.
+
+And what is said about shapes and arguments that may be meant otherwise.
+"""
 
 import keras
 import numpy as np
@@ -22,7 +25,7 @@ def make(shape, seed=0):
 
 
 def expected_losses(x, y, weight=None, lambda_dice=1.0, lambda_ce=1.0):
-    """Dice and cross-entropy of each sample, in float64."""
+    """The weighted sum of Dice and cross-entropy of each sample, in float64."""
     t = reference.one_hot(y.reshape(len(y), -1), CLASSES)
     m = np.ones(t.shape[:2]) if weight is None else np.asarray(weight, float).reshape(len(y), -1)
     i, p, t_sum, ce = reference.sums(reference.flat(x), t, m, activation="softmax")
@@ -44,7 +47,7 @@ LENGTHS = {"equal": [4, 4, 4, 4], "different": [7, 3, 1, 5], "nothing left of on
 def masked_series(lengths):
     x, y = make((4, 7))
     steps = np.arange(7) < np.array(LENGTHS[lengths])[:, None]
-    x[~steps] = 0  # what keras.layers.Masking leaves out
+    x[~steps] = 0  # keras.layers.Masking leaves these steps out.
     return x, y, steps
 
 
@@ -82,7 +85,7 @@ def test_masks_and_weights_per_sample_count_as_in_keras(reduction):
     theirs = masking_model(
         keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
     )
-    steps = 7 if reduction == "sum" else 1  # its sum is over the steps, ours over the samples
+    steps = 7 if reduction == "sum" else 1  # Keras adds up the steps, ours the samples.
     expected = theirs.evaluate(x, y, sample_weight=weight, verbose=0) / steps
     assert_close(ours.evaluate(x, y, sample_weight=weight, verbose=0), expected)
 
@@ -90,7 +93,7 @@ def test_masks_and_weights_per_sample_count_as_in_keras(reduction):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("options", [{}, {"ignore_label": 2}, {"data_format": "channels_first"}])
 def test_a_mask_leaves_voxels_out_as_weights_of_0_do(options, shape):
-    """The mask has the first one or two axes, of the samples and of what follows."""
+    """The mask has two axes, that of the samples and the one that follows."""
     x, y = make(SHAPES[shape])
     rng = np.random.default_rng(1)
     mask = rng.random(SHAPES[shape][:2]) < 0.6
@@ -128,7 +131,7 @@ def test_a_metric_leaves_masked_steps_out(over, jit_compile):
     i, p, t = (a.sum(1) for a in (p * t, p, t))
     if over == "dataset":
         i, p, t = (a.sum(0, keepdims=True) for a in (i, p, t))
-    else:  # the sample of which nothing is left counts for nothing
+    else:  # The sample of which nothing is left counts for nothing.
         i, p, t = (a[steps.any(1)] for a in (i, p, t))
     empty = p + t == 0
     wanted = np.where(empty, 1, 2 * i / np.where(empty, 1, p + t)).mean()
@@ -139,7 +142,8 @@ def test_a_metric_leaves_masked_steps_out(over, jit_compile):
 
 
 def weights_in_turn(shape):
-    """Weights per voxel and per sample, as users have them, one after the other."""
+    """Weights per voxel and weights per sample, one after the other, in the shapes that users
+    have."""
     rng = np.random.default_rng(2)
     per_voxel = rng.random(shape).astype(np.float32)
     per_sample = rng.random(shape[0]).astype(np.float32)
@@ -156,7 +160,7 @@ def weighted_loss(x, y, weight):
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_weights_of_both_kinds_may_come_in_turn(shape, jit_compile):
-    """After two kinds Keras traces a function that does not know the rank of the weights."""
+    """After weights of two kinds Keras traces a function that does not know their rank."""
     x, y = make(SHAPES[shape])
     model = keras.Sequential([keras.Input(x.shape[1:]), keras.layers.Dense(CLASSES)])
     model.compile(keras.optimizers.SGD(0.0), loss=DiceCELoss(), jit_compile=jit_compile)
@@ -184,7 +188,8 @@ def test_weights_may_have_an_unknown_rank(data_format, jit_compile):
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_weights_of_both_kinds_may_come_in_turn_for_signals(jit_compile):
-    """Both kinds have two axes; after batches of several sizes Keras knows the length of none."""
+    """Both kinds have two axes. After batches of several sizes Keras knows the length of
+    neither."""
     x, y = make((5, 7))
     model = keras.Sequential([keras.Input(x.shape[1:]), keras.layers.Dense(CLASSES)])
     model.compile(keras.optimizers.SGD(0.0), loss=DiceCELoss(), jit_compile=jit_compile)
@@ -297,7 +302,7 @@ def test_callbacks_know_that_more_is_better(callback, score, tmp_path):
 
 
 class AsInKeras(DiceCELoss):
-    """A `call` of Keras' own form."""
+    """Its `call` has the form that Keras documents."""
 
     def call(self, y_true, y_pred):
         return 2 * super().call(y_true, y_pred)
@@ -321,7 +326,7 @@ def test_a_subclass_may_override_call(cls, jit_compile):
 
 
 class MeanSquaredError(losses.SumsLoss):
-    """What people write for `keras.losses.Loss`: it counts on labels in the loss's dtype."""
+    """People write it for `keras.losses.Loss`. It counts on labels in the dtype of the loss."""
 
     def call(self, y_true, y_pred):
         return tf.reduce_mean((tf.one_hot(tf.cast(y_true, tf.int32), 3) - y_pred) ** 2, [1, 2, 3])
@@ -446,7 +451,7 @@ def test_rows_that_are_added_up_do_not_warn():
     rows, labels = x.reshape(-1, CLASSES), y.reshape(-1)
     wanted = expected_losses(rows[None], labels[None], lambda_ce=0)[0]
     assert_close(DiceLoss(batch=True)(labels, rows), wanted)
-    DiceCELoss(lambda_dice=0)(labels, rows)  # a mean over the rows either way
+    DiceCELoss(lambda_dice=0)(labels, rows)  # It is a mean over the rows either way.
     metrics.DiceScore(over="dataset").update_state(labels, rows)
 
 
@@ -472,7 +477,7 @@ def test_ragged_and_sparse_tensors_are_refused_in_words():
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "uint8"])
 @pytest.mark.parametrize("layout", ["a channel axis of 1", "none", "channels first"])
 def test_class_indices_in_floats_are_not_soft_labels(layout, dtype):
-    """With squared_pred, class weights of the cross-entropy are refused for soft labels alone."""
+    """With squared_pred, class weights of the cross-entropy are refused for soft labels only."""
     x, y = make((1, 4, 4))
     options = {"squared_pred": True, "ce_class_weight": [1.0, 2.0, 3.0]}
     wanted = float(DiceCELoss(**options)(y, x))
@@ -500,7 +505,7 @@ def test_labels_that_may_be_soft_are_refused():
     with pytest.raises(ValueError, match="squares"):
         DiceCELoss(**options)(one_hot, x)
     options["ce_class_weight"] = [2.0]
-    with pytest.raises(ValueError, match="squares"):  # a mask of floats
+    with pytest.raises(ValueError, match="squares"):  # This is a mask of floats.
         DiceCELoss(activation="sigmoid", **options)(one_hot[..., :1], x[..., :1])
     DiceCELoss(activation="sigmoid", **options)(y == 1, x[..., :1])
 
@@ -508,7 +513,7 @@ def test_labels_that_may_be_soft_are_refused():
 @pytest.mark.parametrize("weight", [None, "uint8", "int32", "float32", "float64"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_weights_of_1_change_nothing_at_the_threshold(dtype, weight):
-    """0.3 as a float32 is above 0.3 as a double."""
+    """0.3 as a float32 is larger than 0.3 as a double."""
     x = np.array([0.3, 0.3, 0.3, 0.9], dtype).reshape(1, 4, 1)
     ones = None if weight is None else np.ones((1, 4), weight)
     score = metrics.DiceScore(prediction="threshold", threshold=0.3, from_logits=False)

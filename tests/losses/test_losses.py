@@ -1,4 +1,4 @@
-"""The Keras losses: values and gradients, and everything Keras does with a loss."""
+"""The Keras losses: values, gradients, training, saving, and errors about wrong arguments."""
 
 import keras
 import numpy as np
@@ -16,7 +16,7 @@ SHAPE = (3, 6, 5, 4, 3)  # [N, D, H, W, C]
 
 
 def make(classes=3, dtype="float32", seed=0):
-    """Logits and uint8 labels; a random volume with its last class absent from the last sample."""
+    """Logits and uint8 labels of a random volume. Its last class is absent from the last sample."""
     rng = np.random.default_rng(seed)
     x = 2 * rng.normal(size=(*SHAPE[:-1], classes))
     y = rng.integers(0, max(classes, 2), size=SHAPE[:-1]).astype(np.uint8)
@@ -37,7 +37,7 @@ def over_batch(*sums):
 
 
 W = np.array([0.1, 2.0, 5.0])
-# What people write in NumPy, next to the arguments that ask for it. I, P, T: [N, C].
+# The arguments of a loss, and what people write for it in NumPy, over I, P, T of shape [N, C].
 FORMS = {
     "multi-class": ({}, mean_dice),
     "class-weighted": (
@@ -124,13 +124,14 @@ def generalized(i, p, t, power, smooth=0.0):
 
 
 def of_present(losses, t, counted):
-    """Mean over the classes that are there; counted: absent ones count, with loss 0."""
+    """The mean over the classes that are present. counted: absent ones count as well, with loss
+    0."""
     present = np.real(t) > 0
     classes = losses.shape[1] if counted else np.maximum(present.sum(1), 1)
     return (np.where(present, losses, 0).sum(1) / classes).mean()
 
 
-# Loss, and the same in NumPy. The conformance tests hold these to other libraries as well.
+# A loss, and the same in NumPy. test_conformance.py compares them with other libraries as well.
 FAMILY = {
     "Tversky": (
         TverskyLoss(alpha=0.3, beta=0.7),
@@ -220,7 +221,8 @@ def test_every_loss_is_saved(name, tmp_path):
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "none"])
 @pytest.mark.parametrize("samples", [2, 3])
 def test_weights_per_sample_apply_to_losses_per_class(samples, reduction):
-    x, y = (v[:samples] for v in make())  # three classes: also as many samples as classes
+    # There are three classes: once there are as many samples as classes.
+    x, y = (v[:samples] for v in make())
     weight = np.float32([1, 0.5, 4][:samples])
     each = DiceLoss(average="none", reduction="none")(y, x).numpy()
     assert each.shape == (samples, 3)
@@ -233,7 +235,7 @@ def test_weights_per_sample_apply_to_losses_per_class(samples, reduction):
 
 @pytest.mark.parametrize("batch", [False, True])
 def test_sample_weights_of_unknown_rank_count_as_those_of_known_rank(batch):
-    """Keras traces so after weights of both kinds."""
+    """Keras traces a loss in this way after weights of both kinds."""
     x, y = make()
     for loss in (DiceLoss(batch=batch), losses.DiceCELoss(batch=batch)):
         traced = tf.function(lambda w, f=loss: f(y, x, w), input_signature=[tf.TensorSpec(None)])
@@ -300,7 +302,7 @@ def test_weights_apply_per_sample_and_per_voxel():
 
 
 def test_weights_per_sample_enter_the_sums_of_a_batch():
-    """Weights per sample enter the batch's sums: as if each voxel had its sample's weight."""
+    """The loss is as if each voxel had the weight of its sample."""
     x, y = make()
     weight = np.float32([1, 0, 4])
     expected, gradient = reference.loss_and_gradient(
@@ -321,7 +323,7 @@ def test_weights_per_sample_enter_the_sums_of_a_batch():
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The dtypes that reach the op."""
+    """The dtypes of labels and logits that reach the op."""
     dtypes = set()
     original = dice_op.losses.dice_sums
 
@@ -334,7 +336,7 @@ def seen(monkeypatch):
 
 
 def model_and_data(dtype=None, classes=3):
-    """A network of two layers, and volumes whose label is a function of the intensity."""
+    """A network of two layers, and volumes whose labels are a function of the intensity."""
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
     images = rng.uniform(0, 3, size=(8, 6, 6, 6, 1)).astype(np.float32)
@@ -357,7 +359,7 @@ def test_a_model_is_compiled_trained_and_evaluated(seen):
     after = model.evaluate(images, labels, verbose=0)
     assert after < 0.5 * before
     assert history.history["loss"][-1] < history.history["loss"][0]
-    # 8 samples in batches of 3: the mean over samples, not over batches
+    # For 8 samples in batches of 3 it is the mean over samples, not over batches.
     each = DiceLoss(reduction="none")(labels, model.predict(images, verbose=0)).numpy()
     np.testing.assert_allclose(after, each.mean(), rtol=1e-5)
     assert seen == {("uint8", "float32")}
@@ -403,7 +405,7 @@ def test_each_of_several_outputs_has_its_loss():
 
 
 def arguments_of(cls):
-    """All that a loss can be given, by its and its bases' signatures."""
+    """The names of all arguments that a loss takes, by the signatures of its class and bases."""
     own = [c.__init__.__kwdefaults__ or {} for c in cls.__mro__ if c.__module__ == losses.__name__]
     return set().union(*own)
 
@@ -458,7 +460,7 @@ def test_a_saved_keras_model_trains_in_another_process(tmp_path, run_python):
 
 
 def test_a_saved_model_runs_in_another_process(tmp_path, run_python):
-    """A training step as a SavedModel: loss and gradient, of any batch size."""
+    """The SavedModel is a training step: loss and gradient of a batch of any size."""
     loss = DiceLoss()
 
     @tf.function(
@@ -558,7 +560,8 @@ def test_wrong_arguments_of_the_family_are_errors_in_words(loss, arguments, says
 
 
 def test_the_cross_entropy_of_probabilities_is_categorical():
-    """That of a sigmoid's would miss the background: where this can be seen, it is an error."""
+    """For a sigmoid's probabilities it would miss the background, which is an error where it can
+    be seen."""
     loss = losses.DiceCELoss(activation="none")
     x, y = make(1)
     with pytest.raises(ValueError, match='cross-entropy of activation="none" is categorical'):
@@ -584,11 +587,11 @@ def test_class_weights_that_squares_would_spoil_are_refused():
 
 
 def test_generalized_dice_shows_the_errors_of_a_large_volume():
-    """Its sums are near 1 / T, so that smoothing as elsewhere would hide the errors."""
+    """Its sums are near 1 / T, so that the smoothing of the other losses would hide the errors."""
     y = np.zeros((1, 100, 100, 100), np.uint8)
     y[:, :50] = 1
     x = np.zeros((*y.shape, 2), np.float32)
-    x[..., 1] = np.where(y == 1, -9, 9)  # all wrong
+    x[..., 1] = np.where(y == 1, -9, 9)  # All voxels are wrong.
     assert float(GeneralizedDiceLoss()(y, x)) > 0.999
 
 
@@ -633,7 +636,7 @@ def test_a_model_that_ends_in_an_activation_needs_a_loss_of_probabilities(end, l
 
 
 def test_unknown_shapes_are_checked_when_they_are_known():
-    """Checks that need the number of classes happen when it is known: when running."""
+    """Checks that need the number of classes are made when it is known, which is while running."""
     x, y = make()
 
     def compiled(loss):

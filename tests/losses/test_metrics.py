@@ -1,4 +1,4 @@
-"""The Keras metrics: hard scores against NumPy, in fit, streamed, under a distribution strategy."""
+"""The Keras metrics give the hard scores that NumPy gives: over several batches, and in fit."""
 
 import keras
 import numpy as np
@@ -12,7 +12,8 @@ CLASSES = 4
 
 
 def make(samples=7, seed=0):
-    """Logits and labels; some classes are in no label of a sample, one is in none at all."""
+    """Logits and labels. Some classes are absent from a sample's labels, and one from all
+    labels."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(samples, 6, 5, CLASSES)).astype(np.float32)
     y = rng.integers(0, CLASSES - 1, size=x.shape[:-1]).astype(np.uint8)
@@ -22,14 +23,14 @@ def make(samples=7, seed=0):
 
 
 def counts(p, t, weight=None):
-    """I, P, T `[N, C]` of masks `[N, spatial..., C]`."""
+    """I, P, T, `[N, C]` each, of masks `[N, spatial..., C]`."""
     weight = np.ones(p.shape[:-1]) if weight is None else weight
     axes = tuple(range(1, p.ndim - 1))
     return [(weight[..., None] * v).sum(axes) for v in (p * t, p, t)]
 
 
 def scores_of(i, p, t, kind, absent):
-    """With NaN where a class does not count."""
+    """The scores, with NaN where a class does not count."""
     numerator, denominator = (2 * i, p + t) if kind == "dice" else (i, p + t - i)
     scores = np.where(denominator > 0, numerator / np.maximum(denominator, 1), 1)
     return np.where((t > 0) | (absent == "keep"), scores, np.nan)
@@ -110,7 +111,7 @@ def test_channels_first_and_one_hot_labels_give_the_same_score():
 
 
 def test_no_voxel_is_lost():
-    """Counts past 2^24, where float32 would stand still."""
+    """The counts pass 2^24, where float32 would stand still."""
     score = DiceScore(over="dataset", average="none")
     x = np.zeros((1, 2_500_000, 2), np.float16)
     x[..., 1] = 1
@@ -220,7 +221,7 @@ def test_probabilities_that_are_taken_for_logits_are_an_error():
 @pytest.mark.parametrize("over", ["samples", "dataset"])
 @pytest.mark.parametrize("average", ["macro", "micro", "none"])
 def test_a_score_of_nothing_is_nan(average, over):
-    """Not 0, which would be a failure; only absent="keep" calls an empty prediction right."""
+    """0 would mean a failure. Only absent="keep" calls an empty prediction right."""
     x = np.zeros((2, 6, 5, 3), np.float32)
     x[..., 0] = 1
     y = np.zeros((2, 6, 5), np.uint8)
@@ -234,7 +235,7 @@ def test_a_score_of_nothing_is_nan(average, over):
 
 
 def test_weights_of_both_kinds_may_come_in_turn():
-    """Keras traces again then, for weights of unknown rank."""
+    """Keras then traces the metric again, for weights of unknown rank."""
     x, y = make(4)
     each = [np.float32([1, 0.5, 2, 1]), (y > 1).astype(np.float32)]
     metric = DiceScore()

@@ -24,7 +24,7 @@ def test_cmake_needs_tensorflow_only_where_it_is_asked_for(tmp_path):
 
 
 def setup(*before, **variables):
-    """What `setup.py build_ext` says, in one line, where it cannot even begin."""
+    """The one line that `setup.py build_ext` says where it cannot even begin."""
     code = "; ".join((*before, "import runpy, sys", "sys.argv[1:] = ['--quiet', 'build_ext']"))
     code += "; runpy.run_path('setup.py', run_name='__main__')"
     done = run(sys.executable, "-c", code, cwd=ROOT, **variables)

@@ -15,7 +15,7 @@ from helpers.processes import output_of, run
     ("archs", "capability", "portable", "covered"),
     [
         ("75,80,90", (7, 5), True, True),
-        ("75,80,90", (8, 9), False, True),  # a later minor of 8.0
+        ("75,80,90", (8, 9), False, True),  # 8.9 is a later minor of 8.0.
         ("75,80,90+PTX", (7, 0), True, False),
         ("75,80,90+PTX", (12, 0), True, True),
         ("75,80,90+PTX", (12, 0), False, False),
@@ -65,7 +65,7 @@ B200, H200, A100, V100 = (
         ),
         ("12.4", "90", (13, 0), [A100, H200], r"not for A100 .*\.cu13, or build from source"),
         ("12.4", "90", (12, 4), [A100, H200], r"not for A100 .*\.cu12, or build from source"),
-        # Blackwell: the wheel of CUDA 12 has no code for it
+        # The wheel of CUDA 12 has no code for Blackwell.
         (
             "12.4",
             "75,80,90",
@@ -85,7 +85,7 @@ def test_a_build_says_what_keeps_it_from_using_the_gpus(
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert problem() is None if says is None else re.search(says, problem()), problem()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # of two, perhaps the one that is covered
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # Of two GPUs it may be the one that has code.
     assert (problem() is None) == (says is None or len(gpus) > 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert problem() is None
@@ -115,7 +115,7 @@ int nvmlDeviceGetCudaComputeCapability(void* d, int* major, int* minor) {
 
 
 def test_a_gpu_without_code_is_named_by_info_and_by_the_loader(tmp_path, monkeypatch):
-    """With a library in the driver's place: `info` says so, and so does the loader, once."""
+    """A library stands in for the driver's. `info` names the GPU each time, the loader once."""
     (tmp_path / "nvml.c").write_text(NVML)
     library = tmp_path / "libnvidia-ml.so.1"
     output_of("cc", "-shared", "-fPIC", tmp_path / "nvml.c", "-o", library)
@@ -140,5 +140,5 @@ def test_a_gpu_without_code_is_named_by_info_and_by_the_loader(tmp_path, monkeyp
 
     warned = warnings_where(True)
     assert warned.count("RuntimeWarning") == 1 and report["gpu_kernels"] in warned
-    # a TensorFlow without GPUs leaves them idle anyway
+    # A TensorFlow without GPUs leaves them idle anyway.
     assert "RuntimeWarning" not in warnings_where(False)

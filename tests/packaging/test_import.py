@@ -25,7 +25,8 @@ def test_importing_the_package_imports_no_tensorflow(run_python):
 
 @pytest.mark.parametrize("built", ["2.20.0", "3.0.1", ""])
 def test_another_tensorflow_is_named(built, run_python):
-    """Both versions and the command that mends it. The build is made to look like another one's."""
+    """The error names both versions and a command that helps. The build is made to look like
+    another."""
     out = run_python(
         f"""
         from dice_op import core
@@ -66,7 +67,7 @@ def test_a_source_folder_that_is_not_built_says_so(tmp_path, run_python):
 
 
 def test_a_second_import_changes_nothing(run_python):
-    """In all ways that people come by one, one after the other."""
+    """The second import happens in all ways in which people come by one, one after the other."""
     run_python(
         """
         import sys, importlib
@@ -121,7 +122,7 @@ def test_a_second_import_changes_nothing(run_python):
 
 
 def test_a_package_of_links_can_be_imported_twice(tmp_path, run_python):
-    """As some installers make it: a folder whose files are links to another place."""
+    """Some installers make such a package: a folder whose files are links to another place."""
     (tmp_path / "dice_op").mkdir()
     for file in PACKAGE.iterdir():
         if file.is_file():

@@ -25,7 +25,7 @@ def test_info_tells_of_the_build():
     text = output_of(*DICE_OP, "info")
     for key in report:
         assert re.search(rf"^{key} +\S", text, re.MULTILINE), key
-    assert run(*DICE_OP).returncode == 2  # no command: usage
+    assert run(*DICE_OP).returncode == 2  # Without a command it says how it is used.
 
 
 def test_info_works_without_tensorflow(run_python):

@@ -14,7 +14,8 @@ MAY_INCLUDE = {
     "cpu": r'"(core|cpu)/[a-z_]+\.h"',
     "cuda": r'"(core|cuda)/[a-z_]+\.h"|"cuda_emulator\.h"|<cuda_[a-z0-9_]+\.h>',
     "tf": r'"core/(dice_op|problem)\.h"|"tf/[a-z_]+\.h"|"tensorflow/.*"|"xla/.*"',
-    "xla": r'"core/(dice_op|problem)\.h"|"xla/ffi/api/ffi\.h"',  # XLA's, and it stands alone
+    # This header of XLA's needs no other.
+    "xla": r'"core/(dice_op|problem)\.h"|"xla/ffi/api/ffi\.h"',
     "pybind": r'"core/(dice_op|problem)\.h"|"pybind/[a-z_]+\.h"|<pybind11/.*>',
 }
 
@@ -26,7 +27,7 @@ SYSTEM_HEADER = r"<(sys/)?[a-z_]+(\.h)?>"
 def test_each_layer_includes_only_what_it_may(layer):
     sources = list((CSRC / layer).iterdir())
     assert sources
-    # or "xla/..." would be ambiguous
+    # A header in csrc/xla/ would make "xla/..." ambiguous.
     assert layer != "xla" or not [s for s in sources if s.suffix == ".h"]
     for source in sources:
         for header in re.findall(r"^#\s*include (\S+)", source.read_text(), re.MULTILINE):
@@ -41,7 +42,7 @@ def test_only_the_op_is_compiled_with_tensorflow():
         for c in commands
         if "tensorflow" in c["command"].lower()
     }
-    # core's module is told TensorFlow's version, for build_info(), and nothing more
+    # The core module is told TensorFlow's version, for build_info(), and nothing more.
     includes = {
         pathlib.Path(c["file"]).parent.name
         for c in commands

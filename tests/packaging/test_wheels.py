@@ -23,7 +23,8 @@ def test_the_matrix_lists_every_wheel():
     for tensorflow in ("2.19", "2.20", "2.21"):
         for variant in ("cpu", "cu12", "cu13"):
             assert f"tf{tensorflow}.{variant}, Python 3.12" in listed
-    assert len(listed.splitlines()) == 33  # 3 variants of 3 + 4 + 4
+    # 3 variants for each of 3 + 4 + 4 pairs of TensorFlow and Python
+    assert len(listed.splitlines()) == 33
 
 
 def test_ci_builds_the_whole_matrix():
@@ -43,7 +44,7 @@ def wheels(monkeypatch):
 
 
 def build_wheels(wheels, monkeypatch, tmp_path, *arguments, fails=()):
-    """What is built, and the exit status, where Python 3.13 and CUDA 12 are missing."""
+    """The wheels that are built, and the exit status, where Python 3.13 and CUDA 12 are missing."""
     built = []
 
     def build(tensorflow, variant, python, to):
@@ -117,7 +118,7 @@ def test_the_nvcc_of_make_cuda12_is_found(wheels, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["python3.99", "uv", None])
 def test_a_python_of_pyenv_or_uv_is_found(name, wheels, monkeypatch, tmp_path):
     found = program(tmp_path / "found", "echo 3.99 $0")
-    programs = {  # pyenv's stands for all its versions, and wants to be told which
+    programs = {  # pyenv's program stands for all its versions, and must be told which one.
         "python3.99": f'[ "$PYENV_VERSION" = 3.99 ] && exec {found}',
         "uv": f'[ "$1 $2 $4" = "python find 3.99" ] && echo {found}',
     }
