@@ -294,11 +294,9 @@ bool IsPlain(const Problem& problem, const void* d_logits) {
   const int64_t run = (problem.channels_last() ? problem.classes : 1) * sizeof(T);
   const bool rows_aligned = problem.voxels * run % 16 == 0;
   const bool one_run = problem.batch == 1 && run == static_cast<int64_t>(problem.classes * sizeof(T));
-  return !problem.labels_per_class() && problem.labels_dtype <= DType::kInt64 && !problem.masked() &&
-         !problem.options.squared_pred && !problem.hard() &&
-         (!problem.options.cross_entropy ||
-          (problem.options.focal_gamma == 0 && problem.options.label_smoothing == 0)) &&
-         aligned(problem.logits) && aligned(problem.labels) && aligned(d_logits) && (rows_aligned || one_run);
+  return !problem.labels_per_class() && problem.labels_dtype <= DType::kInt64 && TermsOf(problem).plain() &&
+         !problem.hard() && aligned(problem.logits) && aligned(problem.labels) && aligned(d_logits) &&
+         (rows_aligned || one_run);
 }
 
 }  // namespace

@@ -59,8 +59,10 @@ struct StridedClassesIfThere : StridedClasses<kItems, kLanes> {
 };
 
 template <class R>
-DICE_OP_DEVICE constexpr Terms<R> PlainTerms(bool cross_entropy) {
-  return {false, false, cross_entropy, R(0), R(1), R(0), R(0)};
+DICE_OP_DEVICE Terms<R> PlainTerms(bool cross_entropy) {
+  Terms<R> terms;
+  terms.cross_entropy = cross_entropy;
+  return terms;
 }
 
 // --- labels and weights -------------------------------------------------------------------------------

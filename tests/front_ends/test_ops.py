@@ -4,9 +4,10 @@ numbers."""
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.framework import op_def_registry
 
 import dice_op
-from dice_op import composite
+from dice_op import composite, core
 from helpers import reference
 from helpers.kernel_inputs import FORMATS
 from helpers.tape import value_and_gradient
@@ -59,6 +60,33 @@ def assert_jacobians(function, arguments, tolerance):
         scale = np.abs(n).max()
         assert scale > 0
         assert np.abs(s - n).max() <= tolerance * scale
+
+
+def default_of(attribute):
+    """The default of an op's attribute, or None where the caller has to choose."""
+    value = attribute.default_value
+    kind = value.WhichOneof("value")
+    if kind == "list":
+        return [*value.list.i, *value.list.f]
+    return kind and (value.s.decode() if kind == "s" else getattr(value, kind))
+
+
+@pytest.mark.parametrize("name", ["DiceSums", "DiceSumsGrad"])
+def test_the_ops_have_the_options_and_the_sums_of_the_kernels(name):
+    op = op_def_registry.get(name)
+    defaults = {a.name: default_of(a) for a in op.attr if not a.name.startswith("T")}
+    options = core.op_attributes()
+    assert defaults.pop("remainders") == []  # What the numbers among the options lack as floats.
+    assert defaults.pop("activation") is None and options.pop("activation") == "softmax"
+    assert defaults == options
+
+    sums = list(core.sums(np.zeros((1, 1, 2), np.float32), [[0]], cross_entropy=True))
+    assert list(dice_op.DiceSums._fields) == sums
+    if name == "DiceSums":
+        assert [o.name for o in op.output_arg] == sums
+    else:
+        with_gradient = [s for s in sums if s not in ("label_sum", "weight_sum")]
+        assert [i.name for i in op.input_arg][3:] == [f"d_{s}" for s in with_gradient]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

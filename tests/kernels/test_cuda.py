@@ -261,6 +261,19 @@ def test_a_label_that_is_no_class_makes_its_sample_nan(dtype, program, tmp_path)
             assert np.isnan(result[name][1:]).all()
 
 
+def test_where_the_environment_asks_for_it_a_wrong_label_is_an_error_of_the_call(few, tmp_path):
+    """It is an error of cuda::DiceSums itself, and so of every front end that calls it."""
+    x, y, _ = make((2, 100, 3), "int32")
+    wrong = y.copy()
+    wrong[1, 37] = 9
+    calls = [simple_case(x, wrong), simple_case(x, y)]
+    error, result = emulation.run(few("plain"), calls, tmp_path, DICE_OP_CHECK_LABELS="1")
+    assert "labels (y_true) at voxel [1, 37] have the value 9, but must be in [0, 3)" in error
+    assert np.isfinite(result["pred_sum"]).all()
+    result, _ = emulation.run(few("plain"), calls, tmp_path, DICE_OP_CHECK_LABELS="0")
+    assert np.isnan(result["pred_sum"][1]).all()
+
+
 def test_dense_labels_that_are_no_labels_make_their_sample_nan(program, tmp_path):
     cases = []
     for c in (3, 20):

@@ -46,8 +46,7 @@ def dump(*arguments):
 
 
 def budget(function):
-    """How many registers a thread may have, as csrc/cuda/source.h states for each source of
-    voxels."""
+    """How many registers a thread may have, as each access to voxels in csrc/cuda states."""
     if match := re.search(r"DirectI.*?Li\d+ELb([01])E", function):
         planar = match[1] == "1"
         return (80 if planar else 64) if "DirectIf" in function else (128 if planar else 80)

@@ -3,12 +3,15 @@
 The objects that are compiled for each of them are looked at as well.
 """
 
+import json
+import re
+import shlex
 import sys
 
 import pytest
 
 from dice_op import core
-from helpers.paths import BUILD, TESTS
+from helpers.paths import BUILD, CSRC, TESTS
 from helpers.processes import output_of, run
 
 LEVELS = core.build_info()["simd_levels"]
@@ -54,3 +57,21 @@ def test_an_object_exports_its_table_and_nothing_else(level):
     defined = [(kind, name) for kind, name in defined if not name.startswith("DW.ref.")]
     assert len(defined) == 1, defined
     assert defined[0][1].startswith("dice_op::cpu::k")
+
+
+@pytest.mark.parametrize("level", [level for level in LEVELS if level != "portable"])
+def test_the_processor_is_asked_for_every_instruction_set_that_the_compiler_may_use(level):
+    if not (BUILD / "compile_commands.json").exists():
+        pytest.skip("not built from this checkout")
+    commands = json.loads((BUILD / "compile_commands.json").read_text())
+    (command,) = (c["command"] for c in commands if f'DICE_OP_LEVEL=\\"{level}\\"' in c["command"])
+    flags = {w[2:] for w in shlex.split(command) if w.startswith("-m") and "=" not in w}
+    source = (CSRC / "cpu" / "dice_op_cpu.cc").read_text()
+    questions = {
+        table: set(re.findall(r'__builtin_cpu_supports\("(\w+)"\)', body))
+        for table, body in re.findall(r"if \(&kernels == &(\w+)\) \{(.*?);\n", source, re.DOTALL)
+    }
+    asked = questions["kX86V3"]
+    if level == "x86-64-v4":
+        asked = asked | questions["kX86V4"]  # whose answer begins with v3's
+    assert asked == flags and len(flags) > 3
