@@ -23,7 +23,7 @@ MAY_INCLUDE = {
 SYSTEM_HEADER = r"<(sys/)?[a-z_]+(\.h)?>"
 
 
-@pytest.mark.parametrize("layer", [p.name for p in sorted((CSRC).iterdir())])
+@pytest.mark.parametrize("layer", [p.name for p in sorted(CSRC.iterdir())])
 def test_each_layer_includes_only_what_it_may(layer):
     sources = list((CSRC / layer).iterdir())
     assert sources
