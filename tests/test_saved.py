@@ -1,6 +1,6 @@
 """What version 0.1.0 saved still loads, and means the same.
 
-`saved/` holds what that version wrote, and is never written anew: the configuration of each loss and
+`saved/` holds what that version wrote, and must stay as it is: the configuration of each loss and
 metric with its value for the data below, and a model compiled with a loss and a metric.
 """
 
