@@ -67,7 +67,7 @@ if _wanted and _wanted not in _levels:
         stacklevel=2,
     )
 
-if not typing.TYPE_CHECKING:  # A type checker would take this for a module that has every name.
+if not typing.TYPE_CHECKING:  # It would make a type checker believe that every name exists.
 
     def __getattr__(name):
         if name not in __all__:

@@ -86,10 +86,7 @@ def covers(archs: Iterable[str], capability: tuple[int, int], portable: bool = T
     portable: whether the driver can compile portable code.
     """
     for arch in archs:
-        found = re.fullmatch(r"(\d+)([af]?)(\+PTX)?", arch)
-        if not found:
-            raise ValueError(f"{arch!r} is not an architecture of GPUs")
-        digits, kind, has_portable = found.groups()
+        ((digits, kind, has_portable),) = re.findall(r"^(\d+)([af]?)(\+PTX)?$", arch)
         known = divmod(int(digits), 10)
         if capability == known:
             return True

@@ -41,7 +41,8 @@ def _package() -> str:
 def mismatch(built: str | None, running: str) -> str | None:
     """What to tell people whose TensorFlow is not the one that this build is for, else None.
 
-    A build fits one minor version, as TensorFlow's C++ interface may change with each.
+    A build fits one minor version, because the C++ symbols of TensorFlow contain the version of its
+    libraries.
     """
     if built is None:
         return f"this build of dice_op has no TensorFlow op; rebuild it: {_rebuild(running)}"

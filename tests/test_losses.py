@@ -6,7 +6,6 @@ import pytest
 import reference
 import tensorflow as tf
 
-import dice_op
 from dice_op import losses
 from dice_op.losses import DiceLoss, GeneralizedDiceLoss, TverskyLoss
 

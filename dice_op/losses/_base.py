@@ -196,7 +196,7 @@ class SumsLoss(keras.losses.Loss):
         of_sums, of_losses = self._place_weight(weight)
         if _takes_weights(type(self).call):
             losses = self.call(y_true, y_pred, voxel_weight, of_sums)
-        elif voxel_weight is None and of_sums is None:  # Keras calls it in the same way.
+        elif voxel_weight is None and of_sums is None:  # Keras casts both for such a `call`.
             losses = self.call(tf.cast(y_true, self.dtype), tf.cast(y_pred, self.dtype))
         else:
             raise ValueError(
@@ -239,7 +239,7 @@ class SumsLoss(keras.losses.Loss):
         return self._reduced(self._losses(sums, of_sums), of_losses)
 
     def _place_weight(self, weight: tf.Tensor | None) -> tuple[tf.Tensor | None, tf.Tensor | None]:
-        """Weights per sample, as those of the sums and those of the losses.
+        """Splits weights per sample into those of the sums and those of the losses.
 
         With `batch` there is only one loss, so that they can only enter the sums.
         """
