@@ -64,7 +64,7 @@ def check_shapes(
 ) -> None:
     """Warns of shapes that are legal, but usually come from a mistake.
 
-    The warnings name the line that calls the function that calls the caller of this one.
+    A warning points to the line that calls the loss.
 
     each_sample_counts: whether every sample has an overlap of its own.
     """
