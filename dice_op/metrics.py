@@ -8,14 +8,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dice_op import _checks, _inputs, _keras, formulas
+# Importing the losses checks Keras, and lets it load them with a model that has both.
+from dice_op import _checks, _inputs, _keras, formulas, losses  # noqa: F401
 from dice_op._types import Average, DataFormat, Prediction, Regions, TensorLike
 from dice_op.ops import DiceSums, dense_tensor, dice_sums
 
 if typing.TYPE_CHECKING:
     from typing_extensions import Unpack
-
-_keras.require_keras_3_on_tensorflow()
 
 _Over = typing.Literal["samples", "dataset"]
 _Absent = typing.Literal["skip", "keep"]
