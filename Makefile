@@ -19,7 +19,7 @@ help:  ## list these commands
 demo: build  ## train a small 3D U-Net on a brain volume with the fused loss
 	$(python) examples/brain_segmentation.py
 
-test: lint build  ## check the style, run the tests
+test: lint build  ## check style and types, run the tests
 	$(pytest)
 
 test-full: build .venv/peers  ## run the tests that take long or need more packages
@@ -42,9 +42,10 @@ docs: build .venv/docs  ## make the documentation, into build/docs/index.html
 
 build: build/ready  ## compile the extension into dice_op/
 
-lint: .venv/ready  ## check the style
+lint: .venv/ready  ## check the style and the types
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
+	$(python) -m mypy
 	.venv/bin/clang-format --dry-run -Werror $(c++)
 
 format: .venv/ready  ## correct the style

@@ -138,7 +138,8 @@ def check_file(wheel, tensorflow, variant):
         binaries = {n for n in package if n.endswith(".so")}
         core = next((n for n in binaries if n.startswith("core.")), "core.*.so")
         require(binaries == {core, *LIBRARIES}, f"its libraries are {sorted(binaries)}")
-        sources = {p.name for p in (ROOT / "dice_op").glob("*.py")}
+        source = ROOT / "dice_op"
+        sources = {str(p.relative_to(source)) for p in source.rglob("*.py")} | {"py.typed"}
         require(package - binaries == sources, f"its files are {sorted(package)}")
         others = [n for n in names if not n.startswith("dice_op/") and ".dist-info/" not in n]
         require(not others, f"it holds {others}")

@@ -3,20 +3,30 @@
 >>> import dice_op
 >>> model.compile(optimizer="adam", loss=dice_op.losses.DiceLoss())
 
-`dice_op.losses` and `dice_op.metrics` hold what Keras takes, `dice_op.dice_sums` the sums they are
-made of, and `dice_op.core` the same on NumPy arrays. Importing the package imports neither
-TensorFlow nor Keras; the first use of what needs them does.
+`dice_op.losses` and `dice_op.metrics` hold what Keras takes. `dice_op.dice_sums` computes the sums
+that they are made of, and `dice_op.core` does the same on NumPy arrays. Importing the package
+imports neither TensorFlow nor Keras; the first use of something that needs them does.
 """
+
+from __future__ import annotations
 
 import importlib
 import os
+import typing
 import warnings
 
+if typing.TYPE_CHECKING:
+    from dice_op import formulas, losses, metrics
+    from dice_op.ops import DiceSums, dice_sums
 
-def _other_copy():
-    """The folder of another dice_op in this process, whose kernels a second one would get, or None.
+__all__ = ["DiceSums", "core", "dice_sums", "formulas", "losses", "metrics"]
 
-    The system's loader knows a library by its name, whichever folder it came from.
+
+def _other_copy() -> str | None:
+    """The folder of another dice_op that this process has loaded, or None.
+
+    The system's loader knows a library by its name, whichever folder it came from, so that a second
+    dice_op would get the kernels of the first.
     """
     try:
         with open("/proc/self/maps") as maps:
@@ -38,7 +48,7 @@ if _elsewhere:
         name=__name__,
     )
 try:
-    from dice_op import core
+    from dice_op import core  # type: ignore[attr-defined]
 except ImportError as error:
     raise ImportError(
         f"dice_op's compiled module cannot be loaded from {__path__[0]} ({error}). In a source "
@@ -57,23 +67,15 @@ if _wanted and _wanted not in _levels:
         stacklevel=2,
     )
 
-_HOME = {
-    "dice_sums": "dice_op.ops",
-    "DiceSums": "dice_op.ops",
-    "formulas": "dice_op",
-    "losses": "dice_op",
-    "metrics": "dice_op",
-}
-__all__ = ["core", *_HOME]
+if not typing.TYPE_CHECKING:  # It would make a type checker believe that every name exists.
 
-
-def __getattr__(name):
-    if name not in _HOME:
-        raise AttributeError(f"module 'dice_op' has no attribute {name!r}")
-    if _HOME[name] == __name__:
+    def __getattr__(name):
+        if name not in __all__:
+            raise AttributeError(f"module 'dice_op' has no attribute {name!r}")
+        if name in ("DiceSums", "dice_sums"):
+            return getattr(importlib.import_module("dice_op.ops"), name)
         return importlib.import_module(f"dice_op.{name}")
-    return getattr(importlib.import_module(_HOME[name]), name)
 
 
-def __dir__():
-    return sorted([*globals(), *_HOME])
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,6 @@
-"""`python -m dice_op info`: what a bug report needs to say about this installation."""
+"""`python -m dice_op info` prints what a bug report needs to say about this installation."""
+
+from __future__ import annotations
 
 import argparse
 import importlib
@@ -7,13 +9,17 @@ import json
 import os
 import platform
 import sys
+import typing
+from collections.abc import Callable, Sequence
 
 from dice_op import _gpu, core
 
 
-def info():
-    """What this build is and what it runs on, as a dict. Works without TensorFlow."""
-    report = {f"build_{k}" if k != "version" else k: v for k, v in core.build_info().items()}
+def info() -> dict[str, typing.Any]:
+    """What this build is and what it runs on. TensorFlow is not needed for it."""
+    report: dict[str, typing.Any] = {
+        f"build_{k}" if k != "version" else k: v for k, v in core.build_info().items()
+    }
     report["simd_level"] = report.pop("build_simd_level")
     report["python"] = platform.python_version()
     report["platform"] = platform.platform()
@@ -38,8 +44,11 @@ def info():
     return report
 
 
-def _or_why_not(find_out):
-    """What is found out, or in words why it cannot be: this report is for what does not work."""
+def _or_why_not(find_out: Callable[[], str]) -> str:
+    """What `find_out` returns, or its error in words.
+
+    People ask for this report when something does not work, so that every error is caught.
+    """
     try:
         return find_out()
     except Exception as error:
@@ -47,32 +56,32 @@ def _or_why_not(find_out):
         return f"not loaded: {type(error).__name__}: {lines[0]}"
 
 
-def _keras():
+def _keras() -> str:
     import keras
 
     return f"{keras.__version__} on {keras.backend.backend()}"
 
 
-def _op():
+def _op() -> str:
     from dice_op._loader import LIBRARY, library
 
     library()
     return f"loaded from {LIBRARY}"
 
 
-def _xla():
+def _xla() -> str:
     from dice_op._loader import XLA_LIBRARY, xla_problem
 
     problem = xla_problem()
     return f"not loaded: {problem}" if problem else f"loaded from {XLA_LIBRARY}"
 
 
-def _losses():
+def _losses() -> str:
     importlib.import_module("dice_op.losses")
     return "loaded"
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dice_op", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("info", help="versions, build and processor features")

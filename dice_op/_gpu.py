@@ -1,46 +1,49 @@
 """The NVIDIA driver and GPUs of this machine, and whether a build has kernels for them.
 
-Asked of NVML, the driver's library for management: that starts no CUDA in this process.
+The answers come from NVML, the driver's library for management, because asking it does not start
+CUDA in this process.
 """
+
+from __future__ import annotations
 
 import ctypes
 import os
 import re
 import typing
+from collections.abc import Iterable, Sequence
 
-DRIVERS = {12: 525, 13: 580}  # the first one for a major version of CUDA
-FIRST_OF_13 = (10, 0)  # from this compute capability on, the wheels of CUDA 13 alone have code
-FIRST = (7, 5)  # compute capability that the kernels are written for
-
-
-class Machine(typing.NamedTuple):
-    """driver: its version, or None; cuda: the newest that it runs, (13, 0); gpus: see `Gpu`."""
-
-    driver: str | None = None
-    cuda: tuple = (0, 0)
-    gpus: tuple = ()
+DRIVERS = {12: 525, 13: 580}  # the first driver for each major version of CUDA
+FIRST_OF_13 = (10, 0)  # From this compute capability on, only the wheels of CUDA 13 have kernels.
+FIRST = (7, 5)  # The kernels need this compute capability.
 
 
 class Gpu(typing.NamedTuple):
-    """capability: compute capability, (9, 0)."""
-
     name: str
-    capability: tuple
+    capability: tuple[int, int]
+    """The compute capability, such as (9, 0)."""
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.name} (compute capability {_dotted(self.capability)})"
 
 
-def _dotted(version):
+class Machine(typing.NamedTuple):
+    driver: str | None = None
+    """The version of the driver."""
+    cuda: tuple[int, int] = (0, 0)
+    """The newest CUDA that the driver runs, such as (13, 0)."""
+    gpus: tuple[Gpu, ...] = ()
+
+
+def _dotted(version: Iterable[int]) -> str:
     return ".".join(map(str, version))
 
 
-def _named(gpus):
+def _named(gpus: Iterable[Gpu]) -> str:
     return ", ".join(sorted(set(map(str, gpus))))
 
 
-def machine():
-    """The `Machine`; one without GPUs where there is no driver, or none that answers."""
+def machine() -> Machine:
+    """This machine. It has no GPUs where there is no driver, or the driver does not answer."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
         if nvml.nvmlInit_v2():
@@ -64,24 +67,26 @@ def machine():
                     device, ctypes.byref(major), ctypes.byref(minor)
                 )
             )
-            if not failed:  # as for one that belongs to another container
+            if not failed:  # It fails for a GPU that belongs to another container.
                 gpus.append(Gpu(text.value.decode(), (major.value, minor.value)))
         return Machine(driver, cuda, tuple(gpus))
-    except AttributeError:  # another library of that name
+    except AttributeError:  # It is another library with the same name.
         return Machine()
     finally:
         nvml.nvmlShutdown()
 
 
-def covers(archs, capability, portable=True):
-    """Whether code for `archs` ("80", "90a", "100f", "120+PTX") runs on a GPU of a compute
-    capability (8, 6).
+def covers(archs: Iterable[str], capability: tuple[int, int], portable: bool = True) -> bool:
+    """Whether code for `archs` ("80", "90a", "100f", "120+PTX") runs on a GPU of this compute
+    capability, such as (8, 6).
 
-    Machine code runs on the same major version's later minors, portable code (PTX) on all that came
-    later. portable: whether the driver can compile that.
+    Machine code also runs on later minor versions of the same major version. Portable code (PTX)
+    runs on all later versions.
+
+    portable: whether the driver can compile portable code.
     """
     for arch in archs:
-        digits, kind, has_portable = re.fullmatch(r"(\d+)([af]?)(\+PTX)?", arch).groups()
+        ((digits, kind, has_portable),) = re.findall(r"^(\d+)([af]?)(\+PTX)?$", arch)
         known = divmod(int(digits), 10)
         if capability == known:
             return True
@@ -92,10 +97,12 @@ def covers(archs, capability, portable=True):
     return False
 
 
-def problem(cuda, archs, found):
-    """Why a build (its CUDA, "13.0" or None, and architectures) cannot use the GPUs of a `Machine`.
+def problem(cuda: str | None, archs: Sequence[str], found: Machine) -> str | None:
+    """Why a build cannot use the GPUs of a machine, and what to do about it.
 
-    With what to do. None if it can use them all, or there is none.
+    It is None if the build can use them all, or there are none.
+
+    cuda, archs: what the build was made with, CUDA such as "13.0" (or None) and architectures.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not found.gpus or visible in ("", "-1"):
@@ -121,7 +128,8 @@ def problem(cuda, archs, found):
         )
     portable = found.cuda >= version
     left_out = [gpu for gpu in found.gpus if not covers(archs, gpu.capability, portable)]
-    # Which ones a list makes visible is CUDA's to say: it may count them in another order.
+    # CUDA_VISIBLE_DEVICES may hide the GPUs that are left out. Only CUDA knows, as it may count
+    # the GPUs in another order than NVML.
     if not left_out or (visible and len(left_out) < len(found.gpus)):
         return None
     names = _named(left_out)

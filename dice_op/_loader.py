@@ -1,9 +1,11 @@
 """Loads dice_op.so and dice_op_xla.so into TensorFlow, or says in words why it cannot."""
 
+from __future__ import annotations
+
 import ctypes
 import functools
-import os
 import pathlib
+import types
 import warnings
 from importlib import metadata
 
@@ -15,19 +17,20 @@ LIBRARY = pathlib.Path(__file__).with_name("dice_op.so")
 XLA_LIBRARY = pathlib.Path(__file__).with_name("dice_op_xla.so")
 
 
-def _minor(version):
+def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def _rebuild(running):
+def _rebuild(running: str) -> str:
+    """The command that builds dice_op for the running TensorFlow."""
     return (
         f"DICE_OP_TENSORFLOW={_minor(running)} pip install --force-reinstall --no-deps . "
         "(in dice_op's source folder)"
     )
 
 
-def _package():
-    """Which of the two packages TensorFlow came from: one must not be installed over the other."""
+def _package() -> str:
+    """The package that TensorFlow came from. The other one must not be installed over it."""
     try:
         metadata.version("tensorflow-cpu")
     except metadata.PackageNotFoundError:
@@ -35,10 +38,11 @@ def _package():
     return "tensorflow-cpu"
 
 
-def mismatch(built, running):
-    """What to tell someone whose TensorFlow is not the one this build is for; None if it is.
+def mismatch(built: str | None, running: str) -> str | None:
+    """What to tell people whose TensorFlow is not the one that this build is for, else None.
 
-    TensorFlow's C++ symbols carry the version of its libraries, so a build fits one minor version.
+    A build fits one minor version, because the C++ symbols of TensorFlow contain the version of its
+    libraries.
     """
     if built is None:
         return f"this build of dice_op has no TensorFlow op; rebuild it: {_rebuild(running)}"
@@ -51,23 +55,13 @@ def mismatch(built, running):
     )
 
 
-def refuse_legacy_keras():
-    """Refuses losses and metrics where TensorFlow has Keras 2 for `tf.keras`."""
-    if os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true"):
-        raise ImportError(
-            "dice_op's losses and metrics are for Keras 3, but TF_USE_LEGACY_KERAS is set, which "
-            "makes tf.keras the older tf_keras (Keras 2): unset it before importing tensorflow. In "
-            "a loop of your own, dice_op.dice_sums and dice_op.formulas work with any model"
-        )
-
-
 @functools.cache
-def library():
+def library() -> types.ModuleType:
     """The module of the raw ops.
 
     Raises:
-      ImportError: the library is missing, or built for another TensorFlow. Names both versions and
-        the command that mends it.
+      ImportError: The library is missing, or was built for another TensorFlow. The message names
+        both versions and the command that repairs it.
     """
     problem = mismatch(core.build_info()["tensorflow"], tf.__version__)
     if problem is None and not LIBRARY.exists():
@@ -94,8 +88,8 @@ def library():
 
 
 @functools.cache
-def xla_problem():
-    """Loads the ops' kernels for XLA. Returns why XLA cannot take them, or None."""
+def xla_problem() -> str | None:
+    """Loads the ops' kernels for XLA. Returns why XLA cannot use them, or None."""
     library()
     if not XLA_LIBRARY.exists():
         return f"{XLA_LIBRARY} is missing; rebuild dice_op: {_rebuild(tf.__version__)}"

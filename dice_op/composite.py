@@ -1,50 +1,61 @@
 """The sums of dice_op.dice_sums in plain TensorFlow operations, differentiable to any order.
 
-It serves what the fused kernels leave out because it is rare: second derivatives, and gradients
-with respect to dense labels and voxel weights. It materialises tensors of the volume's size.
+The fused kernels leave out what is rare, and this serves it: second derivatives, and gradients with
+respect to dense labels and voxel weights. It makes tensors of the volume's size.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 import tensorflow as tf
 
 from dice_op import core
+from dice_op._types import Activation, DataFormat
 
-PROBABILITY_EPSILON = 1e-7  # as in csrc/core/voxel.h: the kernels' cut-off for activation "none"
+# The kernels have the same number, in csrc/core/voxel.h: where activation is "none", the
+# cross-entropy takes a probability below it for this one.
+PROBABILITY_EPSILON = 1e-7
+
+
+def dtype_of_sums(logits: tf.Tensor) -> tf.DType:
+    return tf.float64 if logits.dtype == tf.float64 else tf.float32
 
 
 def sums(
-    logits,
-    labels,
-    voxel_weight,
+    logits: tf.Tensor,
+    labels: tf.Tensor,
+    voxel_weight: Sequence[tf.Tensor],
     *,
-    activation,
-    data_format,
-    squared_pred,
-    with_cross_entropy,
-    focal_gamma,
-    label_smoothing,
-    ignore_label,
-    regions,
-):
+    activation: Activation,
+    data_format: DataFormat,
+    squared_pred: bool,
+    with_cross_entropy: bool,
+    focal_gamma: float,
+    label_smoothing: float,
+    ignore_label: Sequence[int],
+    regions: Sequence[int],
+) -> list[tf.Tensor]:
     """intersection, pred_sum, label_sum, cross_entropy [N, C] and weight_sum [N].
 
-    Arguments are the ops' inputs and attributes: `voxel_weight` and `ignore_label` are lists of at
-    most one entry.
+    The arguments are the ops' inputs and attributes: `voxel_weight` and `ignore_label` are lists of
+    at most one entry, and `regions` is what `core.region_masks` makes.
     """
-    dtype = tf.float64 if logits.dtype == tf.float64 else tf.float32
+    dtype = dtype_of_sums(logits)
     x = _flat(tf.cast(logits, dtype), data_format)  # [N, V, C]
     batch, voxels, classes = tf.unstack(tf.shape(x))
     weight = tf.ones([batch, voxels], dtype)
     if voxel_weight:
         weight = tf.reshape(tf.cast(voxel_weight[0], dtype), [batch, voxels])
 
-    def dense():
+    def dense() -> tf.Tensor:
         return _flat(tf.cast(tf.reshape(labels, tf.shape(logits)), dtype), data_format)
 
-    def one_hot():
-        if regions:
+    def one_hot() -> tf.Tensor:
+        if regions:  # Each label has a mask of 32 bits, one for each class.
             bits = tf.constant([[m >> c & 1 for c in range(32)] for m in regions], dtype)
             return tf.gather(bits, tf.clip_by_value(index, 0, len(regions) - 1))[..., :classes]
-        # one class: the indices are the foreground mask
+        # Where there is one class, it is the foreground, and its label is 1.
         first = tf.cast(classes == 1, tf.int64)
         return tf.one_hot(index - first, classes, dtype=dtype)
 
@@ -78,8 +89,10 @@ def sums(
     return [*result, tf.reduce_sum(weight, 1)]
 
 
-def _cross_entropy(activation, x, p, t, gamma):
-    def focused(probability, log_probability):
+def _cross_entropy(
+    activation: Activation, x: tf.Tensor, p: tf.Tensor, t: tf.Tensor, gamma: float
+) -> tf.Tensor:
+    def focused(probability: tf.Tensor, log_probability: tf.Tensor) -> tf.Tensor:
         if gamma == 0:
             return -log_probability
         return -tf.pow(1 - probability, tf.cast(gamma, p.dtype)) * log_probability
@@ -93,20 +106,20 @@ def _cross_entropy(activation, x, p, t, gamma):
     return t * focused(p, tf.math.log(p))
 
 
-def _flat(x, data_format):
+def _flat(x: tf.Tensor, data_format: DataFormat) -> tf.Tensor:
     """[N, spatial..., C] or [N, C, spatial...] as [N, V, C]."""
     if data_format == "channels_first":
-        x = tf.transpose(tf.reshape(x, [tf.shape(x)[0], tf.shape(x)[1], _rest(x, 2)]), [0, 2, 1])
-        return x
-    return tf.reshape(x, [tf.shape(x)[0], _rest(x, 1, -1), tf.shape(x)[-1]])
+        x = tf.reshape(x, [tf.shape(x)[0], tf.shape(x)[1], _volume(x, 2)])
+        return tf.transpose(x, [0, 2, 1])
+    return tf.reshape(x, [tf.shape(x)[0], _volume(x, 1, -1), tf.shape(x)[-1]])
 
 
-def _rest(x, first, last=None):
-    # not -1, which an empty tensor leaves undetermined
+def _volume(x: tf.Tensor, first: int, last: int | None = None) -> tf.Tensor:
+    """The number of voxels. A -1 in tf.reshape cannot replace it where the tensor is empty."""
     return tf.reduce_prod(tf.shape(x)[first:last])
 
 
-def _one_value_per_voxel(logits, labels, data_format):
+def _one_value_per_voxel(logits: tf.Tensor, labels: tf.Tensor, data_format: DataFormat) -> bool:
     if logits.shape.rank is None or labels.shape.rank is None:
         raise ValueError(
             "second derivatives and gradients of labels or voxel weights need y_pred and y_true "

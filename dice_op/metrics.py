@@ -1,47 +1,71 @@
 """Keras metrics of the Dice family: hard scores, counted by the fused kernels, streaming."""
 
+from __future__ import annotations
+
+import typing
+
 import keras
 import numpy as np
 import tensorflow as tf
 
-from dice_op import _arguments, formulas
-from dice_op.losses import SumsLoss  # noqa: F401  checks Keras' backend
+# Importing the losses checks Keras, and lets it load them with a model that has both.
+from dice_op import _checks, _inputs, _keras, formulas, losses  # noqa: F401
+from dice_op._types import Average, DataFormat, Prediction, Regions, TensorLike
 from dice_op.ops import DiceSums, dense_tensor, dice_sums
 
-_PREDICTIONS = ("argmax", "threshold")
-_OVER = ("samples", "dataset")
-_AVERAGES = ("macro", "micro", "none")
-_ABSENT = ("skip", "keep")
+if typing.TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_Over = typing.Literal["samples", "dataset"]
+_Absent = typing.Literal["skip", "keep"]
+
+
+class ScoreOptions(typing.TypedDict, total=False):
+    """The options of `OverlapScore`, for the scores that hand them on."""
+
+    prediction: Prediction
+    threshold: float
+    from_logits: bool
+    over: _Over
+    average: Average
+    include_background: bool
+    absent: _Absent
+    ignore_label: int | None
+    regions: Regions | None
+    data_format: DataFormat | None
+    dtype: str | keras.DTypePolicy | None
 
 
 class OverlapScore(keras.metrics.Metric):
     """Base of the metrics that are a score of hard predictions, from logits and labels in one pass.
 
     Args:
-      prediction: `"argmax"`, the class of the largest logit (or probability: the same), or
-        `"threshold"`, every class whose logit is above one, for regions and binary masks.
-      threshold: Of that: a probability, of which the logit is taken; with `from_logits=False` what
-        `y_pred` itself must exceed.
+      prediction: `"argmax"` takes the class of the largest logit (it is also that of the largest
+        probability); `"threshold"` takes every class whose logit is above a threshold, for regions
+        and binary masks.
+      threshold: The threshold of `"threshold"`, as a probability. With `from_logits=False` it is
+        what `y_pred` itself must exceed.
       from_logits: Whether `y_pred` are logits.
-      over: `"samples"`: the mean of the samples' scores, weighted by `sample_weight`; `"dataset"`:
-        the score of the whole data set's counts, as if it were one volume.
-      average: `"macro"`: the mean over the classes; `"micro"`: all classes' counts together;
-        `"none"`: `result()` is `[classes]`.
+      over: `"samples"`: the mean of the scores of the samples, weighted by `sample_weight`;
+        `"dataset"`: the score of the counts of the whole data set, as if it were one volume.
+      average: `"macro"`: the mean over the classes; `"micro"`: the score of the counts of all
+        classes together; `"none"`: `result()` is `[classes]`.
       include_background: Whether class 0 counts.
-      absent: What becomes of a class that is not among a sample's labels. `"skip"`: the sample says
-        nothing about it (MONAI's `ignore_empty=True`); `"keep"`: 1 if it is not predicted either,
-        else 0. A class without any sample is left out of the mean, and NaN with `average="none"`;
-        a mean of no class is NaN.
-      ignore_label: Voxels with this integer label count for nothing.
-      regions: For overlapping regions: for each class the label values in it; with
+      absent: What becomes of a class that is not among the labels of a sample. `"skip"`: the sample
+        says nothing about it (MONAI's `ignore_empty=True`); `"keep"`: it scores 1 if it is not
+        predicted either, else 0. A class that no sample has is left out of the mean, and is NaN
+        with `average="none"`; a mean over no class is NaN.
+      ignore_label: Voxels with this integer label do not count.
+      regions: The label values of each class, for overlapping regions; with
         `prediction="threshold"`.
-      data_format: `"channels_last"` or `"channels_first"`; None is Keras' setting,
-        `keras.config.image_data_format()`, at the time the metric is made.
-      name, dtype: as for every Keras metric. Totals are kept in float64.
+      data_format: `"channels_last"` or `"channels_first"`. None means Keras' setting,
+        `keras.config.image_data_format()`, at the time when the metric is made.
+      name, dtype: They are those of every Keras metric. Totals are kept in float64.
 
     Call:
-      y_true, y_pred, sample_weight: as for `dice_op.losses.DiceLoss`. Voxels that a Keras mask of
-        `y_pred` leaves out count for nothing, and so does a sample of which none is left.
+      y_true, y_pred, sample_weight: They are those of `dice_op.losses.DiceLoss`. Voxels that a
+        Keras mask of `y_pred` leaves out do not count, and a sample of which no voxel is left does
+        not count either.
 
     More is better: callbacks such as `EarlyStopping(monitor="val_dice_score")` know it.
     """
@@ -62,29 +86,29 @@ class OverlapScore(keras.metrics.Metric):
     def __init__(
         self,
         *,
-        prediction="argmax",
-        threshold=0.5,
-        from_logits=True,
-        over="samples",
-        average="macro",
-        include_background=True,
-        absent="skip",
-        ignore_label=None,
-        regions=None,
-        data_format=None,
-        name=None,
-        dtype=None,
-        **unknown,
-    ):
-        _arguments.refuse_unknown(self, unknown, is_score=True)
+        prediction: Prediction = "argmax",
+        threshold: float = 0.5,
+        from_logits: bool = True,
+        over: _Over = "samples",
+        average: Average = "macro",
+        include_background: bool = True,
+        absent: _Absent = "skip",
+        ignore_label: int | None = None,
+        regions: Regions | None = None,
+        data_format: DataFormat | None = None,
+        name: str | None = None,
+        dtype: str | keras.DTypePolicy | None = None,
+        **unknown: typing.Any,
+    ) -> None:
+        _checks.refuse_unknown(self, unknown, is_score=True)
         super().__init__(name=name, dtype=dtype)
-        _arguments.one_of("prediction", prediction, _PREDICTIONS)
-        _arguments.one_of("over", over, _OVER)
-        _arguments.one_of("average", average, _AVERAGES)
-        _arguments.one_of("absent", absent, _ABSENT)
+        _checks.one_of("prediction", prediction, Prediction)
+        _checks.one_of("over", over, _Over)
+        _checks.one_of("average", average, Average)
+        _checks.one_of("absent", absent, _Absent)
         self.prediction = prediction
-        self.threshold = _arguments.number("threshold", threshold)
-        self.from_logits = _arguments.flag("from_logits", from_logits)
+        self.threshold = _checks.number("threshold", threshold)
+        self.from_logits = _checks.flag("from_logits", from_logits)
         if from_logits and not 0 < self.threshold < 1:
             raise ValueError(f"threshold is {threshold}, but a probability must be between 0 and 1")
         if prediction == "argmax" and threshold != 0.5:
@@ -93,23 +117,23 @@ class OverlapScore(keras.metrics.Metric):
             )
         self.over = over
         self.average = average
-        self.include_background = _arguments.flag("include_background", include_background)
+        self.include_background = _checks.flag("include_background", include_background)
         self.absent = absent
-        self.ignore_label = _arguments.label("ignore_label", ignore_label)
-        self.regions = _arguments.region_lists(regions, include_background)
+        self.ignore_label = _checks.label("ignore_label", ignore_label)
+        self.regions = _checks.region_list(regions, include_background)
         if self.regions and prediction == "argmax":
             raise ValueError(
                 'regions overlap, but prediction="argmax" gives a voxel one class: use "threshold"'
             )
-        self.data_format = _arguments.data_format(data_format)
-        self._direction = "up"  # what Keras' callbacks ask
-        self._totals = None
+        self.data_format = _checks.data_format(data_format)
+        self._direction = "up"  # Keras' callbacks ask for this attribute.
+        self._totals: list[keras.Variable] | None = None
 
-    def score(self, sums):
-        """Of the counts I, P, T, `[N, C]`."""
+    def score(self, sums: DiceSums) -> tf.Tensor:
+        """The score of each sample and class, `[N, C]`, from the counts."""
         raise NotImplementedError
 
-    def _build(self, classes):
+    def _make_totals(self, classes: int | None) -> list[keras.Variable]:
         if classes is None:
             raise ValueError(
                 "y_pred has an unknown number of classes: give the model's last layer a fixed one"
@@ -119,30 +143,29 @@ class OverlapScore(keras.metrics.Metric):
                 "y_pred has one class, which is the largest everywhere: use "
                 'prediction="threshold" for a binary mask'
             )
-        _arguments.check_background(classes, self.include_background)
-        classes -= not self.include_background
-        shape = (1 if self.average == "micro" else classes,)
-
-        def zeros(name):
-            return self.add_variable(shape, "zeros", dtype="float64", name=name)
-
+        _inputs.check_background(classes, self.include_background)
+        counted = classes if self.include_background else classes - 1
+        shape = (1 if self.average == "micro" else counted,)
         names = ("scores", "weights") if self.over == "samples" else ("i", "p", "t")
-        self._totals = [zeros(name) for name in names]
+        return [self.add_variable(shape, "zeros", dtype="float64", name=name) for name in names]
 
-    def update_state(self, y_true, y_pred, sample_weight=None):
+    def update_state(
+        self, y_true: TensorLike, y_pred: TensorLike, sample_weight: TensorLike | None = None
+    ) -> None:
         """Adds a batch."""
-        _arguments.refuse_tf_keras()
+        _keras.refuse_call_from_tf_keras()
         y_true, y_pred = dense_tensor("y_true", y_true), dense_tensor("y_pred", y_pred)
-        axis = -1 if self.data_format == "channels_last" else 1
         if self._totals is None:
-            self._build(y_pred.shape[axis])
+            self._totals = self._make_totals(y_pred.shape[_inputs.channel_axis(self.data_format)])
         if self.from_logits and self.prediction == "threshold":
-            _arguments.check_not_activated(y_pred, "sigmoid", instead="from_logits=False")
-        voxel_weight, sample_weight = _arguments.weights(sample_weight, y_pred, self.data_format)
-        _arguments.check_shapes(y_true, y_pred, self.data_format, alone=self.over == "samples")
-        mask, share = _arguments.keras_mask(y_pred), None
+            _inputs.check_not_activated(y_pred, "sigmoid", instead="from_logits=False")
+        voxel_weight, sample_weight = _inputs.split_weights(sample_weight, y_pred, self.data_format)
+        _inputs.check_shapes(
+            y_true, y_pred, self.data_format, each_sample_counts=self.over == "samples"
+        )
+        mask, share = _inputs.keras_mask(y_pred), None
         if mask is not None:
-            voxel_weight, share = _arguments.masked(mask, voxel_weight, y_pred, self.data_format)
+            voxel_weight, share = _inputs.apply_mask(mask, voxel_weight, y_pred, self.data_format)
         threshold = self.threshold
         if self.from_logits:
             threshold = float(np.log(threshold) - np.log1p(-threshold))
@@ -174,12 +197,13 @@ class OverlapScore(keras.metrics.Metric):
         for total, values in zip(self._totals, added, strict=True):
             total.assign_add(tf.reduce_sum(values, 0))
 
-    def _counted(self, sums):
+    def _counted(self, sums: DiceSums) -> tf.Tensor:
+        """Whether each sample and class counts, `[N, C]`."""
         if self.absent == "keep":
             return tf.ones_like(sums.label_sum, tf.bool)
         return sums.label_sum > 0
 
-    def result(self):
+    def result(self) -> tf.Tensor:
         """The score: a scalar, or `[classes]` for `average="none"`."""
         if self._totals is None:
             return tf.constant(np.nan, self.dtype)
@@ -198,27 +222,35 @@ class OverlapScore(keras.metrics.Metric):
         mean = formulas.mean_over_classes(scores[tf.newaxis], counted=counted[tf.newaxis])[0]
         return tf.cast(tf.where(tf.reduce_any(counted), mean, np.nan), self.dtype)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, typing.Any]:
         return {**super().get_config(), **{n: getattr(self, n) for n in self._arguments}}
 
 
 @keras.saving.register_keras_serializable(package="dice_op")
 class DiceScore(OverlapScore):
-    """2 I / (P + T) of hard predictions: Dice coefficient, F1. Arguments: see `OverlapScore`."""
+    """2 I / (P + T) of hard predictions: the Dice coefficient, or F1.
 
-    def __init__(self, *, name="dice_score", **options):
+    The arguments are those of `OverlapScore`.
+    """
+
+    def __init__(self, *, name: str | None = "dice_score", **options: Unpack[ScoreOptions]) -> None:
         super().__init__(name=name, **options)
 
-    def score(self, sums):
+    def score(self, sums: DiceSums) -> tf.Tensor:
         return formulas.dice(sums)
 
 
 @keras.saving.register_keras_serializable(package="dice_op")
 class JaccardScore(OverlapScore):
-    """I / (P + T - I) of hard predictions: Jaccard, IoU. Arguments: see `OverlapScore`."""
+    """I / (P + T - I) of hard predictions: the Jaccard index, or IoU.
 
-    def __init__(self, *, name="jaccard_score", **options):
+    The arguments are those of `OverlapScore`.
+    """
+
+    def __init__(
+        self, *, name: str | None = "jaccard_score", **options: Unpack[ScoreOptions]
+    ) -> None:
         super().__init__(name=name, **options)
 
-    def score(self, sums):
+    def score(self, sums: DiceSums) -> tf.Tensor:
         return formulas.jaccard(sums)

@@ -1,13 +1,19 @@
 """The fused ops: `dice_sums`, and the registered gradients."""
 
+from __future__ import annotations
+
+import functools
 import math
+import operator
 import typing
 import warnings
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from dice_op import _loader, composite, core
+from dice_op._types import Activation, DataFormat, Prediction, Regions, TensorLike
 
 _ops = _loader.library()
 if _loader.xla_problem():
@@ -29,16 +35,17 @@ _ATTRIBUTES = (
     "ignore_label",
     "regions",
 )
-_WITHOUT_GRADIENT = ("argmax", "threshold")
+_WITHOUT_GRADIENT = typing.get_args(Prediction)
 _LOGITS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 _INTEGERS = (tf.bool, tf.uint8, tf.int8, tf.uint16, tf.int16, tf.int32, tf.int64)
 
 
 class DiceSums(typing.NamedTuple):
-    """Sums over the voxels of each sample and class; float32, float64 for float64 logits.
+    """Sums over the voxels of each sample and class.
 
-    Scores ("argmax", "threshold") are counts, float64. N samples, C classes; m: weight, p:
-    probability, t: label, each per voxel.
+    They are float32, or float64 for float64 logits. Those of scores (`"argmax"`, `"threshold"`) are
+    counts, and float64. There are N samples and C classes. A voxel has the weight m, the
+    probability p and the label t.
     """
 
     intersection: tf.Tensor
@@ -49,69 +56,73 @@ class DiceSums(typing.NamedTuple):
     """[N, C]: sum m t, or sum m t^2 (`squared_pred`)."""
     cross_entropy: tf.Tensor | None
     """[N, C]: sum m t (1 - p)^focal_gamma (-log p), for sigmoid plus sum m (1 - t) p^focal_gamma
-    (-log(1 - p)); None unless asked for."""
+    (-log(1 - p)); None unless it is asked for."""
     weight_sum: tf.Tensor
     """[N]: sum m."""
 
 
 def dice_sums(
-    y_true,
-    y_pred,
+    y_true: TensorLike,
+    y_pred: TensorLike,
     *,
-    activation,
-    squared_pred=False,
-    voxel_weight=None,
-    ignore_label=None,
-    regions=None,
-    cross_entropy=False,
-    focal_gamma=0.0,
-    label_smoothing=0.0,
-    threshold=0.0,
-    data_format="channels_last",
-):
-    """The sums that every loss of the Dice family is made of, in one pass over the logits.
+    activation: Activation | Prediction,
+    squared_pred: bool = False,
+    voxel_weight: TensorLike | None = None,
+    ignore_label: int | None = None,
+    regions: Regions | None = None,
+    cross_entropy: bool = False,
+    focal_gamma: float = 0.0,
+    label_smoothing: float = 0.0,
+    threshold: float = 0.0,
+    data_format: DataFormat = "channels_last",
+) -> DiceSums:
+    """Computes the sums that every loss of the Dice family is made of, in one pass over the logits.
 
-    Differentiable with respect to `y_pred` in one more pass that keeps nothing from the first; with
-    respect to dense `y_true` and `voxel_weight`, and to second order, through plain TensorFlow.
+    The gradient with respect to `y_pred` takes one more pass, and keeps nothing from the first.
+    Plain TensorFlow operations compute the gradients with respect to dense `y_true` and
+    `voxel_weight`, and second derivatives.
 
     Args:
-      y_true: Labels. Either class indices `[N, spatial...]` (a channel axis of length 1 is
-        accepted); or one-hot or soft labels of the shape of `y_pred`, in [0, 1]. bool, uint8, int8,
-        uint16, int16, int32, int64 or a float; indices in floats must be whole numbers. With one
-        class (C = 1) they are the foreground mask: integers 0 or 1, floats soft (but 0 or 1 with
-        `ignore_label`).
-      y_pred: Logits `[N, spatial..., C]`, or `[N, C, spatial...]` for `"channels_first"`; float16,
-        bfloat16, float32 or float64. Arithmetic is float32, float64 for float64.
+      y_true: The labels, as class indices `[N, spatial...]` (a channel axis of length 1 is
+        accepted), or as one-hot or soft labels of the shape of `y_pred`, in [0, 1]. Their type is
+        bool, uint8, int8, uint16, int16, int32, int64 or a float; class indices in floats must be
+        whole numbers. With one class (C = 1) the labels are the foreground mask: integers are 0 or
+        1, and floats may be soft, except with `ignore_label`, where they must be 0 or 1.
+      y_pred: The logits, `[N, spatial..., C]`, or `[N, C, spatial...]` for `"channels_first"`, as
+        float16, bfloat16, float32 or float64. The arithmetic is float32, or float64 for float64.
       activation: What turns `y_pred` into probabilities: `"softmax"`, `"sigmoid"`, or `"none"`
-        where it holds probabilities already, in [0, 1]. For scores, without a gradient:
-        `"argmax"`, 1 for the class of the largest logit (the first of several) and 0 for the
-        others; `"threshold"`, 1 for every class whose logit is above `threshold`.
-      squared_pred: Squares in both cardinalities (Milletari et al., "V-Net", 2016).
-      voxel_weight: Weight of each voxel, `[N, spatial...]`, any type. Voxels of weight 0 count for
-        nothing, whatever their logits hold.
-      ignore_label: Voxels with this class index count for nothing.
-      regions: For classes that are overlapping regions: for each class the label values in it, such
-        as `[(1, 2, 3), (2, 3), (3,)]` for the whole tumour, its core, its enhancing part. `y_true`
-        holds label values then; for `"sigmoid"` and `"threshold"`. At most 32, of labels up to 31.
-      cross_entropy: Also sum the cross-entropy: categorical, or binary for `"sigmoid"`. For
-        `"none"` it is categorical, of probabilities not below 1e-7.
-      focal_gamma: Exponent of the focal cross-entropy (Lin et al., 2017).
-      label_smoothing: s in [0, 1]: in the cross-entropy (1 - s) t + s / C stands for t, for
-        `"sigmoid"` (1 - s) t + s / 2 (Szegedy et al., 2016).
-      threshold: A logit; 0 is a probability of one half.
+        where it holds probabilities already, in [0, 1]. Two more are for scores and have no
+        gradient: `"argmax"` is 1 for the class of the largest logit (for the first of several) and
+        0 for the others; `"threshold"` is 1 for every class whose logit is above `threshold`.
+      squared_pred: Whether p and t are squared in `pred_sum` and `label_sum` (Milletari et al.,
+        "V-Net", 2016).
+      voxel_weight: The weight of each voxel, `[N, spatial...]`, of any type. A voxel of weight 0
+        does not count, whatever its logits are.
+      ignore_label: Voxels with this class index do not count.
+      regions: The label values of each class, for classes that are overlapping regions, such as
+        `[(1, 2, 3), (2, 3), (3,)]` for the whole tumour, its core and its enhancing part. `y_true`
+        then holds label values. This works with `"sigmoid"` and `"threshold"`, for at most 32
+        regions and labels up to 31.
+      cross_entropy: Whether the cross-entropy is summed as well. It is categorical, or binary for
+        `"sigmoid"`. For `"none"` it is categorical, and probabilities below 1e-7 count as 1e-7.
+      focal_gamma: The exponent of the focal cross-entropy (Lin et al., 2017).
+      label_smoothing: A number s in [0, 1]. In the cross-entropy (1 - s) t + s / C replaces t, and
+        for `"sigmoid"` (1 - s) t + s / 2 does (Szegedy et al., 2016).
+      threshold: A logit; 0 stands for a probability of one half.
       data_format: `"channels_last"` or `"channels_first"`.
 
     Returns:
       A `DiceSums`.
 
     Raises:
-      tf.errors.InvalidArgumentError, ValueError: shapes do not fit, a label is no class, or with
-        `"none"` a prediction is no probability; names the argument, or the voxel and its value.
-        Inside a graph, what its shapes show is raised while tracing.
-        On a GPU such a value makes its sample's sums NaN instead;
-        `DICE_OP_CHECK_LABELS=1` in the environment makes that this error, at the price of a wait
-        in every call. GPUs take at most 256 classes.
-      TypeError: `y_pred` or `y_true` have a dtype that is not listed above, or are ragged.
+      tf.errors.InvalidArgumentError, ValueError: The shapes do not fit, a label is not a class, or
+        a prediction is not a probability although `activation` is `"none"`. The message names the
+        argument, or the voxel and its value. Inside a graph, an error that the shapes show is
+        raised while tracing.
+        On a GPU such a value makes the sums of its sample NaN instead. With
+        `DICE_OP_CHECK_LABELS=1` in the environment it is an error there as well, but every call
+        then waits for the GPU. GPUs take at most 256 classes.
+      TypeError: `y_pred` or `y_true` is ragged or sparse, or has a dtype that is not listed above.
     """
     focal_gamma, label_smoothing, threshold = map(float, (focal_gamma, label_smoothing, threshold))
     y_true = dense_tensor("y_true", y_true)
@@ -121,12 +132,12 @@ def dice_sums(
     _check_dtype("y_true", y_true, _INTEGERS + _LOGITS)
     for tensor in weight:
         _check_dtype("voxel_weight", tensor, _INTEGERS + _LOGITS)
-    counts = activation in _WITHOUT_GRADIENT  # exact in float64
+    counts = activation in _WITHOUT_GRADIENT  # float64 holds counts exactly
     sums = _ops.dice_sums(
         y_pred,
         y_true,
         weight,
-        Tsums=tf.float64 if counts or y_pred.dtype == tf.float64 else tf.float32,
+        Tsums=tf.float64 if counts else composite.dtype_of_sums(y_pred),
         activation=activation,
         data_format=data_format,
         squared_pred=squared_pred,
@@ -136,13 +147,13 @@ def dice_sums(
         threshold=threshold,
         remainders=_remainders(focal_gamma, label_smoothing, threshold),
         ignore_label=[] if ignore_label is None else [ignore_label],
-        regions=[] if regions is None else core.region_masks(regions),
+        regions=[] if regions is None else _region_masks(regions),
     )
     return DiceSums(*sums)._replace(cross_entropy=sums.cross_entropy if cross_entropy else None)
 
 
-def dense_tensor(name, value):
-    """`value` as a tensor; says what to do about one that has no rows of equal length."""
+def dense_tensor(name: str, value: TensorLike) -> tf.Tensor:
+    """`value` as a tensor. A ragged or sparse one is an error that says what to do about it."""
     if isinstance(value, (tf.RaggedTensor, tf.SparseTensor)):
         raise TypeError(
             f"{name} is a {type(value).__name__}, but must be a dense tensor: pad the samples to "
@@ -152,14 +163,31 @@ def dense_tensor(name, value):
     return tf.convert_to_tensor(value)
 
 
-def _remainders(*values):
-    """What each value lacks as a float32, in two more: no attribute of an op is a double."""
+def _region_masks(regions: Regions) -> Sequence[int]:
+    """The op's attribute `regions`. The same regions come with every call, so it is made once."""
+    try:
+        hashable = tuple(tuple(map(operator.index, labels)) for labels in regions)
+    except TypeError:
+        return core.region_masks(regions)  # raises the error that says what regions must be
+    return _masks_of(hashable)
+
+
+@functools.lru_cache(maxsize=64)
+def _masks_of(regions: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    return tuple(core.region_masks(regions))
+
+
+def _remainders(*values: float) -> list[float]:
+    """What each value loses as a float32, in two more of them.
+
+    The attributes of an op are float32, and these numbers give it the exact double.
+    """
     remainders = []
     for value in values:
         for part in range(3):
             with np.errstate(over="ignore"):
                 single = float(np.float32(value))
-            if not math.isfinite(single):  # what follows cannot mend it
+            if not math.isfinite(single):  # No remainder can make up for that.
                 single = value = 0.0
             value -= single
             if part:
@@ -167,13 +195,16 @@ def _remainders(*values):
     return remainders if any(remainders) else []
 
 
-def _check_dtype(name, tensor, allowed):
+def _check_dtype(name: str, tensor: tf.Tensor, allowed: Iterable[tf.DType]) -> None:
     if tensor.dtype not in allowed:
         names = ", ".join(dtype.name for dtype in allowed)
         raise TypeError(f"{name} has dtype {tensor.dtype.name}, but must be one of: {names}")
 
 
-def _attributes(op):
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def _attributes(op: tf.Operation) -> dict[str, typing.Any]:
     attributes = {name: op.get_attr(name) for name in _ATTRIBUTES}
     for name in ("activation", "data_format"):
         if isinstance(attributes[name], bytes):
@@ -181,22 +212,29 @@ def _attributes(op):
     return attributes
 
 
-def _options(attributes):
-    """The attributes as the arguments of `composite.sums`."""
+def _composite_options(attributes: dict[str, typing.Any]) -> dict[str, typing.Any]:
+    """An op's attributes as the options of `composite.sums`."""
     options = {k: v for k, v in attributes.items() if k != "remainders"}
     for at, name in enumerate(("focal_gamma", "label_smoothing")):
         options[name] += sum(attributes["remainders"][2 * at : 2 * at + 2])
     return options
 
 
-def _split(op, inputs):
+def _split_inputs(
+    op: tf.Operation, inputs: list[tf.Tensor]
+) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor], list[tf.Tensor]]:
     """An op's inputs as (logits, labels, [voxel_weight], the rest)."""
     count = len(op.get_attr("Tweight"))
-    return inputs[0], inputs[1], list(inputs[2 : 2 + count]), list(inputs[2 + count :])
+    return inputs[0], inputs[1], inputs[2 : 2 + count], inputs[2 + count :]
 
 
-def _composite_gradients(function, inputs, d_output, wanted):
-    """Gradients of `function` with respect to those of the `wanted` inputs that can have one."""
+def _composite_gradients(
+    function: Callable[[], typing.Any],
+    inputs: list[tf.Tensor],
+    d_output: typing.Any,
+    wanted: list[int],
+) -> list[tf.Tensor | None]:
+    """The gradients of `function` with respect to those `wanted` inputs that can have one."""
     sources = {i: inputs[i] for i in wanted if inputs[i].dtype.is_floating}
     gradients = [None] * len(inputs)
     if sources:
@@ -209,16 +247,22 @@ def _composite_gradients(function, inputs, d_output, wanted):
     return gradients
 
 
-def _wanted(op, indices):
+def _wanted(op: tf.Operation, indices: Iterable[int]) -> list[int]:
+    """Those of the indices whose inputs TensorFlow asks a gradient for."""
     skipped = getattr(op, "skip_input_indices", None) or ()
     return [i for i in indices if i not in skipped]
 
 
-def _gradient_of(name):
-    """As `tf.RegisterGradient`, but harmless where the module is imported once more: the function
-    that is registered already does the same."""
+_Gradient = typing.TypeVar("_Gradient", bound=Callable[..., typing.Any])
 
-    def register(function):
+
+def _register_gradient(name: str) -> Callable[[_Gradient], _Gradient]:
+    """Does what `tf.RegisterGradient` does, but may do it again.
+
+    When the module is imported once more, the function that is registered does the same already.
+    """
+
+    def register(function: _Gradient) -> _Gradient:
         try:
             return tf.RegisterGradient(name)(function)
         except KeyError:
@@ -227,37 +271,38 @@ def _gradient_of(name):
     return register
 
 
-@_gradient_of("DiceSums")
-def _dice_sums_grad(op, *d_sums):
+@_register_gradient("DiceSums")
+def _dice_sums_grad(op: tf.Operation, *d_sums: tf.Tensor) -> list[tf.Tensor | None]:
     inputs = list(op.inputs)
-    logits, labels, weight, _ = _split(op, inputs)
+    logits, labels, weight, _ = _split_inputs(op, inputs)
     attributes = _attributes(op)
     if attributes["activation"] in _WITHOUT_GRADIENT:
         return [None] * len(inputs)
-    # The rare ones: dense labels and weights that somebody differentiates.
+    # Few programs differentiate with respect to dense labels or weights.
     gradients = _composite_gradients(
-        lambda: composite.sums(logits, labels, weight, **_options(attributes)),
+        lambda: composite.sums(logits, labels, weight, **_composite_options(attributes)),
         inputs,
         list(d_sums),
         _wanted(op, range(1, len(inputs))),
     )
+    d_intersection, d_pred_sum, _, d_cross_entropy, _ = d_sums
     gradients[0] = _ops.dice_sums_grad(
-        logits, labels, weight, d_sums[0], d_sums[1], d_sums[3], **attributes
+        logits, labels, weight, d_intersection, d_pred_sum, d_cross_entropy, **attributes
     )
     return gradients
 
 
-@_gradient_of("DiceSumsGrad")
-def _dice_sums_grad_grad(op, d_d_logits):
+@_register_gradient("DiceSumsGrad")
+def _dice_sums_grad_grad(op: tf.Operation, d_d_logits: tf.Tensor) -> list[tf.Tensor | None]:
     inputs = list(op.inputs)
-    logits, labels, weight, (d_intersection, d_pred_sum, d_cross_entropy) = _split(op, inputs)
+    logits, labels, weight, d_sums = _split_inputs(op, inputs)
     attributes = _attributes(op)
 
-    def d_logits():
+    def d_logits() -> tf.Tensor:
         with tf.GradientTape() as tape:
             tape.watch(logits)
-            sums = composite.sums(logits, labels, weight, **_options(attributes))
-        targets = [sums[0], sums[1], sums[3]]
-        return tape.gradient(targets, logits, [d_intersection, d_pred_sum, d_cross_entropy])
+            sums = composite.sums(logits, labels, weight, **_composite_options(attributes))
+        intersection, pred_sum, _, cross_entropy, _ = sums
+        return tape.gradient([intersection, pred_sum, cross_entropy], logits, d_sums)
 
     return _composite_gradients(d_logits, inputs, d_d_logits, _wanted(op, range(len(inputs))))

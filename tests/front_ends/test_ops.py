@@ -385,6 +385,21 @@ def test_the_gradient_is_the_only_extra_memory(function, run_python):
     assert 0.9 <= float(run_python(MEMORY.replace("{function}", function))) <= 1.05
 
 
+def test_masks_of_regions_are_made_once(monkeypatch):
+    """Also where the regions come as other containers; wrong ones are an error in every call."""
+    made = []
+    original = dice_op.core.region_masks
+    monkeypatch.setattr(dice_op.core, "region_masks", lambda r: made.append(r) or original(r))
+    x, y = np.zeros((1, 4, 2), np.float32), np.array([[0, 1, 5, 9]])
+    for regions in ([(0, 9), (9,)], [[0, 9], np.array([9])], ({0, 9}, {9})):
+        sums = dice_op.dice_sums(y, x, activation="sigmoid", regions=regions)
+        np.testing.assert_array_equal(sums.label_sum, [[2, 1]])
+    assert len(made) == 1
+    for _ in range(2):
+        with pytest.raises(TypeError, match="regions must be a list of the label values"):
+            dice_op.dice_sums(y, x, activation="sigmoid", regions=[(0.0, 9.0), (9,)])
+
+
 def test_graphs_work_with_unknown_shapes():
     @tf.function(
         input_signature=[

@@ -1,0 +1,134 @@
+"""Checks of the options that losses and metrics are made with.
+
+Each check raises an error that says what the argument must be. Most of them return the value in the
+form in which it is kept and saved.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import operator
+import typing
+from collections.abc import Mapping
+
+import keras
+
+from dice_op import core
+from dice_op._types import DataFormat
+
+# People pass these arguments because losses of other libraries have them. The advice says what to
+# do here.
+_ADVICE = {
+    "from_logits": 'y_pred are logits; for probabilities pass activation="none"',
+    "axis": 'the axis of the classes is the last one, or with data_format="channels_first" axis 1',
+    "num_classes": "the number of classes is that of y_pred's channels",
+    "to_onehot_y": "labels stay class indices, nothing is to be converted",
+    "softmax": 'the softmax is applied by default, activation="softmax"',
+    "sigmoid": 'pass activation="sigmoid"',
+}
+_ADVICE_FOR_SCORES = _ADVICE | {
+    "activation": "scores need none: pass from_logits=False where y_pred are probabilities",
+    "softmax": 'scores need none: prediction="argmax" takes the largest logit',
+    "sigmoid": 'pass prediction="threshold"',
+}
+
+
+def refuse_unknown(found: object, unknown: Mapping[str, object], is_score: bool = False) -> None:
+    """Says that `found`, a loss or metric, has no arguments of these names, and what to do."""
+    if not unknown:
+        return
+    name = next(iter(unknown))
+    kinds: tuple[typing.Any, ...] = type(found).__mro__
+    known = {
+        parameter
+        for kind in kinds
+        for parameter, value in inspect.signature(kind.__init__).parameters.items()
+        if value.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    advice = (_ADVICE_FOR_SCORES if is_score else _ADVICE).get(name)
+    if advice is None:
+        similar = difflib.get_close_matches(name, known, n=1)
+        advice = f"did you mean {similar[0]}?" if similar else f"it has {', '.join(sorted(known))}"
+    raise TypeError(f"{type(found).__name__} has no argument {name!r}: {advice}")
+
+
+def one_of(argument: str, value: object, names: typing.Any) -> None:
+    """Checks that `value` is one of the names in a `typing.Literal`."""
+    allowed = typing.get_args(names)
+    if not isinstance(value, str) or value not in allowed:
+        listed = ", ".join(repr(a) for a in allowed)
+        raise ValueError(f"{argument} is {value!r}, but must be one of {listed}")
+
+
+def flag(argument: str, value: object) -> bool:
+    if value not in (True, False):
+        raise ValueError(f"{argument} is {value!r}, but must be True or False")
+    return bool(value)
+
+
+def number(argument: str, value: typing.Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{argument} is {value!r}, but must be a number") from None
+
+
+def at_least_0(argument: str, value: typing.Any) -> float:
+    result = number(argument, value)
+    if not 0 <= result < float("inf"):
+        raise ValueError(f"{argument} is {value}, but must be finite and at least 0")
+    return result
+
+
+def label(argument: str, value: typing.Any) -> int | None:
+    try:
+        return None if value is None else operator.index(value)
+    except TypeError:
+        raise ValueError(f"{argument} is {value!r}, but must be an integer or None") from None
+
+
+def weight_list(argument: str, weights: typing.Any) -> list[float] | None:
+    """One weight per class, or for deep supervision one per output."""
+    if weights is None:
+        return None
+    if isinstance(weights, (str, dict)) or not hasattr(weights, "__iter__"):
+        raise ValueError(
+            f"{argument} is {weights!r}, but must be a list of one weight per class, in order"
+        )
+    weights = [number(argument, w) for w in weights]
+    if not weights or not all(0 <= w < float("inf") for w in weights) or not any(weights):
+        raise ValueError(
+            f"{argument} is {weights}, but must be one finite weight per class, at least 0 and "
+            "not all 0"
+        )
+    return weights
+
+
+def region_list(regions: typing.Any, include_background: bool) -> list[list[int]] | None:
+    """The label values of each region, as lists, which a configuration can hold."""
+    if regions is None:
+        return None
+    try:
+        regions = [[operator.index(label) for label in region] for region in regions]
+    except TypeError:
+        raise ValueError(
+            f"regions is {regions!r}, but must be lists of the label values of each class"
+        ) from None
+    if not regions:
+        raise ValueError("regions is empty, but must have the label values of each class")
+    core.region_masks(regions)  # raises an error where labels or classes are out of range
+    if not include_background:
+        raise ValueError(
+            "include_background=False would leave out the first of the regions: name those that "
+            "count in regions"
+        )
+    return regions
+
+
+def data_format(value: DataFormat | None) -> DataFormat:
+    """The layout that is asked for. None means Keras' setting, as in Keras' own layers."""
+    if value is None:
+        value = keras.config.image_data_format()
+    one_of("data_format", value, DataFormat)
+    return typing.cast(DataFormat, value)

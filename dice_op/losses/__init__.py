@@ -1,0 +1,22 @@
+"""Keras losses of the Dice family over the fused sums."""
+
+from dice_op.losses._base import SumsLoss
+from dice_op.losses._cross_entropy import DiceCELoss, DiceFocalLoss
+from dice_op.losses._deep_supervision import DownsampledLabels, deep_supervision
+from dice_op.losses._overlap import DiceLoss, GeneralizedDiceLoss, OverlapLoss, TverskyLoss
+
+__all__ = [
+    "DiceCELoss",
+    "DiceFocalLoss",
+    "DiceLoss",
+    "DownsampledLabels",
+    "GeneralizedDiceLoss",
+    "OverlapLoss",
+    "SumsLoss",
+    "TverskyLoss",
+    "deep_supervision",
+]
+
+# Saved models and pickles name the module of a loss: it is this one, whichever file the loss is in.
+for _name in __all__:
+    globals()[_name].__module__ = __name__

@@ -1,0 +1,276 @@
+"""The losses that measure an overlap: Dice, Jaccard, Tversky and generalized Dice."""
+
+from __future__ import annotations
+
+import typing
+
+import keras
+import tensorflow as tf
+
+from dice_op import _checks, _inputs, formulas
+from dice_op._types import Average, ClassWeight, InfiniteWeight, WeightType
+from dice_op.losses._base import SumsLoss, SumsOptions
+from dice_op.ops import DiceSums
+
+if typing.TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_Absent = typing.Literal["keep", "skip", "one"]
+_Transform = typing.Literal["linear", "log", "log_cosh"]
+_TRANSFORMS: dict[_Transform, typing.Callable[[tf.Tensor], tf.Tensor]] = {
+    "linear": lambda score: 1 - score,
+    "log": formulas.log_loss,
+    "log_cosh": formulas.log_cosh_loss,
+}
+
+
+class OverlapOptions(SumsOptions, total=False):
+    """The options of `OverlapLoss`, for the losses that hand them on."""
+
+    class_weight: ClassWeight | None
+    smooth_nr: float
+    smooth_dr: float
+    average: Average
+    absent: _Absent
+    transform: _Transform
+
+
+class OverlapLoss(SumsLoss):
+    """Base of the losses that are 1 - score, for a score of each class between 0 and 1.
+
+    Args:
+      class_weight: The weight of each class that counts. The losses are summed with these weights,
+        which are not normalised; for a weighted mean, choose weights that sum to 1. With
+        `average="micro"` they weight the sums of each class.
+      smooth_nr, smooth_dr: They are added to numerator and denominator. Where the denominator is 0,
+        the loss is 0.
+      average: `"macro"` computes a loss per class, then their mean; `"micro"` adds the sums of all
+        classes, then computes one loss; `"none"` returns `[N, classes]`, which Keras' reduction
+        averages.
+      absent: What a class contributes that is not among the labels of a sample (with `batch`, of
+        the batch). `"keep"`: what the formula gives, which is near 1 once anything is predicted;
+        `"skip"`: nothing, and the mean is over the other classes; `"one"`: a score of 1, so a loss
+        of 0.
+      transform: What turns the score into a loss: `"linear"`, 1 - score; `"log"`, -log(score);
+        `"log_cosh"`, log(cosh(1 - score)) (Jadon, 2020).
+      **options: They are those of `SumsLoss`.
+    """
+
+    _arguments: tuple[str, ...] = (
+        "class_weight",
+        "smooth_nr",
+        "smooth_dr",
+        "average",
+        "absent",
+        "transform",
+    )
+
+    def __init__(
+        self,
+        *,
+        class_weight: ClassWeight | None = None,
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        average: Average = "macro",
+        absent: _Absent = "keep",
+        transform: _Transform = "linear",
+        name: str | None = None,
+        **options: Unpack[SumsOptions],
+    ) -> None:
+        super().__init__(name=name, **options)
+        _checks.one_of("average", average, Average)
+        _checks.one_of("absent", absent, _Absent)
+        _checks.one_of("transform", transform, _Transform)
+        if average == "micro" and absent != "keep":
+            raise ValueError(
+                f'{absent=} asks about each class, but average="micro" adds all classes up first'
+            )
+        if average == "none" and absent == "skip":
+            raise ValueError('absent="skip" leaves classes out of a mean, but average="none"')
+        self.class_weight = _checks.weight_list("class_weight", class_weight)
+        self.smooth_nr = _checks.at_least_0("smooth_nr", smooth_nr)
+        self.smooth_dr = _checks.at_least_0("smooth_dr", smooth_dr)
+        self.average = average
+        self.absent = absent
+        self.transform = transform
+
+    def score(self, sums: DiceSums) -> tf.Tensor:
+        """The score of each sample and class, `[N, C]`.
+
+        It is 1 where prediction and labels agree, and falls towards 0 where they do not.
+        """
+        raise NotImplementedError
+
+    def loss_of_score(self, score: tf.Tensor) -> tf.Tensor:
+        """Applies the transform."""
+        return _TRANSFORMS[self.transform](score)
+
+    def from_sums(self, sums: DiceSums) -> tf.Tensor:
+        sums = self.overlap_sums(sums)
+        weight = _inputs.class_weight_tensor(
+            "class_weight", self.class_weight, sums, self.include_background
+        )
+        present = None if self.absent == "keep" else sums.label_sum > 0
+        if self.average == "micro":
+            sums, weight = formulas.over_classes(sums, weight), None
+        losses = self.loss_of_score(self.score(sums))
+        if self.absent == "one":
+            losses, present = tf.where(present, losses, tf.zeros_like(losses)), None
+        if self.average == "none":
+            return losses if weight is None else losses * weight
+        return formulas.mean_over_classes(losses, weight, present)
+
+
+class DiceOptions(OverlapOptions, total=False):
+    """The options of `DiceLoss`, for the losses that hand them on."""
+
+    jaccard: bool
+
+
+@keras.saving.register_keras_serializable(package="dice_op")
+class DiceLoss(OverlapLoss):
+    """1 - (2 I + smooth_nr) / (P + T + smooth_dr), from the logits and integer labels in one pass.
+
+    I, P and T are sums over the voxels of a sample and class: I = sum p t, P = sum p, T = sum t,
+    with the probability p and the label t (Milletari et al., "V-Net", 2016; the smoothing is
+    MONAI's).
+
+    People write three forms of it:
+
+    - multi-class, mean over the classes: `DiceLoss()`;
+    - class-weighted, sum over c of w_c (1 - dice_c): `DiceLoss(class_weight=w)`;
+    - binary, over all voxels and channels jointly: `DiceLoss(activation="sigmoid",
+      average="micro")`.
+
+    A class that is absent from a sample and its prediction has the loss 0, not NaN, if smooth_nr =
+    smooth_dr.
+
+    Args:
+      jaccard: Whether the loss is 1 - intersection over union (Jaccard, IoU) and not Dice.
+      **options: `class_weight`, `smooth_nr`, `smooth_dr`, `average`, `absent` and `transform` are
+        those of `OverlapLoss`; `activation`, `include_background`, `squared_pred`, `batch`,
+        `ignore_label`, `regions`, `data_format`, `reduction`, `name` and `dtype` are those of
+        `SumsLoss`.
+    """
+
+    _arguments: tuple[str, ...] = ("jaccard",)
+
+    def __init__(
+        self,
+        *,
+        jaccard: bool = False,
+        name: str | None = "dice_loss",
+        **options: Unpack[OverlapOptions],
+    ) -> None:
+        super().__init__(name=name, **options)
+        self.jaccard = _checks.flag("jaccard", jaccard)
+
+    def score(self, sums: DiceSums) -> tf.Tensor:
+        coefficient = formulas.jaccard if self.jaccard else formulas.dice
+        return coefficient(sums, smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
+
+
+@keras.saving.register_keras_serializable(package="dice_op")
+class TverskyLoss(OverlapLoss):
+    """1 - (I + smooth_nr) / (I + alpha FP + beta FN + smooth_dr) (Salehi et al., 2017).
+
+    FP = P - I are the false positives, FN = T - I the false negatives. alpha = beta = 0.5 is Dice,
+    and alpha = beta = 1 is Jaccard; beta > alpha favours recall, which helps with small lesions.
+    With `gamma` it is the focal Tversky loss (1 - score)^gamma (Abraham & Khan, 2019; their
+    exponent is 1 / gamma).
+
+    Args:
+      alpha: The weight of the false positives, as in MONAI and tensorflow-mri.
+        (`keras.losses.Tversky` documents it so, but exchanges the two until Keras 3.15.)
+      beta: The weight of the false negatives.
+      gamma: The exponent. Above 1 it weakens the classes that are well segmented already.
+      **options: They are those of `DiceLoss`, without `jaccard`.
+    """
+
+    _arguments: tuple[str, ...] = ("alpha", "beta", "gamma")
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        gamma: float = 1.0,
+        name: str | None = "tversky_loss",
+        **options: Unpack[OverlapOptions],
+    ) -> None:
+        super().__init__(name=name, **options)
+        self.alpha = _checks.at_least_0("alpha", alpha)
+        self.beta = _checks.at_least_0("beta", beta)
+        self.gamma = _checks.at_least_0("gamma", gamma)
+        if self.alpha == self.beta == 0:
+            raise ValueError("alpha and beta are both 0, so that no error would count")
+        if self.gamma == 0:
+            raise ValueError("gamma is 0, so that every loss would be 1")
+        if self.squared_pred:
+            raise ValueError(
+                "squared_pred=True would make FP = P - I negative, and reward it: use DiceLoss"
+            )
+        if self.gamma != 1 and self.transform != "linear":
+            raise ValueError(
+                f"gamma={self.gamma} and transform={self.transform!r} exclude each other"
+            )
+
+    def score(self, sums: DiceSums) -> tf.Tensor:
+        return formulas.tversky(
+            sums,
+            alpha=self.alpha,
+            beta=self.beta,
+            smooth_nr=self.smooth_nr,
+            smooth_dr=self.smooth_dr,
+        )
+
+    def loss_of_score(self, score: tf.Tensor) -> tf.Tensor:
+        if self.gamma == 1:
+            return super().loss_of_score(score)
+        return formulas.focal_loss(score, self.gamma)
+
+
+@keras.saving.register_keras_serializable(package="dice_op")
+class GeneralizedDiceLoss(SumsLoss):
+    """1 - (2 sum_c w I + smooth_nr) / (sum_c w (P + T) + smooth_dr) (Sudre et al., 2017).
+
+    Each sample has one loss, in which the weight of a class falls with its volume.
+
+    Args:
+      weight_type: w: `"square"`, 1 / T^2; `"simple"`, 1 / T; `"uniform"`, 1.
+      infinite_weight: The weight of a class with T = 0: `"largest"`, the largest finite one of the
+        sample (as in MONAI); `"zero"`, so that the class does not count.
+      smooth_nr, smooth_dr: They are added to numerator and denominator, which are near 1 / T for
+        `"square"`. MONAI's 1e-5 is no longer small there for classes of 10,000 voxels, and hides
+        the errors of those of 1,000,000. Where the denominator is 0, the loss is 0.
+      **options: They are those of `SumsLoss`.
+    """
+
+    _arguments: tuple[str, ...] = ("weight_type", "infinite_weight", "smooth_nr", "smooth_dr")
+
+    def __init__(
+        self,
+        *,
+        weight_type: WeightType = "square",
+        infinite_weight: InfiniteWeight = "largest",
+        smooth_nr: float = 0.0,
+        smooth_dr: float = 0.0,
+        name: str | None = "generalized_dice_loss",
+        **options: Unpack[SumsOptions],
+    ) -> None:
+        super().__init__(name=name, **options)
+        _checks.one_of("weight_type", weight_type, WeightType)
+        _checks.one_of("infinite_weight", infinite_weight, InfiniteWeight)
+        self.weight_type = weight_type
+        self.infinite_weight = infinite_weight
+        self.smooth_nr = _checks.at_least_0("smooth_nr", smooth_nr)
+        self.smooth_dr = _checks.at_least_0("smooth_dr", smooth_dr)
+
+    def from_sums(self, sums: DiceSums) -> tf.Tensor:
+        return 1 - formulas.generalized_dice(
+            self.overlap_sums(sums),
+            weight=self.weight_type,
+            infinite_weight=self.infinite_weight,
+            smooth_nr=self.smooth_nr,
+            smooth_dr=self.smooth_dr,
+        )
