@@ -24,17 +24,9 @@ if _loader.xla_problem():
         stacklevel=2,
     )
 
-_ATTRIBUTES = (
-    "activation",
-    "data_format",
-    "squared_pred",
-    "with_cross_entropy",
-    "focal_gamma",
-    "label_smoothing",
-    "remainders",
-    "ignore_label",
-    "regions",
-)
+# The options of a call, by the names of the op's attributes; and those of them that are numbers.
+_OPTIONS = core.op_attributes()
+_NUMBERS = [name for name, default in _OPTIONS.items() if isinstance(default, float)]
 _WITHOUT_GRADIENT = typing.get_args(Prediction)
 _LOGITS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 _INTEGERS = (tf.bool, tf.uint8, tf.int8, tf.uint16, tf.int16, tf.int32, tf.int64)
@@ -133,21 +125,24 @@ def dice_sums(
     for tensor in weight:
         _check_dtype("voxel_weight", tensor, _INTEGERS + _LOGITS)
     counts = activation in _WITHOUT_GRADIENT  # float64 holds counts exactly
+    options: dict[str, typing.Any] = {
+        "activation": activation,
+        "data_format": data_format,
+        "squared_pred": squared_pred,
+        "with_cross_entropy": cross_entropy,
+        "focal_gamma": focal_gamma,
+        "label_smoothing": label_smoothing,
+        "threshold": threshold,
+        "ignore_label": [] if ignore_label is None else [ignore_label],
+        "regions": [] if regions is None else _region_masks(regions),
+    }
     sums = _ops.dice_sums(
         y_pred,
         y_true,
         weight,
         Tsums=tf.float64 if counts else composite.dtype_of_sums(y_pred),
-        activation=activation,
-        data_format=data_format,
-        squared_pred=squared_pred,
-        with_cross_entropy=cross_entropy,
-        focal_gamma=focal_gamma,
-        label_smoothing=label_smoothing,
-        threshold=threshold,
-        remainders=_remainders(focal_gamma, label_smoothing, threshold),
-        ignore_label=[] if ignore_label is None else [ignore_label],
-        regions=[] if regions is None else _region_masks(regions),
+        remainders=_remainders(*(options[name] for name in _NUMBERS)),
+        **options,
     )
     return DiceSums(*sums)._replace(cross_entropy=sums.cross_entropy if cross_entropy else None)
 
@@ -205,7 +200,7 @@ def _check_dtype(name: str, tensor: tf.Tensor, allowed: Iterable[tf.DType]) -> N
 
 
 def _attributes(op: tf.Operation) -> dict[str, typing.Any]:
-    attributes = {name: op.get_attr(name) for name in _ATTRIBUTES}
+    attributes = {name: op.get_attr(name) for name in (*_OPTIONS, "remainders")}
     for name in ("activation", "data_format"):
         if isinstance(attributes[name], bytes):
             attributes[name] = attributes[name].decode()
@@ -215,8 +210,9 @@ def _attributes(op: tf.Operation) -> dict[str, typing.Any]:
 def _composite_options(attributes: dict[str, typing.Any]) -> dict[str, typing.Any]:
     """An op's attributes as the options of `composite.sums`."""
     options = {k: v for k, v in attributes.items() if k != "remainders"}
-    for at, name in enumerate(("focal_gamma", "label_smoothing")):
+    for at, name in enumerate(_NUMBERS):
         options[name] += sum(attributes["remainders"][2 * at : 2 * at + 2])
+    del options["threshold"]  # that of an activation without a gradient
     return options
 
 
