@@ -11,7 +11,7 @@ csrc := $(shell find csrc -type f)
 c++ := $(csrc) $(shell find tests benchmarks -name '*.cc' -o -name '*.h' -o -name '*.cu')
 export DICE_OP_CUDA DICE_OP_CUDA_ARCHS
 
-.PHONY: help demo test test-full bench build wheels cuda12 check-wheels docs lint format clean FORCE
+.PHONY: help demo test test-full bench build wheels cuda12 check-wheels docs lint stub format clean FORCE
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1\t/p' Makefile
@@ -47,6 +47,10 @@ lint: .venv/ready  ## check the style and the types
 	$(python) -m ruff format --check .
 	$(python) -m mypy
 	.venv/bin/clang-format --dry-run -Werror $(c++)
+
+stub: build  ## write dice_op/core.pyi, the types of dice_op.core, from a build with CUDA kernels
+	$(python) -m pybind11_stubgen dice_op.core --output-dir build/stub
+	cp build/stub/dice_op/core.pyi dice_op/core.pyi
 
 format: .venv/ready  ## correct the style
 	$(python) -m ruff check --fix --exit-zero --quiet .

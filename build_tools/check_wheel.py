@@ -139,7 +139,7 @@ def check_file(wheel, tensorflow, variant):
         core = next((n for n in binaries if n.startswith("core.")), "core.*.so")
         require(binaries == {core, *LIBRARIES}, f"its libraries are {sorted(binaries)}")
         source = ROOT / "dice_op"
-        sources = {str(p.relative_to(source)) for p in source.rglob("*.py")} | {"py.typed"}
+        sources = {str(p.relative_to(source)) for p in source.rglob("*.py")} | {"py.typed", "core.pyi"}
         require(package - binaries == sources, f"its files are {sorted(package)}")
         others = [n for n in names if not n.startswith("dice_op/") and ".dist-info/" not in n]
         require(not others, f"it holds {others}")

@@ -1,7 +1,9 @@
 """The compiled libraries: what they hold, what they export, and what they say of their build."""
 
+import ast
 import os
 import re
+import sys
 
 import pytest
 
@@ -70,3 +72,28 @@ def test_the_library_loads_on_its_own(run_python):
         PACKAGE / "dice_op.so",
     )
     assert [float(v) for v in out.split()] == [0, 3.5]
+
+
+def signatures(stub):
+    """The names, arguments and defaults in a stub, without the types, which depend on pybind11's
+    version."""
+    found = {}
+    for node in ast.walk(ast.parse(stub)):
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = "class"
+        if isinstance(node, ast.FunctionDef):
+            arguments = [*node.args.args, *node.args.kwonlyargs]
+            defaults = [*node.args.defaults, *node.args.kw_defaults]
+            found[node.name] = (
+                [argument.arg for argument in arguments],
+                [default and ast.unparse(default) for default in defaults],
+            )
+    return found
+
+
+@pytest.mark.skipif(core.build_info()["cuda"] is None, reason="built without CUDA kernels")
+def test_the_stub_of_core_is_what_make_stub_writes(tmp_path):
+    output_of(sys.executable, "-m", "pybind11_stubgen", "dice_op.core", "--output-dir", tmp_path)
+    made = signatures((tmp_path / "dice_op" / "core.pyi").read_text())
+    assert {"sums", "gradient", "scores", "DeviceArray", "numpy"} <= set(made)
+    assert signatures((PACKAGE / "core.pyi").read_text()) == made
