@@ -76,7 +76,7 @@ Error RegionsOf(const std::vector<std::vector<int64_t>>& labels_of_classes, Regi
 Error CheckRanges(const Options& options) {
   Error error;
   ForEachOption([&](const auto& option) {
-    if constexpr (std::is_same_v<decltype(option.value), double Options::*>) {
+    if constexpr (std::is_same_v<decltype(option.value), Member<double>>) {
       const double value = options.*option.value;
       if (error || (value >= option.least && value <= option.most)) return;
       error =

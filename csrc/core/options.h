@@ -43,10 +43,13 @@ struct Options {
 };
 
 template <class T>
+using Member = T Options::*;
+
+template <class T>
 struct Option {
   using Type = T;
   const char* name;  // in Python
-  T Options::* value;
+  Member<T> value;
   const char* attribute = name;  // of TensorFlow's op and XLA's handlers
 };
 
@@ -55,7 +58,7 @@ template <>
 struct Option<double> {
   using Type = double;
   const char* name;
-  double Options::* value;
+  Member<double> value;
   double least, most;
   const char* range;  // in words, after "must be"
   const char* attribute = name;
