@@ -464,10 +464,9 @@ PYBIND11_MODULE(core, m) {
   m.doc() =
       "This module computes the fused sums and gradients on arrays, without TensorFlow and without copies.\n\n"
       "It takes NumPy arrays, or arrays on a CUDA device that support DLPack (PyTorch, JAX, CuPy) or\n"
-      "__cuda_array_interface__. All arrays of a call must be in the same memory and contiguous in C order. An object\n"
-      "that NumPy can convert, such as a list, is copied once. N is the number of samples and C the number of "
-      "classes;\n"
-      "see dice_op.dice_sums for the formulas.";
+      "__cuda_array_interface__. All arrays of a call must be in the same memory and contiguous in C order. An\n"
+      "object that NumPy can convert, such as a list, is copied once. N is the number of samples and C the number\n"
+      "of classes; see dice_op.dice_sums for the formulas.";
 #ifdef DICE_OP_WITH_CUDA
   py::class_<DeviceArray>(m, "DeviceArray",
                           "A result on a CUDA device. Other libraries read it through __cuda_array_interface__\n"
@@ -484,38 +483,34 @@ PYBIND11_MODULE(core, m) {
         "Describe this build: its version, the tensorflow and cuda versions it was built for (None if it was built\n"
         "without), its cuda_archs, the simd_levels it contains, the simd_level used here, and its compiler.");
   DefineCalls(m, kOptions);
-  m.def(
-      "scores", &ScoresOf, arg("prediction"), arg("labels"), py::kw_only(), arg("classes") = py::none(),
-      arg("ignore_label") = py::none(), arg("regions") = py::none(), arg("threshold") = 0.0,
-      arg("data_format") = "channels_last", arg("threads") = 0,
-      "Compute hard scores of each sample and class, for evaluation scripts.\n\n"
-      "Args:\n"
-      "  prediction: a label map [N, spatial...] like `labels`, or floating-point logits [N, spatial..., C]. With\n"
-      "    logits, a voxel belongs to the class of the largest logit; with one class or with regions, it belongs to\n"
-      "    each class whose logit is above `threshold`.\n"
-      "  labels: class indices [N, spatial...], of any dtype and byte order; with one class, the foreground mask. "
-      "Pass\n"
-      "    a single volume as volume[numpy.newaxis].\n"
-      "  classes: the number of classes, needed if prediction is a label map and no regions are given.\n"
-      "  ignore_label, regions, data_format, threads: as for `sums`.\n\n"
-      "Returns: a dict with dice, 2 I / (P + T), and jaccard, I / (P + T - I), both float64 [N, C]. They are NaN for "
-      "a\n"
-      "  class that is in neither map (numpy.nanmean leaves it out). The dict also has the voxel counts intersection\n"
-      "  (I), pred_sum (P) and label_sum (T), int64 [N, C].\n\n"
-      "Raises: ValueError or TypeError, with a message that says which argument is wrong and what it must be.");
+  m.def("scores", &ScoresOf, arg("prediction"), arg("labels"), py::kw_only(), arg("classes") = py::none(),
+        arg("ignore_label") = py::none(), arg("regions") = py::none(), arg("threshold") = 0.0,
+        arg("data_format") = "channels_last", arg("threads") = 0,
+        "Compute hard scores of each sample and class, for evaluation scripts.\n\n"
+        "Args:\n"
+        "  prediction: a label map [N, spatial...] like `labels`, or floating-point logits [N, spatial..., C]. With\n"
+        "    logits, a voxel belongs to the class of the largest logit; with one class or with regions, it belongs to\n"
+        "    each class whose logit is above `threshold`.\n"
+        "  labels: class indices [N, spatial...], of any dtype and byte order; with one class, the foreground mask.\n"
+        "    Pass a single volume as volume[numpy.newaxis].\n"
+        "  classes: the number of classes, needed if prediction is a label map and no regions are given.\n"
+        "  ignore_label, regions, data_format, threads: as for `sums`.\n\n"
+        "Returns: a dict with dice, 2 I / (P + T), and jaccard, I / (P + T - I), both float64 [N, C]. They are NaN\n"
+        "  for a class that is in neither map (numpy.nanmean leaves it out). The dict also has the voxel counts\n"
+        "  intersection (I), pred_sum (P) and label_sum (T), int64 [N, C].\n\n"
+        "Raises: ValueError or TypeError, with a message that says which argument is wrong and what it must be.");
   m.def(
       "label_kind", &LabelKindOf, arg("logits_shape"), arg("labels_shape"), arg("labels_dtype"), py::kw_only(),
       arg("ignore_label") = py::none(), arg("regions") = py::none(), arg("data_format") = "channels_last",
-      "Say how labels of this shape and dtype are read. 'indices': one class index per voxel. 'per class': one-hot or\n"
-      "soft labels, one per class. 'mask': a foreground mask of floats, one per voxel, which may be soft; only if "
-      "there\n"
-      "is one class. None in a shape stands for a size that is not known yet. If the number of classes is not known,\n"
-      "floats that may be indices give 'mask', and labels of the logits' rank give 'per class'.\n\n"
+      "Say how labels of this shape and dtype are read. 'indices': one class index per voxel. 'per class': one-hot\n"
+      "or soft labels, one per class. 'mask': a foreground mask of floats, one per voxel, which may be soft; only if\n"
+      "there is one class. None in a shape stands for a size that is not known yet. If the number of classes is not\n"
+      "known, floats that may be indices give 'mask', and labels of the logits' rank give 'per class'.\n\n"
       "Raises: ValueError if the shapes do not fit together.");
   m.def(
       "region_masks", [](const py::object& regions) { return ToAttribute(RegionsOfLists(regions)); }, arg("regions"),
-      "Convert regions, given as for `sums`, to a list of masks, one for each label value 0, 1, ...: bit c is set if\n"
-      "the value belongs to class c. The TensorFlow op and XLA's handlers take this list as their attribute "
+      "Convert regions, given as for `sums`, to a list of masks, one for each label value 0, 1, ...: bit c is set\n"
+      "if the value belongs to class c. The TensorFlow op and XLA's handlers take this list as their attribute\n"
       "`regions`.");
 #ifdef DICE_OP_WITH_FFI
   m.def("ffi_targets", &FfiTargets,
