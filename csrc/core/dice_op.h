@@ -79,8 +79,7 @@ struct Problem {
   }
 };
 
-// The memory that each sum is written to, of the problem's sums_dtype(). It is null if the call does not ask for the
-// sum.
+// The memory that each sum is written to, of the problem's sums_dtype(); null if the call does not ask for the sum.
 using Sums = PerSum<void*>;
 
 struct SumsGrad {

@@ -114,8 +114,7 @@ Contents Survey(const Problem& problem) {
 
 // Says what to do about a label that is a whole number, but not a class. If there is only one such value beside the
 // classes, it probably marks voxels to be left out, as 255 often does. Several such values, or the number after the
-// last class, are probably classes that are numbered differently. A map that holds one class and one such value may be
-// either.
+// last class, are probably classes that are numbered differently. A map of one class and one such value may be either.
 std::string AdviceFor(const Problem& problem, const std::string& value, bool on_host) {
   const std::string limit = std::to_string(problem.label_limit());
   const std::string ignore = "to leave such voxels out, pass ignore_label=" + value;

@@ -109,8 +109,7 @@ class Tile {
     return {static_cast<const char*>(problem_.logits) + first * logit_size_, stride * logit_size_};
   }
 
-  // Writes the numbers in logits() to an array of the logits' type and layout. It bypasses the caches if `stream` is
-  // true.
+  // Writes the numbers in logits() to an array of the logits' type and layout, and bypasses the caches if `stream`.
   void Store(void* to, bool stream) {
     WithType(problem_.logits_dtype, [&](auto type) {
       using T = typename decltype(type)::type;

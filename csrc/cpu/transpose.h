@@ -215,9 +215,7 @@ DICE_OP_INLINE void TransposeFew(const From* from, int groups, To* to) {
 // those before.
 template <class R, int W, bool kToGroup, int kSide, class From, class To>
 DICE_OP_INLINE void TransposeSquares(const From* from, int classes, To* to) {
-  const auto voxel = [](int i) {
-    return i / 4 * (4 * W / kSide) + i % 4;
-  };  // the first one in register i; the others are 4 apart
+  const auto voxel = [](int i) { return i / 4 * (4 * W / kSide) + i % 4; };  // the first in register i; others 4 apart
   for (int next = 0; next < classes; next += kSide) {
     const int c = std::min(next, classes - kSide);
     Pack<R, W> x[kSide];
