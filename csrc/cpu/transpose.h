@@ -58,7 +58,7 @@ DICE_OP_INLINE P InterleaveWholeUpper(P a, P b) {
   return InterleaveWhole<kRun, 1>(a, b, std::make_index_sequence<P::kWidth>());
 }
 
-// These do in each block of four lanes:
+// These work within each block of four lanes:
 //
 //   InterleaveInFours<0>: a0 b0 a1 b1    InterleaveInFours<1>: a2 b2 a3 b3    (Highway's InterleaveLower and Upper)
 //   ConcatInFours<0>:     a0 a1 b0 b1    ConcatInFours<1>:     a2 a3 b2 b3    (ConcatLowerLower and ConcatUpperUpper)

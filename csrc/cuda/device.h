@@ -47,8 +47,7 @@ DICE_OP_OUTLINED double Log1p(double x) { return log1p(x); }
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// This is one instruction, with an error below 2 units in the last place. Results below the smallest normal number are
-// 0.
+// This is one instruction, with an error below 2 units in the last place. Subnormal results become 0.
 DICE_OP_DEVICE float Exp2(float x) {
 #ifdef __CUDA_ARCH__
   float y;

@@ -145,7 +145,7 @@ class General {
       });
     }
   }
-  // Returns the weight of the voxel, and sets `index` to its class if it has one.
+  // Returns the weight of the voxel, and sets `index` to its class. Without a class `index` stays the same.
   DICE_OP_DEVICE R ReadVoxel(int64_t at, int* index) {
     R m = R(1);
     if (call_.weight) m = ReadNumber<R>(call_.weight, call_.weight_dtype, at);

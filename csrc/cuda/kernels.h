@@ -33,7 +33,7 @@ struct Accumulators {
   using R = typename VoxelAccess::Number;
   static constexpr int kItems = VoxelAccess::kItems, kLanes = VoxelAccess::kLanes;
   static constexpr bool kBins = VoxelAccess::kSingle;
-  static constexpr bool kCrossEntropyBins = kBins && !Activation::kBinary;  // hold the cross-entropy too
+  static constexpr bool kCrossEntropyBins = kBins && !Activation::kBinary;  // they hold it too
   static constexpr bool kCrossEntropyRows = !kCrossEntropyBins && kCrossEntropy;
   // The warp's totals: first one for each sum, item and lane that shares a voxel, then the weight and the bad labels.
   static constexpr int kWeight = kClassSumCount * kItems * kLanes, kBad = kWeight + kSampleSumCount, kTotals = kBad + 1;

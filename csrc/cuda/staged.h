@@ -93,7 +93,7 @@ class Staged {
   // the sample of the word's first element. Then calls rest(element, at) for the elements after the last whole word.
   template <class Fn, class Rest>
   DICE_OP_DEVICE void ForEachWord(int tile, Fn&& fn, Rest&& rest) const {
-    constexpr int kMost = kLanes == 1 ? (kTile * kItems / kPerWord + kWarp - 1) / kWarp : 0;  // a constant
+    constexpr int kMost = kLanes == 1 ? (kTile * kItems / kPerWord + kWarp - 1) / kWarp : 0;  // known at compile time
     const int64_t begin = tile * (static_cast<int64_t>(kTile) * classes());
     const int elements = Voxels(tile) * classes(), words = elements / kPerWord;
     if constexpr (kLanes == 1) {
