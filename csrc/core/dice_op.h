@@ -1,7 +1,7 @@
-// The entry points of the library: all that the TensorFlow op, XLA's handlers and the pybind11 module include.
+// The entry points of the library. The TensorFlow op, XLA's handlers and the pybind11 module include nothing else.
 //
-// Plain pointers, a shape, and memory that the caller owns; nothing here knows a framework. Each
-// pointer carries its shape in a comment: N samples, V voxels per sample, C classes.
+// The calls take plain pointers, a shape, and memory that the caller owns; nothing here depends on a framework. The
+// comment behind each pointer gives its shape: there are N samples, V voxels per sample and C classes.
 #pragma once
 
 #include <cstddef>
@@ -32,14 +32,14 @@ enum class DType : int {
 
 using Dims = std::vector<int64_t>;  // -1: not known yet
 
-// One call. Made by `MakeProblem` (problem.h), which alone decides what is a legal one.
+// One call. Only `MakeProblem` (problem.h) makes it, and only that function decides which calls are legal.
 struct Problem {
   Options options;
   Dims logits_dims;           // [N, spatial..., C], or [N, C, spatial...] if channels first
   int64_t batch = 0;          // N
   int64_t voxels = 0;         // V
   int64_t classes = 0;        // C
-  bool dense_labels = false;  // labels hold t itself, one value per class
+  bool dense_labels = false;  // the labels hold t itself, one value per class
   DType logits_dtype = DType::kFloat;
   DType labels_dtype = DType::kUint8;
   DType weight_dtype = DType::kFloat;
@@ -51,57 +51,58 @@ struct Problem {
   bool channels_last() const { return options.data_format == DataFormat::kChannelsLast; }
   bool has_regions() const { return options.regions.labels > 0; }
 
-  // With one class there is no background channel: integer labels are the foreground mask, so the
-  // only channel is class 1 of {0, 1}.
+  // With one class there is no background channel. Integer labels are then the foreground mask, and the only channel
+  // is class 1 of {0, 1}.
   int64_t first_class() const { return classes == 1 && !has_regions() ? 1 : 0; }
   int64_t label_limit() const { return has_regions() ? options.regions.labels : classes == 1 ? 2 : classes; }
-  // Whether every class has a categorical cross-entropy, not the label's alone.
+  // Whether every class has a categorical cross-entropy term, and not only the class of the label.
   bool smoothed() const {
     return options.cross_entropy && options.label_smoothing != 0 && options.activation != Activation::kSigmoid;
   }
-  // Whether the kernels take a label for each class, as it stands there or made of the index, and not one index.
+  // Whether the kernels work with one label value per class instead of one index. The values are either in memory or
+  // computed from the index.
   bool labels_per_class() const { return dense_labels || has_regions() || smoothed(); }
-  // Whether some voxels may count for nothing.
+  // Whether some voxels may be left out.
   bool masked() const { return voxel_weight || options.ignore_label.given; }
   bool hard() const { return options.activation > Activation::kNone; }
-  // Whether the arithmetic is double: that of counts, too, where sums of the voxels' weights would be rounded in float.
+  // Whether the arithmetic is in double. Weighted counts need it too if float would round the sums of the weights.
   bool in_double() const {
     return logits_dtype == DType::kDouble || (hard() && voxel_weight && weight_dtype >= DType::kInt32);
   }
-  // Of the sums: that of the arithmetic, but for counts a double, which holds any.
+  // The dtype of the sums. It is the one of the arithmetic, but counts are doubles, which hold every count exactly.
   DType sums_dtype() const { return hard() || logits_dtype == DType::kDouble ? DType::kDouble : DType::kFloat; }
-  // Whether the call asks for that sum.
+  // Whether the call asks for this sum.
   bool Has(Sum sum) const { return sum != Sum::kCrossEntropy || options.cross_entropy; }
-  // The shape of that sum, which is empty where the call does not ask for it.
+  // The shape of this sum, which has no elements if the call does not ask for the sum.
   Dims DimsOf(const SumInfo& info) const {
     return info.per_class ? Dims{batch, Has(info.sum) ? classes : 0} : Dims{batch};
   }
 };
 
-// Where each sum goes, of the problem's sums_dtype(); null for a sum that the call does not ask for.
+// The memory that each sum is written to, of the problem's sums_dtype(); null if the call does not ask for the sum.
 using Sums = PerSum<void*>;
 
 struct SumsGrad {
-  // The loss's derivatives with respect to the sums, [N, C] of the sums' dtype; null for the sums without a gradient
-  // and for those that the loss does not use.
+  // The derivatives of the loss with respect to the sums, [N, C] of the sums' dtype. They are null for sums that have
+  // no gradient and for sums that the loss does not use.
   PerSum<const void*> d_sums;
-  void* d_logits;  // as the logits; may be the logits' own memory
+  void* d_logits;  // laid out like the logits; may be the logits' own memory
 };
 
-// What follows is what dice_op_kernels.so exports.
+// dice_op_kernels.so exports everything that follows.
 #pragma GCC visibility push(default)
 
 namespace cpu {
 
-// Runs body(begin, end) over disjoint ranges that cover [0, count), on any threads it likes.
-// `cost` is a hint: nanoseconds per item. The result never depends on how the ranges are cut.
+// Runs body(begin, end) over disjoint ranges that cover [0, count), on any number of threads. `cost` is a hint: the
+// nanoseconds that one item takes. The result does not depend on how the ranges are cut.
 class ParallelFor {
  public:
   using Body = void (*)(void* context, int64_t begin, int64_t end);
   virtual ~ParallelFor() = default;
   virtual void Run(int64_t count, int64_t cost, Body body, void* context) const = 0;
 
-  // The same with a function object.
+  // Does the same with a function object.
   template <class Fn>
   void ForRanges(int64_t count, int64_t cost, const Fn& fn) const {
     if (count == 0) return;
@@ -110,9 +111,9 @@ class ParallelFor {
   }
 };
 
-// On a pool of threads that others use too. A thread that is slow or comes late takes fewer pieces; the caller takes
-// part, and waits only for helpers that have begun, so that a pool whose threads all wait in calls like this one still
-// gets on. The body must not throw.
+// Runs on a pool of threads that others use too. A thread that is slow or starts late takes fewer pieces. The caller
+// works as well, and waits only for helpers that have started: so there is no deadlock when every thread of the pool
+// waits in such a call. The body must not throw.
 class PoolParallelFor : public ParallelFor {
  public:
   void Run(int64_t count, int64_t cost, Body body, void* context) const noexcept final;
@@ -122,80 +123,82 @@ class PoolParallelFor : public ParallelFor {
   virtual void Schedule(std::function<void()> task) const = 0;
 };
 
-// Bytes of scratch memory that DiceSums needs, aligned to 8.
+// The number of bytes of scratch memory that DiceSums needs. The memory must be aligned to 8 bytes.
 size_t DiceSumsWorkspace(const Problem& problem);
 
-// A label that is no class, or with activation 'none' a prediction that is no probability, is an error that names the
-// first such voxel; the sums mean nothing then.
+// Returns an error that names the first bad voxel if a label is not a class, or if the activation is 'none' and a
+// prediction is not a probability. The sums are then undefined.
 Error DiceSums(const Problem& problem, const Sums& sums, void* workspace, const ParallelFor& parallel);
 
-// Expects labels that DiceSums accepted; others belong to no class.
+// Expects labels that DiceSums has accepted. Other labels belong to no class.
 void DiceSumsGrad(const Problem& problem, const SumsGrad& grad, const ParallelFor& parallel);
 
-// Counts of voxels for hard scores, where the prediction is a label map as well.
+// The counts of voxels for hard scores. Here the prediction is a label map too.
 struct Counts {
   int64_t* intersection;  // [N, C]  voxels of the class in both maps
   int64_t* pred_sum;      // [N, C]  in the prediction
   int64_t* label_sum;     // [N, C]  in the labels
 };
 
-// prediction: [N, V] class indices, in the place of the problem's logits. A value that is no class is an error, but
-// voxels that the labels ignore may be predicted as anything.
+// prediction: [N, V] class indices, used instead of the problem's logits. A value that is not a class is an error,
+// except at voxels that the labels ignore: there the prediction may hold any value.
 Error CountLabels(const Problem& problem, const void* prediction, DType prediction_dtype, const Counts& counts,
                   const ParallelFor& parallel);
 
-// Comma-separated names of the SIMD levels in this binary, and the one that runs here: the best
-// the processor has, or what the environment variable DICE_OP_SIMD asks for.
+// SimdLevels lists the SIMD levels in this binary, separated by commas. SimdLevel is the one that runs here: the best
+// that the processor has, or the one that the environment variable DICE_OP_SIMD asks for.
 const char* SimdLevels();
 const char* SimdLevel();
 
 }  // namespace cpu
 
-// Everything is enqueued on `stream` (a cudaStream_t) of the current device; pointers are device memory.
+// All work is enqueued on `stream`, a cudaStream_t of the current device. The pointers are to device memory.
 namespace cuda {
 
 constexpr int kMaxClasses = 256;
 
-// Bytes of scratch memory that DiceSums or FindBadValue need, aligned to 8, on any GPU: it asks for none.
+// The number of bytes of scratch memory that DiceSums and FindBadValue need. The memory must be aligned to 8 bytes. The
+// number is the same for every GPU, and it can be computed without one.
 Error DiceSumsWorkspace(const Problem& problem, size_t* bytes);
 
-// A label that is no class, or with activation 'none' a prediction that is no probability, makes its sample's sums NaN;
-// where ChecksLabels(), it is an error that FindBadValue describes.
+// The sums of a sample are NaN if one of its labels is not a class, or if the activation is 'none' and a prediction is
+// not a probability. If ChecksLabels() is true, such a value is an error instead, which FindBadValue describes.
 Error DiceSums(const Problem& problem, const Sums& sums, void* workspace, void* stream);
 
-// Expects labels that DiceSums accepted; others belong to no class.
+// Expects labels that DiceSums has accepted. Other labels belong to no class.
 Error DiceSumsGrad(const Problem& problem, const SumsGrad& grad, void* stream);
 
-// An error that names the first such voxel, if there is one. Waits for the stream: for those who look for the reason
-// of a NaN.
+// Returns an error that names the first voxel with a bad label or prediction, if there is one. It waits for the stream,
+// so call it only to find out where a NaN comes from.
 Error FindBadValue(const Problem& problem, void* workspace, void* stream);
 
-// Whether the environment asks for that search before each DiceSums: DICE_OP_CHECK_LABELS=1.
+// Whether the environment asks for this search before each DiceSums, by DICE_OP_CHECK_LABELS=1.
 bool ChecksLabels();
 
 int CurrentDevice();  // or -1
 
-// Memory in the order of the stream, for callers without a framework that has some. CopyToHost waits.
+// These allocate, release and copy memory in the order of the stream, for callers that have no framework to do so.
+// CopyToHost waits for the stream.
 Error Allocate(size_t bytes, void* stream, void** memory);
 Error Release(void* memory, void* stream);
 Error CopyToHost(void* to, const void* from, size_t bytes, void* stream);
 
-// What the kernels were compiled with ("13.0") and for ("75,80,90").
+// The CUDA version that compiled the kernels ("13.0"), and the architectures they were compiled for ("75,80,90").
 const char* Version();
 const char* Archs();
 
 }  // namespace cuda
 
-// The same calls for the compiler XLA: handlers of its typed foreign function interface (FFI), for TensorFlow's
-// jit_compile and for JAX.
+// The same calls for the compiler XLA, as handlers of its typed foreign function interface (FFI). TensorFlow's
+// jit_compile and JAX use them.
 //
 //   dice_op_sums(logits, labels [, voxel_weight]) -> the sums of kSums, workspace
-//   dice_op_sums_grad(logits, labels [, voxel_weight], the derivatives of those with a gradient) -> d_logits
+//   dice_op_sums_grad(logits, labels [, voxel_weight], the derivatives of the sums that have a gradient) -> d_logits
 //
-// Shapes and dtypes are those of the TensorFlow ops (cross_entropy and its derivative [N, 0] where it is not asked
-// for). The attributes are those of kOptions, all of them: strings, bools, float64, and arrays of int64.
-// workspace: uint8 [bytes], see below; an output, so that its memory is the compiled program's own, also where that is
-// replayed as a CUDA graph.
+// Shapes and dtypes are those of the TensorFlow ops: cross_entropy and its derivative are [N, 0] if the call does not
+// ask for them. The attributes are all those of kOptions, as strings, bools, float64, and arrays of int64.
+// workspace: uint8 [bytes], see below. It is an output, so that the compiled program owns its memory even when the
+// program is replayed as a CUDA graph.
 namespace ffi {
 
 struct Handler {
@@ -205,10 +208,10 @@ struct Handler {
   uint32_t traits;       // XLA_FFI_Handler_Traits
 };
 
-// Two for each platform that this build serves.
+// There are two handlers for each platform that this build supports.
 const std::vector<Handler>& Handlers();
 
-// Bytes of the workspace on that platform.
+// The number of bytes that the workspace has on this platform.
 Error DiceSumsWorkspace(const Problem& problem, const std::string& platform, size_t* bytes);
 
 }  // namespace ffi

@@ -1,4 +1,4 @@
-// The one place where run-time options become template arguments. Unnamed namespace: see voxel.h.
+// Only this file turns run-time options into template arguments. voxel.h says why the namespace is unnamed.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 namespace dice_op {
 namespace {
 
-// Those that have a gradient; a call that wants one of another is refused before (CheckGradient).
+// Takes the activations that have a gradient. CheckGradient has refused the others before.
 template <class Fn>
 auto WithActivation(Activation activation, Fn&& fn) {
   if (activation == Activation::kSigmoid) return fn(Sigmoid{});
@@ -17,7 +17,7 @@ auto WithActivation(Activation activation, Fn&& fn) {
   return fn(Softmax{});
 }
 
-// All, for sums.
+// Takes every activation, for the sums.
 template <class Fn>
 auto WithAnyActivation(Activation activation, Fn&& fn) {
   if (activation == Activation::kArgmax) return fn(Argmax{});
@@ -30,7 +30,7 @@ auto WithBool(bool value, Fn&& fn) {
   return value ? fn(std::true_type{}) : fn(std::false_type{});
 }
 
-// fn of the count where it is at most kMax, else of 0: "known when running".
+// Calls fn with the count if it is at most kMax, else with 0, which means that the count is known only at run time.
 template <int kMax, class Fn>
 auto WithCount(int64_t count, Fn&& fn) {
   if constexpr (kMax == 0) {

@@ -1,5 +1,4 @@
-// The element types in memory, what they hold, and the one place where a DType becomes a template
-// argument.
+// The element types in memory and the values they may hold. Only this file turns a DType into a template argument.
 #pragma once
 
 #include <cstdint>
@@ -28,8 +27,8 @@ DICE_OP_INLINE To BitCast(From from) {
   return to;
 }
 
-// By integer arithmetic: independent of whether the thread flushes subnormal numbers, as TensorFlow's
-// do.
+// These use integer arithmetic, so that the result is the same in threads that flush subnormal numbers, as TensorFlow's
+// threads do.
 DICE_OP_INLINE float ToFloat(Half half) {
   const uint32_t magnitude = half.bits & 0x7fff;
   const uint32_t exponent = magnitude & 0x7c00;
@@ -41,13 +40,13 @@ DICE_OP_INLINE float ToFloat(Half half) {
 }
 DICE_OP_INLINE float ToFloat(BFloat16 value) { return BitCast<float>(static_cast<uint32_t>(value.bits) << 16); }
 
-// To nearest even, by integer arithmetic for the same reason.
+// These round to nearest even, and use integer arithmetic for the same reason.
 DICE_OP_INLINE Half ToHalf(float value) {
   const uint32_t bits = BitCast<uint32_t>(value);
   const uint32_t magnitude = bits & 0x7fffffff;
   const uint32_t odd = (magnitude >> 13) & 1;
   const uint32_t normal = (magnitude - (112u << 23) + 0xfff + odd) >> 13;
-  // adding 0.5 shifts the 24 bits so that the last one kept is half's smallest step
+  // Adding 0.5 shifts the 24 bits so that the last bit kept is the smallest step of a half.
   const uint32_t subnormal = BitCast<uint32_t>(BitCast<float>(magnitude) + 0.5f) - (126u << 23);
   const uint32_t result = magnitude > 0x7f800000   ? 0x7e00
                           : magnitude > 0x477fefff ? 0x7c00
@@ -80,7 +79,8 @@ DICE_OP_INLINE T ToStorage(R value) {
   }
 }
 
-// Whether a label is the index of one of `limit` classes: a whole number from 0 on. Without branches, for loops.
+// Whether a label is the index of one of `limit` classes, a whole number from 0 on. There are no branches, so that
+// compilers can vectorise loops over it.
 template <class T>
 DICE_OP_INLINE bool IsClass(T label, T limit) {
   const bool inside = (label >= T(0)) & (label < limit);
@@ -88,14 +88,14 @@ DICE_OP_INLINE bool IsClass(T label, T limit) {
   return inside & (static_cast<T>(static_cast<int32_t>(inside ? label : T(0))) == label);
 }
 
-// Whether a dense label may be t. Interpolation may overshoot a little; NaN is refused.
+// Whether t is a legal dense label. Interpolation may overshoot a little, so there is some slack. NaN is not legal.
 template <class R>
 DICE_OP_INLINE bool IsSoftLabel(R t, bool soft) {
   constexpr R kSlack = R(1e-3);
   return soft ? (t >= -kSlack) & (t <= 1 + kSlack) : (t == R(0)) | (t == R(1));
 }
 
-// Whether a prediction may be a probability, with the same slack. NaN passes: the sums show it.
+// Whether a prediction may be a probability, with the same slack. NaN is accepted, because it shows in the sums.
 template <class R>
 DICE_OP_INLINE bool IsProbability(R p) {
   return (p != p) | IsSoftLabel(p, true);
@@ -110,7 +110,7 @@ struct Type {
 
 // Calls fn(Type<T>{}) with the C++ type of `dtype`.
 #ifdef __CUDACC__
-#pragma nv_exec_check_disable  // fn may be of the host or of the device
+#pragma nv_exec_check_disable  // fn may be a host or a device function
 #endif
 template <class Fn>
 DICE_OP_INLINE auto WithType(DType dtype, Fn&& fn) {
@@ -141,11 +141,11 @@ DICE_OP_INLINE auto WithType(DType dtype, Fn&& fn) {
 }
 
 namespace {
-// In bytes.
+// The number of bytes of an element.
 DICE_OP_INLINE int SizeOf(DType dtype) {
   return WithType(dtype, [](auto type) { return static_cast<int>(sizeof(typename decltype(type)::type)); });
 }
-// The place in the logits of class c of a voxel.
+// The index in the logits of class c of a voxel.
 DICE_OP_INLINE int64_t PlaceInLogits(int64_t sample, int64_t voxel, int64_t c, int64_t voxels, int64_t classes,
                                      bool channels_last) {
   return sample * voxels * classes + (channels_last ? voxel * classes + c : c * voxels + voxel);

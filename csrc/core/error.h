@@ -1,4 +1,4 @@
-// What went wrong in a call. Every layer of the library returns this one type.
+// Describes what went wrong in a call. Every layer of the library returns this one type.
 #pragma once
 
 #include <string>
@@ -6,17 +6,17 @@
 
 namespace dice_op {
 
-// Each front end maps these once to the errors of its framework.
+// Each front end maps these to the errors of its framework, in one place.
 enum class ErrorKind : int {
   kNone,
-  kInvalidArgument,  // the call is wrong, and other arguments mend it
+  kInvalidArgument,  // the call is wrong, and works with other arguments
   kUnsupported,      // the call is legal, but this device or this build cannot do it
   kDevice,           // CUDA has reported a failure
 };
 
 struct [[nodiscard]] Error {
   ErrorKind kind = ErrorKind::kNone;
-  std::string message;  // says what is wrong and what to do about it, to the person who made the call
+  std::string message;  // tells the caller what is wrong and what to do about it
 
   explicit operator bool() const { return kind != ErrorKind::kNone; }
 };

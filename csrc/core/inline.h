@@ -1,4 +1,4 @@
-// How a small function is compiled for the host, and by nvcc for the device as well.
+// Declares a small function that is always inlined. nvcc compiles it for the host and for the device.
 #pragma once
 
 #ifdef __CUDACC__

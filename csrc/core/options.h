@@ -1,4 +1,4 @@
-// The options of a call: one list with name, type, default and legal range, which every front end walks.
+// The options of a call. One list gives the name, type, default and legal range of each, and every front end uses it.
 #pragma once
 
 #include <cstdint>
@@ -12,18 +12,19 @@
 
 namespace dice_op {
 
-// The last two give 0 or 1, for scores: they have neither cross-entropy nor gradient.
+// The last two give 0 or 1 and are used for scores. They have neither a cross-entropy nor a gradient.
 enum class Activation : int { kSoftmax, kSigmoid, kNone, kArgmax, kThreshold };
 enum class DataFormat : int { kChannelsLast, kChannelsFirst };
 
-// The class index that marks voxels which count for nothing, where there is one.
+// The class index that marks voxels to be left out, if there is one.
 struct IgnoreLabel {
   bool given = false;
   int64_t value = 0;
 };
 
-// Classes that are overlapping regions, each a set of label values: bit c of classes_of[label] says that the label
-// belongs to class c. Labels from 0 to labels - 1 are known; without any, classes are the label values themselves.
+// Classes that are overlapping regions. Each region is a set of label values: bit c of classes_of[label] says that the
+// label belongs to class c. The legal labels are 0 to labels - 1. If `labels` is 0 there are no regions, and the label
+// values are the classes.
 struct Regions {
   static constexpr int kMost = 32;
   int labels = 0;
@@ -33,11 +34,11 @@ struct Regions {
 struct Options {
   Activation activation = Activation::kSoftmax;
   DataFormat data_format = DataFormat::kChannelsLast;
-  bool squared_pred = false;     // cardinalities of squares: sum p^2 and sum t^2
-  bool cross_entropy = false;    // the cross-entropy is added up as well
+  bool squared_pred = false;     // the cardinalities are sum p^2 and sum t^2
+  bool cross_entropy = false;    // the cross-entropy is summed too
   double focal_gamma = 0.0;      // its focal exponent; 0 is plain cross-entropy
-  double label_smoothing = 0.0;  // s: its labels are (1 - s) t + s / C, for sigmoid (1 - s) t + s / 2
-  double threshold = 0.0;        // of the activation of that name: logits above it count as 1
+  double label_smoothing = 0.0;  // s: its labels are (1 - s) t + s / C, or (1 - s) t + s / 2 for sigmoid
+  double threshold = 0.0;        // for the activation 'threshold': logits above it count as 1
   IgnoreLabel ignore_label;
   Regions regions;
 };
@@ -60,16 +61,16 @@ struct Option<double> {
   const char* name;
   Member<double> value;
   double least, most;
-  const char* range;  // in words, after "must be"
+  const char* range;  // in words that follow "must be"
   const char* attribute = name;
 };
 
-// The numbers among them keep their order, and new ones follow: saved graphs of TensorFlow hold them by their place.
+// Add a new number behind all others, and keep their order: saved graphs of TensorFlow refer to them by their position.
 inline constexpr auto kOptions = std::make_tuple(
     Option<Activation>{"activation", &Options::activation},                        //
     Option<DataFormat>{"data_format", &Options::data_format},                      //
     Option<bool>{"squared_pred", &Options::squared_pred},                          //
-    Option<bool>{"cross_entropy", &Options::cross_entropy, "with_cross_entropy"},  // an output has its name
+    Option<bool>{"cross_entropy", &Options::cross_entropy, "with_cross_entropy"},  // an output is named cross_entropy
     Option<double>{"focal_gamma", &Options::focal_gamma, 0, std::numeric_limits<double>::max(),
                    "finite and at least 0"},
     Option<double>{"label_smoothing", &Options::label_smoothing, 0, 1, "in [0, 1]"},
@@ -78,7 +79,7 @@ inline constexpr auto kOptions = std::make_tuple(
     Option<IgnoreLabel>{"ignore_label", &Options::ignore_label},  //
     Option<Regions>{"regions", &Options::regions});
 
-// Calls fn(option) for each of them, in order.
+// Calls fn(option) for each option, in order.
 template <class Fn>
 void ForEachOption(Fn&& fn) {
   std::apply([&](const auto&... option) { (fn(option), ...); }, kOptions);
@@ -86,9 +87,9 @@ void ForEachOption(Fn&& fn) {
 
 #pragma GCC visibility push(default)  // dice_op_kernels.so exports what follows
 
-// An option as an attribute of TensorFlow's op or of XLA's handlers: choices are strings ("softmax", "channels_first"),
-// an ignore_label is a list of none or one, regions are a list of masks (bit c of the mask at place v says that the
-// label value v belongs to class c), numbers and booleans are what they are.
+// These convert an option to and from an attribute of TensorFlow's op or of XLA's handlers. A choice is a string
+// ("softmax", "channels_first"). An ignore_label is a list with one element, or empty. Regions are a list of masks: bit
+// c of the mask at index v says that the label value v belongs to class c. Numbers and booleans stay the same.
 std::string ToAttribute(Activation activation);
 std::string ToAttribute(DataFormat data_format);
 std::vector<int64_t> ToAttribute(const IgnoreLabel& ignore_label);
@@ -112,10 +113,10 @@ inline Error FromAttribute(double attribute, double* value) {
 template <class T>
 using AttributeOf = decltype(ToAttribute(std::declval<T>()));
 
-// The regions of classes that are given by their label values.
+// Makes regions from the label values of each class.
 Error RegionsOf(const std::vector<std::vector<int64_t>>& labels_of_classes, Regions* regions);
 
-// Whether the numbers are in their ranges.
+// Returns an error if a number is not in its range.
 Error CheckRanges(const Options& options);
 
 #pragma GCC visibility pop

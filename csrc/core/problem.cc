@@ -26,25 +26,25 @@ int64_t Product(const Dims& dims) {
   return product;
 }
 
-// `dims` without its axis of length one where `axis` is the channels', or as it is.
+// Removes the channel axis `axis` from `dims` if `dims` has this axis and its length is one.
 Dims WithoutUnitAxis(Dims dims, size_t rank, size_t axis) {
   if (dims.size() == rank && Match(dims[axis], 1)) dims.erase(dims.begin() + axis);
   return dims;
 }
 
-// [N, spatial...] of the logits.
+// Returns the shape [N, spatial...] of the logits.
 Dims WithoutClasses(Dims logits, DataFormat data_format) {
   logits.erase(logits.begin() + ClassAxis(logits.size(), data_format));
   return logits;
 }
 
-// Whether labels of that shape have one value for each voxel, for logits of the other shape; else one for each class.
+// Whether labels of this shape have one value per voxel of the logits. Otherwise they have one value per class.
 bool HaveOneValuePerVoxel(const Dims& labels, const Dims& logits, DataFormat data_format) {
   const size_t rank = logits.size();
   return Match(WithoutUnitAxis(labels, rank, ClassAxis(rank, data_format)), WithoutClasses(logits, data_format));
 }
 
-// [sample, spatial...] of a voxel.
+// Returns the coordinates [sample, spatial...] of a voxel.
 std::string Place(const Problem& problem, const BadValue& bad) {
   const bool last = problem.channels_last();
   const Dims& logits = problem.logits_dims;
@@ -62,7 +62,7 @@ std::string Show(double number) {
   return text;
 }
 
-// What stands in an array.
+// A value found in an array.
 struct Found {
   std::string value;
   bool whole = true;
@@ -87,10 +87,10 @@ std::string NoClass(const Problem& problem, const Found& found) {
          std::to_string(problem.label_limit()) + ")";
 }
 
-// What a label map on the host holds.
+// A summary of the values in a label map on the host.
 struct Contents {
-  std::set<double> strange;      // the first values that are no class, in order
-  bool several_classes = false;  // class 0 and another
+  std::set<double> strange;      // the first values that are not classes, in order
+  bool several_classes = false;  // class 0 and another one occur
 };
 Contents Survey(const Problem& problem) {
   constexpr size_t kMost = 8;
@@ -112,9 +112,9 @@ Contents Survey(const Problem& problem) {
   return contents;
 }
 
-// What to do about a label that is a whole number, but no class. One strange value beside the classes marks voxels to
-// be left out, as 255 often does; several, or the number after the last class, are classes that are numbered otherwise.
-// A map that holds one class and one strange value may be either.
+// Says what to do about a label that is a whole number, but not a class. If there is only one such value beside the
+// classes, it probably marks voxels to be left out, as 255 often does. Several such values, or the number after the
+// last class, are probably classes that are numbered differently. A map of one class and one such value may be either.
 std::string AdviceFor(const Problem& problem, const std::string& value, bool on_host) {
   const std::string limit = std::to_string(problem.label_limit());
   const std::string ignore = "to leave such voxels out, pass ignore_label=" + value;
@@ -172,8 +172,8 @@ Error MakeProblem(const Dims& logits, const Dims& labels, const std::optional<Di
   const Dims spatial = WithoutClasses(logits, options.data_format);
   const int64_t classes = logits[axis];
 
-  // The shape says which kind the labels are. One channel is both: a mask of floats is t itself, and
-  // reading one of integers as class indices checks its values as well.
+  // The shape tells which kind the labels are. With one channel it fits both kinds: a mask of floats is then t itself,
+  // and a mask of integers is read as class indices, which also checks its values.
   const bool one_channel = HaveOneValuePerVoxel(labels, logits, options.data_format);
   const bool mask =
       Match(classes, 1) && IsFloat(problem->labels_dtype) && !options.ignore_label.given && !problem->has_regions();
@@ -193,7 +193,7 @@ Error MakeProblem(const Dims& logits, const Dims& labels, const std::optional<Di
                            "' gives zeros and ones, which have no cross-entropy: use 'softmax', 'sigmoid' or 'none'");
   }
   if (problem->has_regions()) {
-    uint64_t any = 0;  // the classes that have a label
+    uint64_t any = 0;  // the classes that have a label value
     for (uint32_t classes_of_label : options.regions.classes_of) any |= classes_of_label;
     int64_t regions = 0;
     while (any >> regions & 1) ++regions;
@@ -237,10 +237,10 @@ Error CheckGradient(const Problem& problem) {
 }
 
 Error FindLabelKind(const Dims& logits, const Dims& labels, Problem problem, LabelKind* kind) {
-  problem.options.activation = Activation::kSigmoid;  // one that regions have
+  problem.options.activation = Activation::kSigmoid;  // an activation that is legal with regions
   DICE_OP_RETURN_IF_ERROR(MakeProblem(logits, labels, {}, &problem));
   const size_t axis = ClassAxis(logits.size(), problem.options.data_format);
-  // An axis of unknown length has one value per class more often than it has length 1.
+  // If the length of the channel axis is not known, one value per class is more likely than length 1.
   const bool unknown_channels = labels.size() == logits.size() && labels[axis] < 0 && logits[axis] != 1;
   *kind = unknown_channels                                                    ? LabelKind::kPerClass
           : !problem.dense_labels                                             ? LabelKind::kIndices
@@ -252,7 +252,7 @@ Error FindLabelKind(const Dims& logits, const Dims& labels, Problem problem, Lab
 Error ErrorOf(const BadValue& bad, const Problem& problem, const CopyToHost& copy) {
   if (bad.sample < 0) return {};
   const std::string place = Place(problem, bad);
-  int64_t held = 0;  // a value of any type
+  int64_t held = 0;  // has room for a value of any type
   const auto on_host = [&](const void* from, DType dtype, const void** value) -> Error {
     *value = copy ? &held : from;
     return copy ? copy(&held, from, SizeOf(dtype)) : Error{};

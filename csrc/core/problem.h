@@ -1,4 +1,4 @@
-// What is a legal call, decided in one place for every front end, and what is said of one that is not.
+// Decides for every front end which calls are legal, and writes the error messages for those that are not.
 #pragma once
 
 #include <cstdint>
@@ -12,38 +12,38 @@
 
 namespace dice_op {
 
-// Fills in the shape of `problem`, whose options and dtypes are set. Unknown dimensions pass: the kernel asks again
-// when they are known.
+// Fills in the shape of `problem`; its options and dtypes must be set. Unknown dimensions are accepted, because the
+// kernel checks again when they are known.
 Error MakeProblem(const Dims& logits, const Dims& labels, const std::optional<Dims>& weight, Problem* problem);
 
-// An error if the activation has no gradient.
+// Returns an error if the activation has no gradient.
 Error CheckGradient(const Problem& problem);
 
-// Index of the class axis among `rank` axes.
+// The index of the class axis among `rank` axes.
 size_t ClassAxis(size_t rank, DataFormat data_format);
 
-// What labels are taken for: class indices, one per voxel; a foreground mask of floats, which may be soft, one per
-// voxel where there is one class; one-hot or soft labels, one per class.
+// What the labels are read as. kIndices: one class index per voxel. kMask: a foreground mask of floats, one per voxel,
+// which may be soft; only if there is one class. kPerClass: one-hot or soft labels, one per class.
 enum class LabelKind { kIndices, kMask, kPerClass };
-// By shapes and the labels' dtype alone, with the problem's options. Where the number of classes is not known, floats
-// that may be indices are a mask, and labels of the logits' rank are one per class.
+// Uses only the shapes, the labels' dtype and the problem's options. If the number of classes is not known, floats that
+// may be indices are taken for a mask, and labels of the logits' rank for one label per class.
 Error FindLabelKind(const Dims& logits, const Dims& labels, Problem problem, LabelKind* kind);
 
-// A voxel with a label that is no class, or with a prediction that is no probability where the activation is none.
-// sample < 0: there is none.
+// A voxel whose label is not a class, or whose prediction is not a probability although the activation is 'none'.
+// A negative sample means that there is no such voxel.
 struct BadValue {
   int64_t sample = -1;
   int64_t voxel = -1;
   bool in_prediction = false;
 };
 
-// Copies from where labels and logits are to the host.
+// Copies labels or logits from their memory to the host.
 using CopyToHost = std::function<Error(void* to, const void* from, size_t bytes)>;
 
-// Names the voxel by its coordinates, the value found there, the values allowed, and what to do; no error where there
-// is no bad value. `copy` is for labels and logits that are not on the host.
+// The error gives the coordinates of the voxel, the value found there, the values allowed, and what to do. Without a
+// bad value there is no error. `copy` is needed if labels and logits are not on the host.
 Error ErrorOf(const BadValue& bad, const Problem& problem, const CopyToHost& copy = nullptr);
-// The same of a value in a predicted label map on the host.
+// Does the same for a value in a predicted label map on the host.
 Error ErrorOfPrediction(const BadValue& bad, const Problem& problem, const void* prediction, DType dtype);
 
 bool IsFloat(DType dtype);

@@ -1,4 +1,4 @@
-// The sums of a call: one list, in the one order that every processor and every front end keeps.
+// The sums of a call, in one list. Every processor and every front end keeps its order.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@ enum class Sum : int { kIntersection, kPredSum, kLabelSum, kCrossEntropy, kWeigh
 struct SumInfo {
   Sum sum;
   const char* name;
-  bool per_class;     // of shape [N, C], else [N]
-  bool has_gradient;  // with respect to the logits: a loss hands back a derivative of it
+  bool per_class;     // its shape is [N, C], else [N]
+  bool has_gradient;  // it depends on the logits, so that a loss passes back a derivative for it
 };
 
 // Sums per class come first. The dtype of all of them is Problem::sums_dtype().
@@ -21,7 +21,7 @@ constexpr SumInfo kSums[] = {
     {Sum::kIntersection, "intersection", true, true},   // sum m p t
     {Sum::kPredSum, "pred_sum", true, true},            // sum m p, or sum m p^2
     {Sum::kLabelSum, "label_sum", true, false},         // sum m t, or sum m t^2
-    {Sum::kCrossEntropy, "cross_entropy", true, true},  // sum m t (1-p)^gamma (-log p); sigmoid: plus its mirror image
+    {Sum::kCrossEntropy, "cross_entropy", true, true},  // sum m t (1-p)^gamma (-log p); sigmoid adds its mirror image
     {Sum::kWeightSum, "weight_sum", false, false},      // sum m
 };
 constexpr int kSumCount = sizeof(kSums) / sizeof(kSums[0]);
@@ -50,7 +50,7 @@ struct PerSum {
   DICE_OP_INLINE const T& operator[](Sum sum) const { return values[static_cast<int>(sum)]; }
 };
 
-// What one block of voxels has added up, in a row of numbers: the sums per class, each of all classes, then the others.
+// The sums of one block of voxels are a row of numbers: first each sum per class, for all classes, then the other sums.
 DICE_OP_INLINE constexpr int64_t RowLength(int64_t classes) { return kClassSumCount * classes + kSampleSumCount; }
 
 }  // namespace dice_op

@@ -1,4 +1,4 @@
-// What the options do to one voxel, worked out once for every processor.
+// The options in the form in which the arithmetic of one voxel uses them, the same for every processor.
 #pragma once
 
 #include "core/dice_op.h"
@@ -6,19 +6,19 @@
 
 namespace dice_op {
 
-// `Scalar` is the type of plain numbers, or of a register's elements.
+// `Scalar` is the type of a number, or of the elements of a SIMD register.
 template <class Scalar>
 struct Terms {
-  bool squared = false;        // p^2 and t^2 in the cardinalities
-  bool masked = false;         // some voxels may have weight 0, and then count for nothing, whatever they hold
-  bool cross_entropy = false;  // wanted, where kCrossEntropy stands for "with or without"
+  bool squared = false;        // the cardinalities use p^2 and t^2
+  bool masked = false;         // some voxels may have weight 0; they are left out, whatever they hold
+  bool cross_entropy = false;  // is wanted; only asked if the template argument kCrossEntropy is true
   Scalar gamma = 0;            // focal exponent
-  // Label smoothing: the cross-entropy takes keep * t + spread for t. Not where t is one-hot and the activation is not
-  // binary, see Problem::smoothed.
+  // Label smoothing: the cross-entropy uses keep * t + spread instead of t. This is not done if t is one-hot and the
+  // activation is not binary, see Problem::smoothed.
   Scalar keep = 1, spread = 0;
-  Scalar threshold = 0;  // of the activation of that name
+  Scalar threshold = 0;  // for the activation 'threshold'
 
-  // Whether a voxel is computed as without any option, but for the cross-entropy.
+  // Whether no option changes how a voxel is computed, apart from the cross-entropy.
   bool plain() const { return !squared && !masked && gamma == 0 && keep == 1 && spread == 0; }
 
   template <class Other>
@@ -49,7 +49,7 @@ inline Terms<double> TermsOf(const Problem& problem) {
     terms.keep = 1 - options.label_smoothing;
     terms.spread = options.label_smoothing / choices;
   }
-  // In the precision of the logits, so that those that are as large as the threshold are not above it.
+  // The threshold is rounded to the precision of the logits, so that a logit equal to it is not above it.
   const bool in_double = problem.logits_dtype == DType::kDouble;
   terms.threshold = in_double ? options.threshold : static_cast<float>(options.threshold);
   return terms;

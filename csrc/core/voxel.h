@@ -1,16 +1,15 @@
 // The mathematics of one voxel, written once for every processor.
 //
-// `R` is a number: a float in a CUDA thread, or a SIMD register that holds the same class of
-// several voxels on a CPU. `Classes` says which of a voxel's classes the caller holds: all of them
-// on a CPU, every kLanes-th in a CUDA thread that shares a voxel with its neighbours, where Sum and
-// Max combine across those. There a thread may hold a class too many: its logit is -infinity, which
-// adds nothing to the others. A file that includes this has defined, for its R: Exp,
-// ExpOfDifference(a, b) = exp(a - b) for a <= b and what that gives for a = b, Reciprocal, Log, Log1p, Max, Abs,
-// Select, AddWhere and the comparisons.
+// `R` is a number: a float in a CUDA thread, or on a CPU a SIMD register that holds the same class of several voxels.
+// `Classes` says which classes of a voxel the caller holds. On a CPU these are all classes. A CUDA thread that shares a
+// voxel with its neighbours holds every kLanes-th class, and Sum and Max combine the values of these threads. Such a
+// thread may hold one class too many: its logit is -infinity, which adds nothing to the others. A file that includes
+// this one must first define for its R: Exp, ExpOfDifference(a, b) = exp(a - b) for a <= b,
+// ExpOfDifferenceToItself(a), which is what that gives for a = b, Reciprocal, Log, Log1p, Max, Abs, Select, AddWhere
+// and the comparisons.
 //
-// Everything lies in an unnamed namespace: the CPU kernels compile this file once per instruction
-// set, and internal linkage keeps a linker from merging those copies into one that the processor
-// may not have.
+// Everything is in an unnamed namespace. The CPU kernels compile this file once per instruction set, and internal
+// linkage keeps the linker from merging the copies into one that the processor may not be able to run.
 #pragma once
 
 #include <cmath>
@@ -19,7 +18,7 @@
 
 #ifdef __CUDACC__
 #define DICE_OP_HD __device__ __forceinline__
-#define DICE_OP_UNROLL _Pragma("unroll")  // or the arrays of a thread would not be registers
+#define DICE_OP_UNROLL _Pragma("unroll")  // else the arrays of a thread are not kept in registers
 #else
 #define DICE_OP_HD inline __attribute__((always_inline))
 #define DICE_OP_UNROLL
@@ -28,7 +27,7 @@
 namespace dice_op {
 namespace {
 
-// All of a voxel's classes, their number known when compiling or (kCount = 0) when running.
+// All classes of a voxel. Their number is known at compile time, or only at run time (kCount = 0).
 template <int kCount>
 struct AllClasses {
   int count;
@@ -45,7 +44,8 @@ struct AllClasses {
   }
 };
 
-// t is one for one class: the index of the label. An index that is no class has t = 0 everywhere.
+// A label given by its class index: t is 1 for this class and 0 for the others. If the index is not a class, t is 0 for
+// all classes.
 template <class Int>
 struct IndexLabel {
   static constexpr bool kOneHot = true;
@@ -65,20 +65,21 @@ struct IndexLabel {
   }
 };
 
-// The same for one voxel alone, whose label's logit can be had by its number: no class need be searched.
+// The same for a single voxel. The caller looks up the logit of the label's class by its index, so that no loop has to
+// search for the class.
 template <class R>
 struct SingleLabel {
   static constexpr bool kOneHot = true;
   static constexpr bool kSingle = true;
-  int index;  // the class, or negative; negative also for a voxel without weight
-  int item;   // which of the classes held it is, or -1
-  R z;        // its logit, where it is held
+  int index;  // the class; negative if there is none or if the voxel has no weight
+  int item;   // its position among the classes held, or -1
+  R z;        // its logit, if the class is held
   DICE_OP_HD R Times(R x, int, int i) const { return Select(item == i, x, R(0)); }
   DICE_OP_HD R AddTo(R sum, R x, int, int i) const { return AddWhere(item == i, sum, x); }
   DICE_OP_HD R Mix(R present, R absent, int, int i) const { return Select(item == i, present, absent); }
 };
 
-// t is any number per class.
+// A label that gives any number t for each class.
 template <class R>
 struct DenseLabel {
   static constexpr bool kOneHot = false;
@@ -86,12 +87,12 @@ struct DenseLabel {
   const R* t;
   DICE_OP_HD R Times(R x, int, int i) const { return x * t[i]; }
   DICE_OP_HD R AddTo(R sum, R x, int, int i) const { return sum + x * t[i]; }
-  DICE_OP_HD R Mix(R present, R absent, int, int i) const {  // an infinite logit makes one of the two infinite
+  DICE_OP_HD R Mix(R present, R absent, int, int i) const {  // for an infinite logit one term is infinite
     return Select(t[i] != R(0), present * t[i], R(0)) + Select(t[i] != R(1), absent * (R(1) - t[i]), R(0));
   }
 };
 
-// The focal cross-entropy of a class whose label is one, f(p) = (1-p)^gamma (-log p), and p f'(p).
+// loss is the focal cross-entropy of a class whose label is one, f(p) = (1-p)^gamma (-log p). slope is p f'(p).
 // Lin et al., "Focal Loss for Dense Object Detection", 2017.
 template <class R>
 struct Focal {
@@ -101,19 +102,19 @@ struct Focal {
     if (gamma == Scalar(0)) return {-log_p, R(-1)};
     const R rest = Max(R(1) - p, R(0));
     const R weight = Exp(R(gamma) * Log(rest));
-    // p log(p) / (1-p), which tends to -1 as p does to 1, and to 0 with p
+    // p log(p) / (1-p), which tends to -1 as p goes to 1, and to 0 as p goes to 0
     const R ratio = Select(p > R(0), Select(rest > R(0), p * log_p * Reciprocal(rest), R(-1)), R(0));
     return {-(weight * log_p), weight * (R(gamma) * ratio - R(1))};
   }
 };
 
-// What makes a probability of a logit in one voxel: exp(z - top) * scale.
+// The numbers that turn a logit of one voxel into a probability: exp(z - top) * scale.
 template <class R>
 struct Norm {
   R top, scale, total;  // scale = 1 / total
 };
 
-// Of the activations whose Forward or Decide gives probabilities at once.
+// The base of the activations whose Forward or Decide gives probabilities directly.
 struct Unscaled {
   template <class R>
   DICE_OP_HD static R Scale(R x, const Norm<R>&) {
@@ -122,9 +123,10 @@ struct Unscaled {
 };
 
 struct Softmax {
-  static constexpr bool kHard = false;    // zeros and ones, without cross-entropy and gradient
-  static constexpr bool kBinary = false;  // one cross-entropy term per voxel: the label's
-  // z: logits; e: what Scale makes probabilities of. So a voxel's weight and its scale are multiplied once.
+  static constexpr bool kHard = false;    // true: gives zeros and ones, without cross-entropy and gradient
+  static constexpr bool kBinary = false;  // each voxel has one cross-entropy term, the label's
+  // z: the logits; e: the values that Scale turns into probabilities. The scale is applied later, so that it is
+  // multiplied with the voxel's weight only once.
   template <class Classes, class R>
   DICE_OP_HD static Norm<R> Forward(const Classes& k, const R* z, R* e) {
     R top = z[0];
@@ -157,8 +159,8 @@ struct Softmax {
   DICE_OP_HD static Focal<R> CategoricalTerm(R z, R p, const Norm<R>& norm, R log_total, Scalar gamma) {
     return Focal<R>::Of(p, (z - norm.top) - log_total, gamma);
   }
-  // d: m dL/dlogits; g(i): dL/dp without the cross-entropy; h(i): p dL/dp of the cross-entropy. The derivative is
-  // p (g - sum p g) + h - p sum h.
+  // d: m dL/dlogits; g(i): dL/dp without the cross-entropy; h(i): p dL/dp of the cross-entropy. The derivative with
+  // respect to the logits is p (g - sum p g) + h - p sum h.
   template <bool kCrossEntropy, class Classes, class R, class G, class H>
   DICE_OP_HD static void Backward(const Classes& k, const R* e, const Norm<R>& norm, R m, const G& g, const H& h,
                                   R* d) {
@@ -180,7 +182,7 @@ struct Softmax {
   }
 };
 
-// p and q = 1 - p, each exact also where the other rounds to 1: a confident mistake keeps its gradient.
+// p and q = 1 - p. Each is exact even if the other rounds to 1, so that a confident mistake keeps its gradient.
 template <class R>
 struct Logistic {
   R p, q, e;  // e = exp(-|z|)
@@ -194,7 +196,7 @@ struct Logistic {
 
 struct Sigmoid : Unscaled {
   static constexpr bool kHard = false;
-  static constexpr bool kBinary = true;  // a cross-entropy term for every class, present or not
+  static constexpr bool kBinary = true;  // every class has a cross-entropy term, whatever its label
   template <class Classes, class R>
   DICE_OP_HD static Norm<R> Forward(const Classes& k, const R* z, R* p) {
     DICE_OP_UNROLL
@@ -210,11 +212,11 @@ struct Sigmoid : Unscaled {
   }
 };
 
-// The caller's y_pred are probabilities already.
+// The predictions (y_pred) are already probabilities.
 struct Identity : Unscaled {
   static constexpr bool kHard = false;
   static constexpr bool kBinary = false;
-  // The cross-entropy takes smaller probabilities for this one, as keras.losses do (backend epsilon).
+  // The cross-entropy replaces smaller probabilities by this one, as keras.losses do (backend epsilon).
   static constexpr double kEpsilon = 1e-7;
   template <class Classes, class R>
   DICE_OP_HD static Norm<R> Forward(const Classes& k, const R* z, R* p) {
@@ -249,10 +251,10 @@ struct Identity : Unscaled {
   }
 };
 
-// For scores: one for the classes that a voxel belongs to, zero for the others. A NaN shows, as it does in a softmax or
-// a sigmoid.
+// The next two are for scores. They give 1 for the classes that a voxel belongs to and 0 for the others. A NaN among
+// the logits makes the result NaN, as in a softmax or a sigmoid.
 
-// The class of the largest logit, the first of several.
+// Chooses the class of the largest logit, and the first one if several are equal.
 struct Argmax : Unscaled {
   static constexpr bool kHard = true, kBinary = false;
   template <class Classes, class R, class Scalar>
@@ -262,7 +264,7 @@ struct Argmax : Unscaled {
     for (int i = 1; i < k.size(); ++i) top = Max(top, z[i]);
     top = k.Max(top);
     const R no_class = R(Scalar(-INFINITY));
-    R first = no_class;  // minus the class, so that the first is the largest
+    R first = no_class;  // minus the class index, so that the first class is the largest
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       first = Max(first, Select(z[i] != top, no_class, R(Scalar(-k.Class(i)))));
@@ -275,7 +277,7 @@ struct Argmax : Unscaled {
   }
 };
 
-// Every class whose logit is above the threshold.
+// Chooses every class whose logit is above the threshold.
 struct Threshold : Unscaled {
   static constexpr bool kHard = true, kBinary = false;
   template <class Classes, class R, class Scalar>
@@ -287,7 +289,7 @@ struct Threshold : Unscaled {
   }
 };
 
-// The focal binary cross-entropy of a logit for both values of the label, and its derivatives with
+// The focal binary cross-entropy of a logit for label 1 (present) and label 0 (absent), and its derivatives with
 // respect to the logit.
 template <class R>
 struct BinaryTerms {
@@ -306,15 +308,15 @@ struct BinaryTerms {
   }
 };
 
-// Of a binary term for both values of the label, the share that the label, smoothed, gives each.
+// The mean of a binary term for present and absent classes, weighted by the label after smoothing.
 template <class Label, class R, class Scalar>
 DICE_OP_HD R MixSmoothed(const Label& label, R present, R absent, int c, int i, const Terms<Scalar>& terms) {
   const R mixed = label.Mix(present, absent, c, i);
   return terms.spread == Scalar(0) ? mixed : R(terms.keep) * mixed + R(terms.spread) * (present + absent);
 }
 
-// Calls fn(i, loss, slope) for every class i: the cross-entropy that the voxel adds to class i, and
-// what Activation::Backward wants as h for a unit coefficient (nothing where the terms are binary).
+// Calls fn(i, loss, slope) for every class i. loss is the cross-entropy that the voxel adds to class i. slope is the h
+// of Activation::Backward for a coefficient of 1; it is 0 if the terms are binary.
 template <class Activation, class Classes, class Label, class R, class Scalar, class Fn>
 DICE_OP_HD void CrossEntropy(const Classes& k, const R* z, const R* p, const Norm<R>& norm, const Label& label,
                              const Terms<Scalar>& terms, Fn&& fn) {
@@ -325,7 +327,7 @@ DICE_OP_HD void CrossEntropy(const Classes& k, const R* z, const R* p, const Nor
       fn(i, MixSmoothed(label, binary.present, binary.absent, k.Class(i), i, terms), R(0));
     }
   } else if constexpr (Label::kOneHot) {
-    // One class has a term: pick its numbers first, then take logarithm and power once.
+    // Only one class has a term. Its numbers are picked first, so that logarithm and power are computed only once.
     R z_t = R(0), p_t = R(0);
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
@@ -345,13 +347,13 @@ DICE_OP_HD void CrossEntropy(const Classes& k, const R* z, const R* p, const Nor
       const R p_i = Activation::Scale(p[i], norm);
       const auto focal = Activation::CategoricalTerm(z[i], p_i, norm, log_total, terms.gamma);
       const R present = R(terms.keep) * label.Times(R(1), k.Class(i), i) + R(terms.spread);
-      const auto some = present != R(0);  // keeps 0 * log(0) out
+      const auto some = present != R(0);  // avoids 0 * log(0)
       fn(i, Select(some, present * focal.loss, R(0)), Select(some, present * focal.slope, R(0)));
     }
   }
 }
 
-// A voxel without weight may hold anything, NaN too: it becomes a harmless one.
+// A voxel without weight may hold anything, even NaN. Its logits are replaced by zeros.
 template <class Classes, class R, class Scalar>
 DICE_OP_HD void ClearMasked(const Classes& k, R* z, R weight, const Terms<Scalar>& terms) {
   if (!terms.masked) return;
@@ -360,7 +362,8 @@ DICE_OP_HD void ClearMasked(const Classes& k, R* z, R weight, const Terms<Scalar
   for (int i = 0; i < k.size(); ++i) z[i] = Select(counts, z[i], R(0));
 }
 
-// What Activation::Scale makes probabilities of: of the logits z, which a mask may clear, in p, which may be z.
+// Writes to p the values that Activation::Scale turns into probabilities. It may set the logits z to zero where a mask
+// says so. p may be the same array as z.
 template <class Activation, class Classes, class R, class Scalar>
 DICE_OP_HD Norm<R> Activate(const Classes& k, R* z, R* p, R m, const Terms<Scalar>& terms) {
   ClearMasked(k, z, m, terms);
@@ -372,7 +375,8 @@ DICE_OP_HD Norm<R> Activate(const Classes& k, R* z, R* p, R m, const Terms<Scala
   }
 }
 
-// Adds what a voxel of weight `m` has for its class i, number c. p: from Activate; weight: m, scaled.
+// Adds the contribution of a voxel of weight `m` for the i-th class that is held, which is class c. p: from Activate;
+// weight: m after Activation::Scale.
 template <class Activation, class Label, class R, class Scalar>
 DICE_OP_HD void AddClass(const Label& label, int c, int i, R p, R m, R weight, const Norm<R>& norm,
                          const Terms<Scalar>& terms, R* intersection, R* pred_sum, R* label_sum) {
@@ -384,7 +388,7 @@ DICE_OP_HD void AddClass(const Label& label, int c, int i, R p, R m, R weight, c
   }
 }
 
-// Adds the voxel of weight `m` to the running sums. z: logits in, destroyed; p: scratch.
+// Adds a voxel of weight `m` to the running sums. z: the logits, which are overwritten; p: scratch.
 template <class Activation, bool kCrossEntropy, class Classes, class Label, class R, class Scalar, class Accumulators>
 DICE_OP_HD void AddVoxel(const Classes& k, R* z, R* p, const Label& label, R m, const Terms<Scalar>& terms,
                          Accumulators& sums) {
@@ -417,23 +421,23 @@ DICE_OP_HD void AddVoxel(const Classes& k, R* z, R* p, const Label& label, R m, 
   }
 }
 
-// Turns the logits z into dL/dlogits, in d. p, h: scratch. a, b, e: dL/d(intersection, pred_sum,
-// cross_entropy) of the classes held; e may be null where no cross-entropy is wanted. Where the label is a
-// SingleLabel, a and e (but the binary e) are those of all classes.
+// Writes dL/dlogits to d. z: the logits; p, h: scratch. a, b, e: dL/d(intersection, pred_sum, cross_entropy) of the
+// classes held; e may be null if no cross-entropy is wanted. If the label is a SingleLabel, a is for all classes, and
+// so is e unless the activation is binary.
 template <class Activation, bool kCrossEntropy, class Classes, class Label, class R, class Scalar>
 DICE_OP_HD void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const Label& label, R m, const Terms<Scalar>& terms,
                           const Scalar* a, const Scalar* b, const Scalar* e) {
   ClearMasked(k, z, m, terms);
-  R a_t = R(0);  // a of a single label
+  R a_t = R(0);  // the a of a single label
   if constexpr (Label::kSingle) {
     if (label.item >= 0) a_t = a[label.index];
   }
-  // dL/dp of class i by way of intersection and cardinality
+  // The part of dL/dp of class i that comes from intersection and cardinality.
   const auto direct = [&](int i, R p_i) {
     const R cardinality = terms.squared ? R(Scalar(2) * b[i]) * p_i : R(b[i]);
     return label.AddTo(cardinality, Label::kSingle ? a_t : R(a[i]), k.Class(i), i);
   };
-  if constexpr (Activation::kBinary) {  // no class knows of another
+  if constexpr (Activation::kBinary) {  // the classes are independent
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       k.Prefetch(i);
@@ -449,7 +453,7 @@ DICE_OP_HD void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const Label&
     }
   } else {
     const auto norm = Activation::Forward(k, z, p);
-    R h_t = R(0);  // p dL/dp by way of the cross-entropy, of a single label
+    R h_t = R(0);  // the part of p dL/dp that comes from the cross-entropy of a single label
     if constexpr (Label::kSingle && kCrossEntropy) {
       if (terms.cross_entropy && label.item >= 0) {
         const R p_t = Activation::Probability(label.z, norm), log_total = Activation::LogTotal(norm);

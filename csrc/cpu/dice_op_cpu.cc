@@ -1,5 +1,5 @@
-// Cuts a call into fixed blocks, runs them on the caller's threads, and adds the blocks' sums in
-// order: the bits of the result depend on neither the number of threads nor their timing.
+// Cuts a call into fixed blocks, runs them on the caller's threads, and adds the blocks' sums in order. So the bits of
+// the result depend neither on the number of threads nor on their timing.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -18,7 +18,7 @@ namespace dice_op {
 namespace cpu {
 namespace {
 
-// About 64 K logits: long enough that a block's overhead vanishes, short enough to share out.
+// A block has about 64 K logits. That is enough to make its overhead negligible, and few enough to share out evenly.
 constexpr int64_t kBlockElements = 1 << 16;
 constexpr int64_t kBlockVoxelsMin = 64;
 
@@ -33,7 +33,7 @@ struct Blocks {
         per_sample((problem.voxels + voxels - 1) / voxels),
         count(problem.batch * per_sample) {}
 
-  // fn(block, sample, begin, end) for blocks [first, last)
+  // Calls fn(block, sample, begin, end) for blocks [first, last).
   template <class Fn>
   void ForEach(const Problem& problem, int64_t first, int64_t last, Fn&& fn) const {
     for (int64_t block = first; block < last; ++block) {
@@ -41,12 +41,12 @@ struct Blocks {
       fn(block, block / per_sample, begin, std::min(begin + voxels, problem.voxels));
     }
   }
-  // nanoseconds per block, for the thread pool: about one per logit and exponential
+  // The nanoseconds per block, for the thread pool. A logit with its exponential takes about one.
   int64_t Cost(const Problem& problem) const { return voxels * (problem.classes + 1); }
 };
 
-// Whether the processor has every instruction set that the compiler was allowed to use: CMakeLists.txt lists them, and
-// a test holds the two lists to each other.
+// Whether the processor has every instruction set that the compiler was allowed to use. CMakeLists.txt lists them too,
+// and a test checks that the two lists agree.
 bool Supported(const Kernels& kernels) {
 #if defined(DICE_OP_X86_LEVELS)
   if (&kernels == &kX86V3) {
@@ -62,7 +62,7 @@ bool Supported(const Kernels& kernels) {
   return &kernels == &kPortable;
 }
 
-// Best first.
+// The levels, with the best first.
 const Kernels* const kLevels[] = {
 #if defined(DICE_OP_X86_LEVELS)
     &kX86V4, &kX86V3,
@@ -78,7 +78,7 @@ const Kernels& Active() {
       if (!best) best = level;
       if (wanted && std::strcmp(wanted, level->level) == 0) return level;
     }
-    return best;  // an unknown or unsupported wish changes nothing; SimdLevel() says what runs
+    return best;  // an unknown or unsupported level is ignored; SimdLevel() tells which one runs
   }();
   return *active;
 }
@@ -89,7 +89,7 @@ void Combine(const Problem& problem, const Blocks& blocks, const double* partial
   const int64_t classes = problem.classes, row = RowLength(classes);
   for (int64_t n = 0; n < problem.batch; ++n) {
     const double* const first = partials + n * blocks.per_sample * row;
-    int64_t place = 0;  // in a row
+    int64_t place = 0;  // the index in a row
     for (const SumInfo& info : kSums) {
       const int64_t count = info.per_class ? classes : 1;
       R* const output = static_cast<R*>(sums[info.sum]);
@@ -103,15 +103,15 @@ void Combine(const Problem& problem, const Blocks& blocks, const double* partial
   }
 }
 
-// A large array comes fresh from the system each time, and the first write to each of its pages costs more than all of
-// the arithmetic. Many systems give huge pages, which are fewer, only to a program that asks for them.
+// The system gives new pages to a large array each time, and the first write to each page costs more than all of the
+// arithmetic. With huge pages there are fewer of them, but many systems use them only if a program asks.
 void AskForHugePages(void* memory, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
-  constexpr int64_t kLarge = 4 << 20;  // as NumPy
+  constexpr int64_t kLarge = 4 << 20;  // as in NumPy
   if (bytes < kLarge) return;
   const uintptr_t page = sysconf(_SC_PAGESIZE), begin = reinterpret_cast<uintptr_t>(memory);
   const uintptr_t first = (begin + page - 1) / page * page, end = (begin + bytes) / page * page;
-  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // advice: what it returns changes nothing
+  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // only advice, so a failure does not matter
 #endif
 }
 

@@ -1,6 +1,6 @@
-// The CPU kernels of one instruction set. CMake compiles this file once per level, with that level's
-// flags, its width in bytes (DICE_OP_VECTOR_BYTES) and the name of its table (DICE_OP_KERNELS). All
-// else here has internal linkage: a test asserts that the object exports the table alone.
+// The CPU kernels of one instruction set. CMake compiles this file once per level, with the level's flags, its width in
+// bytes (DICE_OP_VECTOR_BYTES) and the name of its table (DICE_OP_KERNELS). Everything else here has internal linkage;
+// a test checks that the object exports only the table.
 #include "cpu/kernels.h"
 
 #include <algorithm>
@@ -15,21 +15,22 @@
 namespace dice_op {
 namespace {
 
-// A lane adds so many numbers in its own precision before they go to the double sums: that bounds its error, whatever
-// the volume.
+// The count of numbers that a lane adds in its own precision before the result is added to the double sums. This limits
+// the rounding error for volumes of any size.
 constexpr int kFlush = kMaxGroups;
 
-// Loops over so few classes are unrolled.
+// Loops over at most this many classes are unrolled.
 constexpr int kMaxUnrolled = 4;
 
-// So many classes of a voxel live in registers, where there are 16 or 32; more stream through the first-level cache.
+// The most classes of a voxel that are kept in registers, of which there are 16 or 32. With more classes, the numbers
+// stay in the first-level cache.
 constexpr int kMaxInRegisters = DICE_OP_VECTOR_BYTES == 64 ? 4 : 3;
 
-// Of more classes, those whose sums are added side by side, and share the loads of a voxel's weight and label: as many
-// as the instruction set has registers for.
+// With more classes, this many are added up at the same time, so that they share the loads of a voxel's weight and
+// label. The instruction set has registers for this many.
 constexpr int kSideBySide = DICE_OP_VECTOR_BYTES / 16;
 
-// A gradient of so many bytes does not stay in the caches until somebody reads it.
+// A gradient with this many bytes does not stay in the caches until somebody reads it.
 constexpr int64_t kStreamBytes = 8 << 20;
 
 template <class P, int kCount>
@@ -48,7 +49,7 @@ struct Row<P, 0> {
   }
 };
 
-// Lane by lane in memory, and from there to the totals.
+// The running sums of each lane, which Flush adds to the totals.
 template <class P, int kCount>
 struct Accumulators {
   struct OfClasses : Row<P, kCount> {  // one of the sums
@@ -57,7 +58,7 @@ struct Accumulators {
   };
   OfClasses rows[kClassSumCount];
   P weight_sum;
-  int count, additions = 0;  // numbers added to a lane since the last Flush
+  int count, additions = 0;  // additions to each lane since the last Flush
 
   explicit Accumulators(int classes) : Accumulators(classes, std::make_index_sequence<kClassSumCount>()) {}
   OfClasses& operator[](Sum sum) { return rows[static_cast<int>(sum)]; }
@@ -83,11 +84,11 @@ struct Accumulators {
 };
 static_assert(kSampleSumCount == 1, "Accumulators hold weight_sum alone beside the sums per class");
 
-// While a class is computed, a piece of memory that the next tile reads is asked for, so that it is in the second-level
-// cache by then: the first-level one is full of this tile.
+// While a class is computed, this prefetches memory that the next tile reads. The memory goes to the second-level
+// cache, because this tile fills the first-level cache.
 template <int kCount>
 struct ClassesOfTile : AllClasses<kCount> {
-  const int* numbers;  // of the classes
+  const int* numbers;  // 0, 1, ..., see Tile::numbers
   Ahead ahead;
   DICE_OP_INLINE int Class(int i) const { return kCount ? i : numbers[i]; }
   DICE_OP_INLINE void Prefetch(int i) const { __builtin_prefetch(ahead.memory + i * ahead.stride, 0, 2); }
@@ -111,9 +112,9 @@ struct Block {
   static constexpr bool kInRegisters = kCount > 0 && kCount <= kMaxInRegisters;
   static constexpr int kHeld = kInRegisters ? kCount : 1;
   static constexpr int kTogether = kCount ? std::min(kCount, kSideBySide) : kSideBySide;
-  static constexpr bool kAsks = std::is_same_v<R, double>;  // at run time, whether a cross-entropy is wanted
+  static constexpr bool kAsks = std::is_same_v<R, double>;  // whether a cross-entropy is wanted is asked at run time
 
-  struct Scratch {  // of Add
+  struct Scratch {  // for Add
     Row<P, 0> p, scales, weights;
     Scratch(int classes, int groups) : p(classes), scales(groups), weights(groups) {}
   };
@@ -140,8 +141,8 @@ struct Block {
     return bad;
   }
 
-  // Each voxel by itself first, then a few classes at a time over all voxels of the tile: their sums stay in registers,
-  // and no sum waits for a voxel's exponentials and quotient.
+  // Computes the voxels first, and then adds up a few classes at a time over all voxels of the tile. So the sums of
+  // these classes stay in registers, and no sum waits for a voxel's exponentials and quotient.
   static void Add(Classes k, const Terms<R>& terms, Tile<R, W>& tile, Scratch& scratch, Accumulators<P, kCount>& sums) {
     P *const scales = scratch.scales.values, *const weights = scratch.weights.values;
     P* const cross_entropy = &sums[Sum::kCrossEntropy][0];
@@ -175,7 +176,7 @@ struct Block {
         const P m = P::Load(tile.weight(group));
         const Norm<P> norm = {P(R(0)), scales[group], P(R(0))};
         for (int j = 0; j < kTogether; ++j) {
-          const int i = std::min(c + j, k.size() - 1);  // past the last class: what is not used
+          const int i = std::min(c + j, k.size() - 1);  // the results past the last class are not used
           const P p = P::Load(tile.logits(group) + i * W);
           AddClass<Activation>(label, k.Class(i), i, p, m, weights[group], norm, terms, &intersection[j], &pred_sum[j],
                                &label_sum[j]);
@@ -210,7 +211,7 @@ struct Block {
         P* const stored = reinterpret_cast<P*>(tile.logits(group));
         P held[kHeld], *const z = kInRegisters ? held : stored;
         for (int i = 0; kInRegisters && i < kCount; ++i) held[i] = stored[i];
-        // z is read for the last time before the gradient takes its place
+        // The gradient may overwrite z, because z is read for the last time before.
         VoxelGrad<Activation, kCrossEntropy>(k, z, p.values, h.values, z, LabelOf<R, kDense, P, I>(tile, group),
                                              P::Load(tile.weight(group)), terms, a, b, e);
         for (int i = 0; kInRegisters && i < kCount; ++i) stored[i] = held[i];
@@ -221,16 +222,16 @@ struct Block {
   }
 };
 
-// Calls fn(Block<...>{}) with the specialisation for this problem.
+// Calls fn(Block<...>{}) with the specialisation for the problem.
 template <class Activation, class Fn>
 auto WithBlock(const Problem& problem, Activation, Fn&& fn) {
   return WithBool(problem.labels_per_class(), [&](auto dense) {
-    if (problem.in_double()) {  // for tests mostly: one block with and without cross-entropy
+    if (problem.in_double()) {  // mostly for tests, so one block does both, with and without cross-entropy
       return fn(Block<double, Activation, !Activation::kHard, dense.value, 0>{});
     }
     return WithBool(problem.options.cross_entropy, [&](auto cross_entropy) {
       constexpr bool kCrossEntropy = cross_entropy.value && !Activation::kHard;
-      // what trains, which is logits, is worth the room that a block for every few classes takes
+      // Training uses logits mostly, so only they are worth the code size of a block for each small number of classes.
       constexpr bool kOften = std::is_same_v<Activation, Softmax> || std::is_same_v<Activation, Sigmoid>;
       return WithCount<kOften ? kMaxUnrolled : 0>(problem.classes, [&](auto count) {
         return fn(Block<float, Activation, kCrossEntropy, dense.value, count.value>{});
@@ -239,7 +240,7 @@ auto WithBlock(const Problem& problem, Activation, Fn&& fn) {
   });
 }
 
-// With no class at all there is nothing to normalise.
+// Without any class there is nothing to normalise.
 Activation ActivationOf(const Problem& problem) {
   return problem.classes ? problem.options.activation : Activation::kNone;
 }

@@ -1,5 +1,4 @@
-// What one instruction set offers: the loops over a block of voxels, compiled once per level from
-// kernels.cc.
+// The loops over a block of voxels. kernels.cc is compiled once for each instruction set to make them.
 #pragma once
 
 #include <cstdint>
@@ -11,14 +10,14 @@ namespace cpu {
 
 struct Kernels {
   const char* level;
-  // Adds up voxels [begin, end) of a sample, to what stands in `partial` [RowLength(C)]. Returns the first voxel with a
-  // bad value as 2 * voxel, and one more if the value is a prediction; or -1.
+  // Adds voxels [begin, end) of a sample to the sums in `partial` [RowLength(C)]. Returns -1 if there is no bad value.
+  // Otherwise it returns 2 * voxel for the first voxel with a bad label, or 2 * voxel + 1 if its prediction is bad.
   int64_t (*sums)(const Problem& problem, int64_t sample, int64_t begin, int64_t end, double* partial);
   void (*grad)(const Problem& problem, const SumsGrad& grad, int64_t sample, int64_t begin, int64_t end);
 };
 
 extern const Kernels kPortable;
-extern const Kernels kX86V3, kX86V4;  // where DICE_OP_X86_LEVELS is defined
+extern const Kernels kX86V3, kX86V4;  // if DICE_OP_X86_LEVELS is defined
 
 }  // namespace cpu
 }  // namespace dice_op

@@ -1,4 +1,4 @@
-// Counts the voxels of two label maps, for hard scores.
+// Counts the voxels of two label maps for hard scores.
 #include <algorithm>
 #include <mutex>
 #include <type_traits>
@@ -13,11 +13,12 @@ namespace dice_op {
 namespace cpu {
 namespace {
 
-constexpr int64_t kBlock = 1 << 20;  // voxels of a task
+constexpr int64_t kBlock = 1 << 20;  // voxels per task
 constexpr int64_t kChunk = 1024;     // voxels converted at a time
 constexpr int32_t kIgnored = -1, kBad = -2;
 
-// The classes of `count` labels from `map` on, or kBad, or, where `ignores`, kIgnored.
+// Writes the classes of `count` values of `map` to `labels`. If `ignores` is true, the ignore_label becomes kIgnored.
+// Any other value that is not a class becomes kBad.
 void ReadLabels(const Problem& problem, const void* map, DType dtype, int64_t first, int64_t count, bool ignores,
                 int32_t* labels) {
   WithType(dtype, [&](auto type) {
@@ -38,7 +39,7 @@ bool BelongsTo(const Problem& problem, int32_t label, int64_t c) {
                                : label == c + problem.first_class();
 }
 
-// fn(c) for every class that the label belongs to.
+// Calls fn(c) for every class c that the label belongs to.
 template <class Fn>
 void ForEachClass(const Problem& problem, int32_t label, const Fn& fn) {
   if (problem.has_regions()) {
@@ -50,7 +51,7 @@ void ForEachClass(const Problem& problem, int32_t label, const Fn& fn) {
   }
 }
 
-// Of the places in two tasks, the first.
+// Keeps the bad value that comes first in the volume, whichever task finds it.
 void KeepFirst(BadValue* first, const BadValue& other) {
   const auto key = [](const BadValue& bad) { return std::make_pair(bad.sample, bad.voxel); };
   if (other.sample >= 0 && (first->sample < 0 || key(other) < key(*first))) *first = other;
@@ -67,14 +68,14 @@ Error CountLabels(const Problem& problem, const void* prediction, DType predicti
   std::mutex mutex;
 
   parallel.ForRanges(problem.batch * blocks, kBlock, [&](int64_t first, int64_t last) {
-    std::vector<int64_t> sums(3 * classes);  // of a block
+    std::vector<int64_t> sums(3 * classes);  // of one block
     int32_t predictions[kChunk], labels[kChunk];
     for (int64_t block = first; block < last; ++block) {
       const int64_t sample = block / blocks, begin = block % blocks * kBlock;
       const int64_t end = std::min(begin + kBlock, problem.voxels);
       std::fill(sums.begin(), sums.end(), 0);
       BadValue bad_p, bad_t;
-      // Neighbours are mostly alike: they are counted by the run.
+      // Neighbours are mostly equal, so runs of equal voxels are counted at once.
       int32_t p = kIgnored, t = kIgnored;
       int64_t begin_of_run = begin;
       const auto end_run = [&](int64_t at) {

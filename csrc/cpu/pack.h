@@ -1,5 +1,5 @@
-// Pack<T, W>: one SIMD register of W numbers, by the vector extension of GCC and Clang, with what
-// core/voxel.h asks of a number. Unnamed namespace: see core/voxel.h.
+// Pack<T, W> is one SIMD register of W numbers. It uses the vector extension of GCC and Clang, and has the functions
+// that core/voxel.h needs of a number. core/voxel.h also says why the namespace is unnamed.
 #pragma once
 
 #include <cmath>
@@ -40,7 +40,7 @@ struct IntFor<int64_t> {
   using type = int64_t;
 };
 
-// Apart from Pack because GCC 12 loses the attribute of a typedef inside a template it instantiates.
+// This is separate from Pack because GCC 12 loses the attribute of a typedef inside a template that it instantiates.
 template <class T, int W>
 struct VectorOf {
   typedef T type __attribute__((vector_size(W * sizeof(T))));
@@ -54,7 +54,7 @@ struct __attribute__((may_alias)) Pack {
   Vector v;
 
   Pack() = default;
-  DICE_OP_INLINE explicit Pack(T x) : v(x - Vector{}) {}  // 0 + x would not be x: -0
+  DICE_OP_INLINE explicit Pack(T x) : v(x - Vector{}) {}  // 0 + x would turn -0 into 0
   DICE_OP_INLINE explicit Pack(Vector x) : v(x) {}
 
   DICE_OP_INLINE static Pack Load(const T* from) {
@@ -76,12 +76,13 @@ struct __attribute__((may_alias)) Pack {
 
   DICE_OP_INLINE friend Pack Select(Mask mask, Pack a, Pack b) { return Pack(mask ? a.v : b.v); }
   DICE_OP_INLINE friend Pack AddWhere(Mask mask, Pack sum, Pack x) { return Select(mask, sum + x, sum); }
-  // The first where it is larger, so NaN in the second stays.
+  // Takes `a` only where it is larger, so that a NaN in `b` stays.
   DICE_OP_INLINE friend Pack Max(Pack a, Pack b) { return Pack(a.v > b.v ? a.v : b.v); }
   DICE_OP_INLINE friend Pack Abs(Pack a) { return Pack(a.v < T(0) ? -a.v : a.v); }
 };
 
-// Past the caches, where the processor can: for what nobody reads soon. `to` is aligned to the value's size.
+// Stores a value that nobody reads soon. It bypasses the caches if the processor can do so. `to` must be aligned to the
+// size of the value.
 template <class V>
 DICE_OP_INLINE void Stream(V value, void* to) {
 #if defined(__AVX512F__)
@@ -96,14 +97,14 @@ DICE_OP_INLINE void Stream(V value, void* to) {
   std::memcpy(to, &value, sizeof(V));
 }
 
-// After the last Stream: what was written is seen before what is written from here on.
+// Call this after the last Stream, so that other threads see the streamed data before any data written later.
 inline void FenceStreams() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
 }
 
-// Numbers as memory has them: of half and bfloat16 the bits.
+// The numbers as they are in memory. For half and bfloat16 these are the bits.
 template <class T, int W>
 using Stored = Pack<std::conditional_t<std::is_arithmetic_v<T>, T, uint16_t>, W>;
 
@@ -122,7 +123,7 @@ DICE_OP_INLINE void StoreOrStream(V value, T* to) {
   }
 }
 
-// The types of which registers are turned into R, and back: half and bfloat16 are computed in float.
+// Whether a register of T can be converted to R and back. Half and bfloat16 are computed in float.
 template <class R, class T>
 constexpr bool kTurnsInto = std::is_same_v<T, R> || (!std::is_arithmetic_v<T> && std::is_same_v<R, float>);
 
@@ -171,7 +172,7 @@ DICE_OP_INLINE Stored<T, W> ToStored(Pack<R, W> x) {
   }
 }
 
-// A register from neighbours in memory of any type, and back.
+// These load a register from consecutive numbers of any type in memory, and store it there.
 template <class R, int W, class T>
 DICE_OP_INLINE Pack<R, W> LoadAs(const T* from) {
   if constexpr (kTurnsInto<R, T>) {
@@ -187,13 +188,14 @@ DICE_OP_INLINE void StoreAs(Pack<R, W> x, T* to) {
   StoreOrStream<kStream>(ToStored<T>(x).v, to);
 }
 
-// x = n log 2 + r, |r| <= log(2)/2, and e^r by a minimax polynomial: relative error 3e-9 before rounding.
+// Writes x as n log 2 + r with |r| <= log(2)/2, and computes p = e^r by a minimax polynomial, whose relative error is
+// 3e-9 before rounding.
 template <int W>
 struct Exponent {
   using F = typename Pack<float, W>::Vector;
   using I = typename Pack<float, W>::Mask;
   F n, p;
-  I bits;  // n, in the lowest bits
+  I bits;  // holds n in the lowest bits
 
   DICE_OP_INLINE explicit Exponent(F x) {
     const F magic = F{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -210,16 +212,16 @@ struct Exponent {
   }
 };
 
-constexpr float kLogOfSmallest = -87.3365402f;  // of the smallest normal number
+constexpr float kLogOfSmallest = -87.3365402f;  // the logarithm of the smallest normal number
 
-// Error below 1 unit in the last place. Results under the smallest normal number are 0, above the largest infinity;
-// NaN stays NaN.
+// The error is below 1 unit in the last place. Results below the smallest normal number are 0, and results above the
+// largest number are infinity. NaN stays NaN.
 template <int W>
 DICE_OP_INLINE Pack<float, W> Exp(Pack<float, W> x) {
   using F = typename Pack<float, W>::Vector;
   using I = typename Pack<float, W>::Mask;
   const Exponent<W> e((Max(Pack<float, W>(-87.5f), -Max(Pack<float, W>(-88.5f), -x))).v);
-  // scale in two steps of half the exponent, which reaches both ends of the range
+  // Scale in two steps, by half of the exponent each, to reach both ends of the range.
   const I n = e.bits - BitCast<I>(F{} + 12582912.0f), half = n >> 1;
   F result = e.p * BitCast<F>((half + 127) << 23) * BitCast<F>((n - half + 127) << 23);
   result = x.v < kLogOfSmallest ? F{} : result;
@@ -228,14 +230,15 @@ DICE_OP_INLINE Pack<float, W> Exp(Pack<float, W> x) {
 }
 
 #if defined(__AVX2__) && defined(__FMA__)
-// Of a table in one register, what the lowest bits of each lane of the index select.
+// Looks up one number per lane in a table that is one register. The lowest bits of each lane of `index` select it.
 DICE_OP_INLINE __m256 LookUp(__m256 table, __m256i index) { return _mm256_permutevar8x32_ps(table, index); }
 #if defined(__AVX512F__)
 DICE_OP_INLINE __m512 LookUp(__m512 table, __m512i index) { return _mm512_permutexvar_ps(index, table); }
 #endif
 
-// x = n log 2 + r with n a multiple of 1 / W: 2^n mostly from a table of W roots of 2, e^r by three terms of its
-// series, the middle one moved for the smallest error. A third fewer instructions than Exponent's.
+// Writes x as n log 2 + r, where n is a multiple of 1 / W. A table of W roots of 2 gives the fractional part of 2^n,
+// and three terms of the series give e^r; the middle term is changed a little to make the error smallest. This takes a
+// third fewer instructions than Exponent.
 template <int W>
 DICE_OP_INLINE Pack<float, W> ExpByTable(Pack<float, W> x) {
   using F = typename Pack<float, W>::Vector;
@@ -246,7 +249,7 @@ DICE_OP_INLINE Pack<float, W> ExpByTable(Pack<float, W> x) {
                                 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
   constexpr float kLog2 = 0.693147182f, kLargestRest = kLog2 / (2 * W);
   constexpr int kShift = W == 16 ? 19 : 20;  // 23 bits of fraction, less those of a multiple of 1 / W
-  I roots;  // such that adding the shifted multiple leaves its whole part in the exponent
+  I roots;  // adding the shifted multiple to one of them leaves its whole part in the exponent
   for (int i = 0; i < W; ++i) roots[i] = BitCast<int32_t>(kRoots[i * (16 / W)]) - (i << kShift);
   const F shifted = x.v * 1.44269504f + 12582912.0f / W;  // 1.5 * 2^23 / W: adding it rounds to a multiple of 1 / W
   const F n = shifted - 12582912.0f / W;
@@ -258,8 +261,9 @@ DICE_OP_INLINE Pack<float, W> ExpByTable(Pack<float, W> x) {
 }
 #endif
 
-// e^x of numbers that are not positive, or NaN: all that a softmax asks for. Results under the smallest normal number
-// are 0. Error below 2 units in the last place for x > -20, where e^x is 2e-9, and 5 below; 1.2 without a table.
+// Computes e^x of numbers that are negative, 0 or NaN; a softmax needs no others. Results below the smallest normal
+// number are 0. With the table, the error is below 2 units in the last place for x > -20, where e^x is 2e-9, and below
+// 5 for smaller x. Without the table it is below 1.2.
 template <int W>
 DICE_OP_INLINE Pack<float, W> ExpOfNegative(Pack<float, W> x) {
 #if defined(__AVX2__) && defined(__FMA__)
@@ -270,8 +274,8 @@ DICE_OP_INLINE Pack<float, W> ExpOfNegative(Pack<float, W> x) {
   return Pack<float, W>(x.v < kLogOfSmallest ? F{} : e.p * BitCast<F>((e.bits << 23) + 0x3f800000));
 }
 
-// log of numbers >= 0; error below 2 units in the last place (Cephes). 0 gives -infinity, numbers
-// under the smallest normal one count as 0, infinity and NaN stay.
+// Computes the logarithm of numbers >= 0, with an error below 2 units in the last place (Cephes). 0 and numbers below
+// the smallest normal number give -infinity. Infinity and NaN stay the same.
 template <int W>
 DICE_OP_INLINE Pack<float, W> Log(Pack<float, W> x) {
   using F = typename Pack<float, W>::Vector;
@@ -295,7 +299,7 @@ DICE_OP_INLINE Pack<float, W> Log(Pack<float, W> x) {
   return Pack<float, W>(x.v < INFINITY ? result : x.v);
 }
 
-// Double precision is for tests and for those who need it: one lane at a time.
+// Double precision is used mostly by tests, so these compute one lane at a time.
 template <int W>
 DICE_OP_INLINE Pack<double, W> Exp(Pack<double, W> x) {
   for (int i = 0; i < W; ++i) x.v[i] = ::exp(x.v[i]);
@@ -325,7 +329,7 @@ DICE_OP_INLINE Pack<T, W> Reciprocal(Pack<T, W> x) {
   return Pack<T, W>(T(1)) / x;
 }
 
-// log(1 + x), exact also where 1 + x rounds: the error of the sum corrects the quotient (Kahan).
+// Computes log(1 + x). It is accurate even if 1 + x rounds, because the quotient corrects the error of the sum (Kahan).
 template <class T, int W>
 DICE_OP_INLINE Pack<T, W> Log1p(Pack<T, W> x) {
   using P = Pack<T, W>;
@@ -334,7 +338,7 @@ DICE_OP_INLINE Pack<T, W> Log1p(Pack<T, W> x) {
   return Select(lost != P(T(0)), Log(u) * (x / lost), x);
 }
 
-// Lanes of a (0 to W-1) and b (W to 2W-1).
+// Selects lanes of a (0 to W-1) and b (W to 2W-1).
 template <int... kLanes, class T, int W>
 DICE_OP_INLINE Pack<T, W> Shuffle(Pack<T, W> a, Pack<T, W> b) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -344,7 +348,7 @@ DICE_OP_INLINE Pack<T, W> Shuffle(Pack<T, W> a, Pack<T, W> b) {
 #endif
 }
 
-// Two registers in one of twice the size, and kLanes neighbouring lanes of one, from kFirst on.
+// Beside joins two registers in one of twice the size. Part takes neighbouring lanes of a register, from kFirst on.
 template <class T, int W, int... kLanes>
 DICE_OP_INLINE Pack<T, 2 * W> Beside(Pack<T, W> low, Pack<T, W> high, std::integer_sequence<int, kLanes...>) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -362,7 +366,7 @@ DICE_OP_INLINE Pack<T, sizeof...(kLanes)> Part(Pack<T, W> x, std::integer_sequen
 #endif
 }
 
-// The sum of the lanes, in pairs, as a double.
+// Adds the lanes in pairs and returns the sum as a double.
 template <class T, int W>
 DICE_OP_INLINE double SumLanes(Pack<T, W> x) {
   T lanes[W];

@@ -1,4 +1,4 @@
-// Shares out a call's blocks over a framework's pool of threads.
+// Distributes the blocks of a call over a framework's thread pool.
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -21,8 +21,8 @@ void PoolParallelFor::Run(int64_t count, int64_t cost, Body body, void* context)
     int helping = 0;
     bool finished = false;
 
-    // Long runs first, as neighbours in memory are best left to one thread; short ones at last, so that all end at
-    // once.
+    // Takes long runs of blocks first, because neighbours in memory are best left to one thread, and short runs at the
+    // end, so that all threads finish at about the same time.
     void Help() noexcept {
       for (int64_t begin = next.load(); begin < count;) {
         const int64_t end = begin + std::max<int64_t>(1, (count - begin) / (2 * tasks));

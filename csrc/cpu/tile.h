@@ -1,6 +1,6 @@
-// A tile: some hundred voxels of one sample in the first-level cache, turned into the form the
-// arithmetic wants, whatever their type and layout in memory. Groups of W voxels; in a group, one
-// register per class. Unnamed namespace: see core/voxel.h.
+// A tile is a few hundred voxels of one sample in the first-level cache. Whatever their type and layout in memory, they
+// are brought into the form that the arithmetic needs: groups of W voxels, with one register per class in each group.
+// core/voxel.h says why the namespace is unnamed.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +36,7 @@ void Copy(const T* from, int64_t n, T* to, bool stream) {
   std::memcpy(to + i, from + i, (n - i) * sizeof(T));
 }
 
-// A piece of memory for each class of a group.
+// Gives an address for each class of a group: `memory` for the first, and `stride` bytes from each to the next.
 struct Ahead {
   const char* memory;
   int64_t stride;
@@ -50,12 +50,12 @@ class Tile {
   using Int = typename IntFor<R>::type;
   using P = Pack<R, W>;
 
-  // Scratch memory for one thread's blocks.
+  // Allocates scratch memory for the blocks of one thread.
   explicit Tile(const Problem& problem)
       : problem_(problem),
         classes_(static_cast<int>(problem.classes)),
         logit_size_(SizeOf(problem.logits_dtype)),
-        // logits and dense labels together fill about half of a 32 KB cache
+        // logits and dense labels together take about half of a 32 KB cache
         capacity_(std::max<int>(2 * W, std::min({512, kMaxGroups * W, 2048 / std::max(1, classes_)}) / W * W)) {
     const size_t volume = static_cast<size_t>(capacity_) * classes_;
     const size_t numbers = (problem.labels_per_class() ? 3 : 2) * volume + capacity_;
@@ -78,11 +78,12 @@ class Tile {
   const R* labels(int group) const { return labels_ + static_cast<size_t>(group) * classes_ * W; }
   const R* weight(int group) const { return weight_ + group * W; }
   const Int* index(int group) const { return index_ + group * W; }
-  // 0, 1, ...: a comparison takes a number from memory, but a loop's counter must be brought to a register first.
+  // The numbers 0, 1, ... in memory. A comparison can read a number from memory, but a loop's counter must be copied to
+  // a vector register first.
   const int* numbers() const { return numbers_; }
 
-  // Reads voxels [begin, begin + count) of a sample. The last group is filled up with voxels of
-  // weight 0. Returns the first voxel with a label that is no class, or -1.
+  // Reads voxels [begin, begin + count) of a sample, and fills the last group up with voxels of weight 0. Returns the
+  // first voxel whose label is not a class, or -1.
   int64_t Load(int64_t sample, int64_t begin, int count) {
     sample_ = sample;
     begin_ = begin;
@@ -95,12 +96,12 @@ class Tile {
     return bad;
   }
 
-  // The first voxel with a prediction that is no probability, or -1.
+  // Returns the first voxel whose prediction is not a probability, or -1.
   int64_t FindNoProbability() const {
     return AreAll(logits_, MayBeProbability) ? -1 : FindOther(logits_, [](R p) { return IsProbability(p); });
   }
 
-  // Where the next tile will read what here is the group's.
+  // Returns the memory that the next tile will read for its group with the same number.
   Ahead NextTile(int group) const {
     const int64_t voxel = begin_ + capacity_ + group * W, sample = sample_ * problem_.voxels * classes_;
     const int64_t first = sample + voxel * (channels_last() ? classes_ : 1);
@@ -108,7 +109,7 @@ class Tile {
     return {static_cast<const char*>(problem_.logits) + first * logit_size_, stride * logit_size_};
   }
 
-  // Writes what stands in logits() to an array of the logits' type and layout, past the caches if `stream`.
+  // Writes the numbers in logits() to an array of the logits' type and layout, and bypasses the caches if `stream`.
   void Store(void* to, bool stream) {
     WithType(problem_.logits_dtype, [&](auto type) {
       using T = typename decltype(type)::type;
@@ -141,7 +142,7 @@ class Tile {
 
   bool channels_last() const { return problem_.channels_last(); }
 
-  // Brings an array laid out as the logits into groups.
+  // Reads an array with the layout of the logits into groups.
   void LoadPlane(const void* from, DType dtype, R* to) {
     WithType(dtype, [&](auto type) {
       using T = typename decltype(type)::type;
@@ -192,11 +193,11 @@ class Tile {
     return FindOther(labels_, [soft](R t) { return IsSoftLabel(t, soft); });
   }
 
-  // Of W numbers, which are in [0, 1], give or take a little less than IsSoftLabel allows.
+  // Whether each of W numbers is in [0, 1]. It allows a little less slack than IsSoftLabel.
   static typename P::Mask MayBeProbability(P p) { return Abs(p - P(R(0.5))) < P(R(0.5009)); }
 
-  // Whether `good` holds for all numbers that are laid out as the groups. In most tiles it does, and no weight is
-  // asked.
+  // Whether `good` is true for all `numbers`, which have the layout of the groups. It is in most tiles, so this does
+  // not look at the weights.
   template <class Good>
   bool AreAll(const R* numbers, const Good& good) const {
     typename P::Mask all = P(R(0)) == R(0);
@@ -207,7 +208,8 @@ class Tile {
     return result;
   }
 
-  // The first voxel that counts and has a number, of those laid out as the groups, that is not good; or -1.
+  // Returns the first voxel that has a weight and one of whose `numbers` is not good, or -1. The numbers have the
+  // layout of the groups.
   template <class Good>
   int64_t FindOther(const R* numbers, const Good& good) const {
     const auto in_group = [&](int group) { return numbers + static_cast<size_t>(group) * classes_ * W; };
@@ -246,7 +248,7 @@ class Tile {
         const Wide label = FromStorage<T, Wide>(labels[v]);
         const bool valid = IsClass(label, limit);
         const Int outside = -static_cast<Int>(!valid);
-        index[v] = static_cast<Int>((valid ? label : first) - first) | outside;  // in a form that compilers vectorise
+        index[v] = static_cast<Int>((valid ? label : first) - first) | outside;  // compilers can vectorise this form
         wrong |= outside;
       }
       bool bad = wrong;
@@ -267,7 +269,7 @@ class Tile {
     });
   }
 
-  // From the index of a voxel's label to a label for each class.
+  // Turns the index of each voxel's label into one label value per class.
   void SpreadIndices() {
     const uint32_t* const regions = problem_.has_regions() ? problem_.options.regions.classes_of : nullptr;
     for (int group = 0; group < groups(); ++group) {
@@ -287,11 +289,11 @@ class Tile {
   const int classes_, logit_size_, capacity_;
   int64_t sample_ = 0, begin_ = 0;
   int count_ = 0;
-  bool ones_ = false;  // all of weight_
+  bool ones_ = false;  // all numbers in weight_ are 1
   std::unique_ptr<char[]> memory_;
-  R* logits_;   // [group][C][W]; gradients on the way out
-  R* rows_;     // between memory and groups: [voxel][C], or the voxels of a class
-  R* labels_;   // [group][C][W], where there is a label per class
+  R* logits_;   // [group][C][W]; later the gradients
+  R* rows_;     // scratch between memory and groups: [voxel][C], or the voxels of a class
+  R* labels_;   // [group][C][W], if there is a label per class
   R* weight_;   // [voxel]
   Int* index_;  // [voxel] class, or -1
   int* numbers_;

@@ -1,5 +1,5 @@
-// Between voxels in memory, whose classes are neighbours, and groups of W voxels with a register for each class.
-// Unnamed namespace: see core/voxel.h.
+// Converts between voxels in memory, where the classes of a voxel are neighbours, and groups of W voxels with one
+// register per class. core/voxel.h says why the namespace is unnamed.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 namespace dice_op {
 namespace {
 
-// kRun numbers from each of W / kRun places `stride` apart, and back.
+// These load and store kRun numbers at each of W / kRun places, which are `stride` apart.
 template <int W, int kRun, class T>
 DICE_OP_INLINE Stored<T, W> LoadRuns(const T* from, int64_t stride) {
   if constexpr (W == kRun) {
@@ -27,7 +27,7 @@ DICE_OP_INLINE void StoreRuns(P x, T* to, int64_t stride, std::index_sequence<kP
   (StoreOrStream<false>(Part<kPlace * kRun>(x, std::make_integer_sequence<int, kRun>()).v, to + kPlace * stride), ...);
 }
 
-// The shuffles have Highway's names. kRun: so many lanes move together.
+// The shuffles are named as in the library Highway. kRun is the number of lanes that move together.
 //
 //   a = a0 a1 a2 a3, b = b0 b1 b2 b3
 //   ConcatEven: a0 a2 b0 b2            ConcatOdd: a1 a3 b1 b3
@@ -58,7 +58,7 @@ DICE_OP_INLINE P InterleaveWholeUpper(P a, P b) {
   return InterleaveWhole<kRun, 1>(a, b, std::make_index_sequence<P::kWidth>());
 }
 
-// In each block of four lanes:
+// These work within each block of four lanes:
 //
 //   InterleaveInFours<0>: a0 b0 a1 b1    InterleaveInFours<1>: a2 b2 a3 b3    (Highway's InterleaveLower and Upper)
 //   ConcatInFours<0>:     a0 a1 b0 b1    ConcatInFours<1>:     a2 a3 b2 b3    (ConcatLowerLower and ConcatUpperUpper)
@@ -70,7 +70,7 @@ template <int kUpper, class P, size_t... kLane>
 DICE_OP_INLINE P ConcatInFours(P a, P b, std::index_sequence<kLane...>) {
   return Shuffle<(kLane / 4 * 4 + kLane % 2 + kLane % 4 / 2 * P::kWidth + 2 * kUpper)...>(a, b);
 }
-// In every four lanes of four registers, rows become columns.
+// Transposes every block of four lanes of four registers.
 template <class P>
 DICE_OP_INLINE void TransposeFours(P* x) {
   constexpr auto kLanes = std::make_index_sequence<P::kWidth>();
@@ -82,7 +82,8 @@ DICE_OP_INLINE void TransposeFours(P* x) {
   x[3] = ConcatInFours<1>(high[0], high[1], kLanes);
 }
 
-// Between kSide registers of kSide classes of W / kSide voxels each, and as many of one class of W voxels each.
+// Converts between kSide registers that hold kSide classes of W / kSide voxels each, and kSide registers that hold one
+// class of W voxels each.
 template <int kSide, bool kToClasses, class P>
 DICE_OP_INLINE void TransposeSquare(P* x) {
   if constexpr (kSide == 8 && !kToClasses) {
@@ -105,9 +106,9 @@ DICE_OP_INLINE void TransposeSquare(P* x) {
   }
 }
 
-// Where lane i of register kWhich comes from, of kCount registers of W lanes. Strided: it is number kWhich + i * kCount
-// of all lanes side by side. Woven: it is number n = kWhich * W + i of an array of which register n % kCount has the
-// (n / kCount)th number.
+// These say which lane of which register becomes lane i of register kWhich. There are kCount registers of W lanes.
+// Strided takes number kWhich + i * kCount of all lanes side by side. Woven takes number n = kWhich * W + i of an array
+// whose number n is in register n % kCount, in lane n / kCount.
 template <int kWhich, int kCount, int W>
 struct Strided {
   static constexpr int Register(int i) { return (kWhich + i * kCount) / W; }
@@ -118,7 +119,7 @@ struct Woven {
   static constexpr int Register(int i) { return (kWhich * W + i) % kCount; }
   static constexpr int Lane(int i) { return (kWhich * W + i) / kCount; }
 };
-// One register from all, taking each in turn.
+// Gathers one register from all registers, one after the other.
 template <class Pattern, int kCount, int kFrom = 1, class P, size_t... kLane>
 DICE_OP_INLINE P Gathered(const P* from, P so_far, std::index_sequence<kLane...> lanes) {
   if constexpr (kFrom == kCount) {
@@ -138,8 +139,8 @@ DICE_OP_INLINE void GatherAll(const P* x, P* y, std::index_sequence<kWhich...>) 
   ((y[kWhich] = Gathered<Pattern<kWhich, kCount, P::kWidth>, kCount>(x, x[0], kLanes)), ...);
 }
 
-// kCount registers that hold [W, kCount] of memory become one register for each class, and back. Of three classes in
-// registers of four lanes, where voxel v has the classes av, bv, cv:
+// Deinterleave turns kCount registers that hold [W, kCount] numbers of memory into one register per class. Interleave
+// does the reverse. For three classes in registers of four lanes, where voxel v has the numbers av, bv, cv:
 //
 //   a0 b0 c0 a1 | b1 c1 a2 b2 | c2 a3 b3 c3  <->  a0 a1 a2 a3 | b0 b1 b2 b3 | c0 c1 c2 c3
 template <int kCount, class P>
@@ -185,12 +186,12 @@ DICE_OP_INLINE void Interleave(P* x) {
   }
 }
 
-// A few classes, in registers.
+// Transposes groups of a few classes in registers.
 template <class R, int W, bool kToGroup, bool kStream, int kCount, class From, class To>
 DICE_OP_INLINE void TransposeFew(const From* from, int groups, To* to) {
   for (int g = 0; g < groups; ++g, from += W * kCount, to += W * kCount) {
     Pack<R, W> x[kCount];
-    if constexpr (kToGroup && kCount == 4 && W == 8) {  // AVX2 has no single instruction that deals across its halves
+    if constexpr (kToGroup && kCount == 4 && W == 8) {  // AVX2 cannot do it across its halves in one instruction
 #pragma GCC unroll 8
       for (int i = 0; i < kCount; ++i) x[i] = FromStored<R, From>(LoadRuns<W, 4>(from + i * 4, 4 * 4));
       TransposeSquare<4, true>(x);
@@ -210,7 +211,8 @@ DICE_OP_INLINE void TransposeFew(const From* from, int groups, To* to) {
   }
 }
 
-// Between [W, C] in memory and [C, W] in a group, kSide classes at a time; the last may overlap those before.
+// Converts between [W, C] in memory and [C, W] in a group, kSide classes at a time. The last kSide classes may overlap
+// those before.
 template <class R, int W, bool kToGroup, int kSide, class From, class To>
 DICE_OP_INLINE void TransposeSquares(const From* from, int classes, To* to) {
   const auto voxel = [](int i) { return i / 4 * (4 * W / kSide) + i % 4; };  // the first in register i; others 4 apart
@@ -240,7 +242,8 @@ DICE_OP_INLINE void TransposeSquares(const From* from, int classes, To* to) {
 
 constexpr int kFew = 6;
 
-// Between voxels in memory and groups, of up to kFew classes. kStream: past the caches, `to` is aligned to a register.
+// Converts between voxels in memory and groups, for up to kFew classes. With kStream it bypasses the caches, and `to`
+// must be aligned to the size of a register.
 template <class R, int W, bool kToGroup, bool kStream, class From, class To>
 void TransposeFewGroups(const From* from, int classes, int groups, To* to) {
   WithCount<kFew>(classes, [&](auto count) {
@@ -248,7 +251,7 @@ void TransposeFewGroups(const From* from, int classes, int groups, To* to) {
   });
 }
 
-// Of any number.
+// Does the same for any number of classes.
 template <class R, int W, bool kToGroup, class From, class To>
 __attribute__((noinline)) void Transpose(const From* from, int classes, int groups, To* to) {
   if (classes <= kFew) return TransposeFewGroups<R, W, kToGroup, false>(from, classes, groups, to);

@@ -1,4 +1,4 @@
-// One launch, as its kernels see it.
+// What a kernel needs to know about its launch.
 #pragma once
 
 #include <cstdint>
@@ -21,35 +21,35 @@ struct Call {
   Options options;
   Terms<double> terms;
   int blocks_per_sample;
-  int tiles;        // of a sample
-  int last_voxels;  // in the last of them, which may not be full
+  int tiles;        // per sample
+  int last_voxels;  // in the last tile, which may not be full
   int classes;      // C
   int first_class;
   int label_limit;  // labels below it are classes; no more than the labels' type can hold
   int label_bytes;
-  int row_padding;                    // bytes between the rows of a staged tile, so that they start at other banks
-  uint32_t row_magic;                 // (x * row_magic) >> 20 is the row of a tile's 16-byte word, or element, x
-  int access_bytes, shared_per_warp;  // shared memory of a warp: the access's, then the sums'
+  int row_padding;                    // bytes between the rows of a staged tile, so that they start in other banks
+  uint32_t row_magic;                 // (x * row_magic) >> 20 is the row of a tile's 16-byte word x, or element x
+  int access_bytes, shared_per_warp;  // shared memory per warp: first the access's, then the sums'
   DType logits_dtype, labels_dtype, weight_dtype;
   bool planar;  // channels first
   bool dense_labels;
 };
 
-// What a block leaves: its row of sums, and how many warps saw a label that is no class.
+// The numbers that a block writes: its row of sums, and the number of warps that saw a label that is not a class.
 DICE_OP_INLINE constexpr int PartialLength(int classes) { return static_cast<int>(RowLength(classes)) + 1; }
 
-// A kernel, and what its launch must know.
+// A kernel and what is needed to launch it.
 struct Variant {
   void (*kernel)(Call) = nullptr;
   int access_bytes = 0, shared_per_warp = 0;
-  int warps = 0;  // of a block; they work alone until the block's sums are added
+  int warps = 0;  // per block; they work independently until the block's sums are added
   int tile = 0;   // voxels that a warp takes at a time
   int row_padding = 0;
   uint32_t row_magic = 0;
 };
 
-// The kernel for the sums (d_logits null) or the gradient: a specialised one, if the problem is for one, and the one
-// that does everything.
+// These return the kernel for the gradient, or for the sums if d_logits is null. FindPlain returns a specialised kernel
+// if there is one for the problem; FindGeneral returns one that can do everything.
 Variant FindPlain(const Problem& problem, const void* d_logits);
 Variant FindGeneral(const Problem& problem, const void* d_logits);
 

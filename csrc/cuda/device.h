@@ -1,7 +1,6 @@
-// What the kernels use of a CUDA device: arithmetic, memory in 16-byte words, asynchronous copies,
-// sums over a warp. nvcc compiles it for GPUs. Any other compiler runs the same kernels on the CPU:
-// the tests bring an emulator of CUDA's execution model, and what is inline PTX here has a plain
-// form beside it.
+// The features of a CUDA device that the kernels use: arithmetic, memory in 16-byte words, asynchronous copies, and
+// sums over a warp. nvcc compiles them for GPUs. With any other compiler the same kernels run on the CPU: the tests
+// provide an emulator of CUDA's execution model, and all inline PTX here has a plain C++ form beside it.
 #pragma once
 
 #ifdef __CUDACC__
@@ -9,7 +8,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define DICE_OP_DEVICE __device__ __forceinline__
-#define DICE_OP_OUTLINED __device__ __noinline__  // once in a kernel, not at every use
+#define DICE_OP_OUTLINED __device__ __noinline__  // compiled once per kernel, not at every use
 #else
 #include "cuda_emulator.h"
 #define DICE_OP_DEVICE inline __attribute__((always_inline))
@@ -26,13 +25,13 @@ namespace {
 
 constexpr int kWarp = 32;
 
-// --- arithmetic: what core/voxel.h asks for -----------------------------------------------------------
+// --- the arithmetic that core/voxel.h needs -----------------------------------------------------------
 
 template <class T>
 DICE_OP_DEVICE T Select(bool condition, T yes, T no) {
   return condition ? yes : no;
 }
-// Not a choice between sums: that takes more registers.
+// This does not choose between two sums, because that takes more registers.
 template <class T>
 DICE_OP_DEVICE T AddWhere(bool condition, T sum, T x) {
   return sum + Select(condition, x, T(0));
@@ -48,7 +47,7 @@ DICE_OP_OUTLINED double Log1p(double x) { return log1p(x); }
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// One instruction, error below 2 units in the last place; results under the smallest normal number are 0.
+// This is one instruction, with an error below 2 units in the last place. Subnormal results become 0.
 DICE_OP_DEVICE float Exp2(float x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -61,14 +60,14 @@ DICE_OP_DEVICE float Exp2(float x) {
 DICE_OP_DEVICE float Exp(float x) { return Exp2(x * kLog2E); }
 DICE_OP_OUTLINED double Exp(double x) { return exp(x); }
 
-// In one fused multiply-add. The rounding of b * log2(e) is a factor that all classes share, close to
-// one: it cancels where the exponentials are normalised.
+// This uses one fused multiply-add. The rounding error of b * log2(e) is a factor close to one, the same for all
+// classes, so it cancels when the exponentials are normalised.
 DICE_OP_DEVICE float ExpOfDifference(float a, float b) { return Exp2(fmaf(a, kLog2E, -(b * kLog2E))); }
 DICE_OP_DEVICE double ExpOfDifference(double a, double b) { return Exp(a - b); }
 DICE_OP_DEVICE float ExpOfDifferenceToItself(float a) { return ExpOfDifference(a, a); }
 DICE_OP_DEVICE double ExpOfDifferenceToItself(double) { return 1; }
 
-// One instruction, error of one unit in the last place.
+// This is one instruction, with an error of one unit in the last place.
 DICE_OP_DEVICE float Reciprocal(float x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -90,7 +89,7 @@ DICE_OP_DEVICE R Read(T value) {
   return FromStorage<T, R>(value);
 }
 
-// Element `at` of an array whose type is known when running.
+// Reads element `at` of an array whose type is known only at run time.
 template <class R>
 DICE_OP_DEVICE R ReadNumber(const void* from, DType dtype, int64_t at) {
   return WithType(dtype, [&](auto type) {
@@ -110,7 +109,7 @@ DICE_OP_DEVICE T Write(R value) {
   return ToStorage<T>(value);
 }
 
-// Elements that move together: one load or store instruction if they are up to 16 bytes.
+// Elements that are moved together, by one load or store instruction if they take at most 16 bytes.
 template <class T, int kCount>
 struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Vector {
   T elements[kCount];
@@ -119,7 +118,7 @@ struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Vector {
 template <class T>
 using Word = Vector<T, 16 / sizeof(T)>;
 
-// The store of what this kernel will not read again: the other data keep their place in the cache.
+// Stores data that this kernel will not read again, so that other data stay in the cache.
 template <class T>
 DICE_OP_DEVICE void StoreStreaming(Word<T>* to, const Word<T>& word) {
 #ifdef __CUDA_ARCH__
@@ -138,7 +137,7 @@ DICE_OP_DEVICE char* SharedMemory() { return reinterpret_cast<char*>(dice_op_sha
 inline char* SharedMemory() { return static_cast<char*>(cuda_emulator::DynamicShared()); }
 #endif
 
-// 16 bytes from global to shared memory, there once WaitForCopies says so, for this thread.
+// Starts a copy of 16 bytes from global to shared memory. This thread can read them there after WaitForCopies.
 DICE_OP_DEVICE void CopyWord(void* shared, const void* global) {
 #if !defined(__CUDACC__)
   cuda_emulator::CopyAsync16(shared, global);
@@ -159,7 +158,7 @@ DICE_OP_DEVICE void EndCopies() {
 #endif
 }
 
-// Waits until all but the newest kPending groups of this thread are there.
+// Waits until all of this thread's groups of copies have finished, except for the newest kPending groups.
 template <int kPending>
 DICE_OP_DEVICE void WaitForCopies() {
 #if !defined(__CUDACC__)
@@ -192,12 +191,13 @@ DICE_OP_DEVICE R FromPartner(R x, int distance) {
   return __shfl_xor_sync(0xffffffffu, x, distance);
 }
 
-// The sums of kCount values, each over those lanes of a warp whose numbers are equal modulo kLanes, dealt out: Add
-// leaves the sums of the numbers First(), First() + 1, ... in the first kHeld of `values`, as far as they are less than
-// kCount, if IsOwner(). `values` has kPadded elements, those from kCount on zero.
+// Adds up kCount values, each over the lanes of a warp whose numbers are equal modulo kLanes, and distributes the sums
+// over these lanes. After Add, a lane for which IsOwner() is true holds the sums of the values First(), First() + 1,
+// ... in the first kHeld elements of `values`, as far as these numbers are less than kCount. `values` has kPadded
+// elements, and those from kCount on must be zero.
 //
-// Each step halves the number of values: partners give each other the half that the other keeps. That takes about
-// kCount shuffles in all; adding up one value after the other takes five times that.
+// Each step halves the number of values: two partners exchange halves, and each keeps one. This takes about kCount
+// shuffles in all. Adding up one value after the other would take five times as many.
 template <int kLanes, int kCount>
 struct LaneSums {
   static constexpr int PowerOfTwo(int count) { return count <= 1 ? 1 : 2 * PowerOfTwo((count + 1) / 2); }

@@ -1,4 +1,4 @@
-// Chooses the kernel and the grid of a call, launches, and adds the blocks' sums in order: the bits of
+// Chooses the kernel and the grid of a call, launches the kernel, and adds the blocks' sums in order. So the bits of
 // the result are the same in every run on the same kind of GPU.
 #include <algorithm>
 #include <cstdlib>
@@ -15,20 +15,20 @@ namespace dice_op {
 namespace cuda {
 namespace {
 
-constexpr int kWarps = 4;  // of a block of the kernels in this file
+constexpr int kWarps = 4;  // per block, for the kernels in this file
 constexpr int kThreads = kWarps * kWarp;
 
-// A launch has no more blocks than these, which is more than a GPU holds at once, or one per sample. So the size of
-// the workspace is known without a GPU: XLA asks for it when it compiles.
+// A launch has at most this many blocks, which is more than a GPU holds at once, or one per sample. So the size of the
+// workspace is known without a GPU, which XLA needs when it compiles.
 constexpr int64_t kMaxBlocks = 4096;
 static_assert(kMaxBlocks <= 65535, "a grid's second dimension");
 
-// Kernels count the tiles of a sample in 32 bits. That is 4 billion voxels or more.
+// Kernels count the tiles of a sample in 32 bits, which is enough for 4 billion voxels or more.
 constexpr int64_t kMaxTiles = int64_t{1} << 30;
 
 // --- errors -------------------------------------------------------------------------------------------
 
-// What the CUDA runtime reports, as an error of ours.
+// Turns an error of the CUDA runtime into one of ours.
 Error ErrorOf(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return {};
   std::string text = std::string(what) + ": " + cudaGetErrorString(error);
@@ -51,12 +51,12 @@ Error ErrorOf(cudaError_t error, const char* what) {
 struct Plan {
   void (*kernel)(Call) = nullptr;
   Call call = {};
-  dim3 blocks = dim3(0);  // none: nothing to do
+  dim3 blocks = dim3(0);  // without blocks there is nothing to do
   int threads = 0;
   size_t shared_bytes = 0;
 };
 
-int64_t LabelsEnd(DType dtype) {  // of a signed type: the first number it cannot hold
+int64_t LabelsEnd(DType dtype) {  // returns the first number that a signed type cannot hold
   return dtype == DType::kInt8 ? 128 : int64_t{1} << 15;
 }
 
@@ -67,7 +67,7 @@ Error CheckClasses(const Problem& problem) {
                      ": compute the loss on the CPU");
 }
 
-// d_logits: null for the sums.
+// d_logits is null for the sums.
 Error MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   DICE_OP_RETURN_IF_ERROR(CheckClasses(problem));
   if (problem.logits_count() == 0) return {};
@@ -81,12 +81,12 @@ Error MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   DICE_OP_RETURN_IF_ERROR(ErrorOf(cudaGetDevice(&device), "cudaGetDevice"));
   DICE_OP_RETURN_IF_ERROR(ErrorOf(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
                                   "cudaDeviceGetAttribute"));
-  if (plan->shared_bytes > 48 << 10) {  // more must be asked for
+  if (plan->shared_bytes > 48 << 10) {  // CUDA gives more only if asked
     DICE_OP_RETURN_IF_ERROR(ErrorOf(cudaFuncSetAttribute(variant.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                          static_cast<int>(plan->shared_bytes)),
                                     "cudaFuncSetAttribute"));
   }
-  if (plan->shared_bytes > 4 << 10) {  // tiles pass through it: as much as there is, cut from a cache they do not need
+  if (plan->shared_bytes > 4 << 10) {  // for tiles: take all there is, as they need no cache
     DICE_OP_RETURN_IF_ERROR(ErrorOf(cudaFuncSetAttribute(variant.kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                                          cudaSharedmemCarveoutMaxShared),
                                     "cudaFuncSetAttribute"));
@@ -108,7 +108,7 @@ Error MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   }
   call.tiles = static_cast<int>(tiles);
   call.last_voxels = static_cast<int>(problem.voxels - (tiles - 1) * variant.tile);
-  // All blocks at once, each with its share of the tiles: no second wave that fills the GPU in part.
+  // All blocks run at once, each with its share of the tiles. A second wave would fill only a part of the GPU.
   const int64_t at_once = std::min(kMaxBlocks, static_cast<int64_t>(multiprocessors) * std::max(1, resident));
   const int64_t useful = (tiles + variant.warps - 1) / variant.warps;
   call.blocks_per_sample = static_cast<int>(std::max<int64_t>(1, std::min(useful, at_once / problem.batch)));
@@ -139,14 +139,14 @@ Error MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
 struct Partials {
   const double* values;  // [N, blocks_per_sample, PartialLength]
   int64_t batch;
-  int64_t voxels;  // the weight's sum where no voxel has one
+  int64_t voxels;  // the sum of the weights if there are none
   int blocks_per_sample, classes;
   bool weighted;
   Sums outputs;
 };
 
-// A warp for each number: the lanes add every 32nd block's share, then each other's. A label that is no
-// class makes the sample's sums NaN, as TensorFlow's sparse cross-entropy does on a GPU.
+// Each sum has one warp. A lane adds the sums of every 32nd block, and then the lanes add their results. A label that
+// is not a class makes the sums of its sample NaN, as TensorFlow's sparse cross-entropy does on a GPU.
 template <class R>
 __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ Partials partials) {
   const int classes = partials.classes, row = static_cast<int>(RowLength(classes)), length = PartialLength(classes);
@@ -174,17 +174,17 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
     static_cast<R*>(output)[per_class ? sample * classes + entry % classes : sample] = static_cast<R>(total);
 }
 
-// --- which label is no class, or prediction no probability ------------------------------------------------
+// --- the search for bad labels and predictions --------------------------------------------------------------
 
 struct ValueCheck {
   const void* labels;
-  const void* predictions;  // or null: they are logits
+  const void* predictions;  // or null if they are logits
   const void* weight;       // or null
   int64_t samples, voxels, classes, limit;
   IgnoreLabel ignore_label;
   DType labels_dtype, predictions_dtype, weight_dtype;
   bool dense, channels_last;
-  unsigned long long* first;  // out: the smallest 2 * (sample * voxels + voxel), and one more for a prediction
+  unsigned long long* first;  // out: the smallest 2 * (sample * voxels + voxel), plus 1 for a prediction
 };
 
 __global__ void __launch_bounds__(kThreads) CheckValuesKernel(const __grid_constant__ ValueCheck check) {
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kThreads) CheckValuesKernel(const __grid_const
     bool counts = !check.weight || ReadNumber<double>(check.weight, check.weight_dtype, at) != 0;
     bool good_label = true, good_prediction = true;
     if (!check.dense) {
-      const double label = ReadNumber<double>(check.labels, check.labels_dtype, at);  // integers of no class may round
+      const double label = ReadNumber<double>(check.labels, check.labels_dtype, at);  // only bad integers may round
       const bool ignored = check.ignore_label.given && label == static_cast<double>(check.ignore_label.value);
       good_label = ignored || IsClass(label, static_cast<double>(check.limit));
       counts = counts && !ignored;

@@ -1,4 +1,4 @@
-// Voxels from memory to registers and back: few classes, which fill 16-byte words evenly.
+// Reads voxels from memory to registers and writes them back. It is for few classes that fill 16-byte words evenly.
 #pragma once
 
 #include "cuda/voxel_access.h"
@@ -6,13 +6,13 @@
 namespace dice_op {
 namespace {
 
-// A unit is what a thread takes at once: the kVoxels voxels in one 16-byte word, or in one word of each
-// class's plane. Words must be aligned.
+// A thread takes one unit at a time. A unit is the kVoxels voxels in one 16-byte word, or in one word of the plane of
+// each class. Words must be aligned.
 template <class T, int kCount, bool kPlanar>
 class Direct {
  public:
   using Number = float;
-  using Storage = T;  // of a tile
+  using Storage = T;  // the type of a tile's elements
   using Classes = AllClasses<kCount>;
   using Label = IndexLabel<int>;
   static constexpr int kItems = kCount, kLanes = 1;
@@ -24,7 +24,7 @@ class Direct {
   static constexpr int Bytes(int, int) { return 0; }
   static constexpr bool kSingle = false, kWeighted = false;
   static constexpr int kRegisters =
-      sizeof(T) == 4 ? (kPlanar ? 80 : 64) : (kPlanar ? 128 : 80);  // of a thread, at most
+      sizeof(T) == 4 ? (kPlanar ? 80 : 64) : (kPlanar ? 128 : 80);  // the most that a thread may use
 
   DICE_OP_DEVICE Direct(const Call& call, int64_t sample, char*)
       : call_(call), offset_(sample * call.voxels * kCount), voxel_offset_(sample * call.voxels) {}
@@ -50,7 +50,7 @@ class Direct {
   DICE_OP_DEVICE void Units(int64_t first, Voxel&& voxel) {
     const auto* logits = reinterpret_cast<const Word<T>*>(static_cast<const T*>(call_.logits) + offset_);
     auto* d_logits = reinterpret_cast<Word<T>*>(static_cast<T*>(call_.d_logits) + offset_);
-    const int64_t plane = call_.voxels / kPerWord;  // if planar
+    const int64_t plane = call_.voxels / kPerWord;  // only used if planar
     Word<T> words[kUnits][kWords];
     uint32_t labels[kUnits][kVoxels];
 #pragma unroll
@@ -86,7 +86,7 @@ class Direct {
   // The only class of a mask is the label 1.
   DICE_OP_DEVICE static Label LabelOf(uint32_t label) { return {static_cast<int>(label - (kCount == 1 ? 1 : 0))}; }
 
-  // A voxel of the last tile, which is not full.
+  // Handles one voxel of the last tile if that is not full.
   template <bool kStore, class Voxel>
   DICE_OP_DEVICE void One(int64_t v, Voxel&& voxel) {
     const auto at = [&](int c) { return offset_ + (kPlanar ? c * call_.voxels + v : v * kCount + c); };

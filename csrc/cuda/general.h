@@ -1,4 +1,4 @@
-// Voxels of every type and layout, with every kind of label, weight and option, as they are found at run time.
+// Reads voxels of every type and layout, with every kind of label, weight and option, all known only at run time.
 #pragma once
 
 #include "cuda/voxel_access.h"
@@ -6,7 +6,8 @@
 namespace dice_op {
 namespace {
 
-// At most kItems * kLanes classes. kDense: a label for each class, as it stands there, or made of an index.
+// There are at most kItems * kLanes classes. With kDense there is one label value per class, either read from memory or
+// computed from an index.
 template <class R, bool kDense, int kItems_, int kLanes_>
 class General {
  public:
@@ -81,7 +82,7 @@ class General {
  private:
   DICE_OP_DEVICE bool HasClass(int i) const { return Classes::Class(i) < call_.classes; }
 
-  // fn(place in the tile, place in the sample) for this lane's share of a tile, in the order of memory.
+  // Calls fn(index in the tile, index in the sample) for this lane's share of a tile, in the order of memory.
   template <int kUnroll, class Fn>
   DICE_OP_DEVICE void ForEachElement(int64_t begin, int count, Fn&& fn) const {
     const int classes = call_.classes, pitch = Pitch(classes);
@@ -100,8 +101,8 @@ class General {
       }
     }
   }
-  // Half and bfloat16 are computed in float, double in double; and all of them in double where they are counted with
-  // weights that are fractions.
+  // Half and bfloat16 are computed in float, and double in double. Weighted counts may need double for every type, see
+  // Problem::in_double.
   DICE_OP_DEVICE void FetchLogits(int64_t begin, int count) const {
     const auto fetch = [&](auto type, auto read) {
       const auto* const sample = static_cast<const decltype(type)*>(call_.logits) + offset_;
@@ -128,7 +129,7 @@ class General {
       put(uint16_t{}, [&](R value) { return half ? Write<Half>(value).bits : Write<BFloat16>(value).bits; });
     }
   }
-  // What one-hot encoders give has a loop of its own; of the other types each element asks.
+  // The types that one-hot encoders return have their own loop. The other loop checks the type for each element.
   DICE_OP_DEVICE void FetchLabels(int64_t begin, int count) const {
     const auto fetch = [&](auto type) {
       const auto* const sample = static_cast<const decltype(type)*>(call_.labels) + offset_;
@@ -144,7 +145,7 @@ class General {
       });
     }
   }
-  // The voxel's weight, and its class if it has one: `index` stays as it is otherwise.
+  // Returns the weight of the voxel, and sets `index` to its class. Without a class `index` stays the same.
   DICE_OP_DEVICE R ReadVoxel(int64_t at, int* index) {
     R m = R(1);
     if (call_.weight) m = ReadNumber<R>(call_.weight, call_.weight_dtype, at);
@@ -167,7 +168,7 @@ class General {
     }
     return m;
   }
-  // v: voxel of the tile; index: its class, or negative. A voxel of weight 0 has no label.
+  // v: the voxel in the tile; index: its class, or a negative number. A voxel of weight 0 has no label.
   DICE_OP_DEVICE Label LabelOf(int v, int index, R m, R* labels) {
     if constexpr (kDense) {
       if (call_.dense_labels) {
@@ -198,8 +199,8 @@ class General {
   const Call& call_;
   const int64_t offset_, voxel_offset_;
   R* const tile_;        // [kTile] rows, channels last
-  R* const label_tile_;  // the same of dense labels
-  // This lane's first element of a tile, and from each to the next.
+  R* const label_tile_;  // the same for dense labels
+  // The first element of a tile that this lane handles, and the step from each to the next.
   const int first_voxel_, first_class_, voxel_step_, class_step_;
   bool bad_ = false;
 };

@@ -1,7 +1,7 @@
-// Which kernel a problem gets. One source: in a wheel the machine code of an architecture is compressed as a whole, and
-// kernels have much in common.
+// Chooses the kernel for a problem. All kernels are in one source file: a wheel compresses the machine code of an
+// architecture as a whole, and kernels have much code in common.
 #include "cuda/kernels.h"
-// dispatch.h needs what kernels.h brings
+// dispatch.h needs kernels.h before it
 #include "core/dispatch.h"
 
 namespace dice_op {
@@ -9,7 +9,7 @@ namespace {
 
 // --- class indices and no options: a kernel for each number of classes ----------------------------------
 
-// More than 16 classes: the smallest tile that holds them.
+// Chooses the smallest tile for more than 16 classes.
 template <class T, class Activation>
 Variant ManyClasses(const Problem& problem, bool grad) {
   const auto of = [&](auto source) { return VariantOf<typename decltype(source)::type, Activation>(problem, grad); };
@@ -19,7 +19,7 @@ Variant ManyClasses(const Problem& problem, bool grad) {
   if (c <= 48) return of(Type<Staged<T, 12, 4, 8>>{});
   if (c <= 64) return of(Type<Staged<T, 16, 4, 12>>{});
   if (c <= 96) return of(Type<Staged<T, 12, 8, 8>>{});
-  if (c <= 112) return of(Type<Staged<T, 14, 8, 12>>{});  // a body's organs and bones
+  if (c <= 112) return of(Type<Staged<T, 14, 8, 12>>{});  // the organs and bones of a body
   if (c <= 128) return of(Type<Staged<T, 16, 8, 14>>{});
   if (c <= cuda::kMaxClasses) return of(Type<Staged<T, 16, 16, 8>>{});
   return {};
@@ -43,7 +43,7 @@ Variant Plain(const Problem& problem, bool grad) {
     } else if constexpr (kCount == 1 && kSoftmax) {  // p = 1 everywhere
     } else if constexpr (kCount == 1 || kCount == 2 || kCount == 4) {
       return of(Type<Direct<T, kCount, false>>{});
-    } else if constexpr (kCount > 8 && kCount % 2 == 1) {  // rare: one kernel for the four
+    } else if constexpr (kCount > 8 && kCount % 2 == 1) {  // rare, so these four share one kernel
       return of(Type<Staged<T, 8, 2, 4>>{});
     } else {
       return of(Type<Staged<T, kCount, 1, kCount>>{});
@@ -58,7 +58,7 @@ Variant PlainOf(const Problem& problem, const void* d_logits) {
   const bool grad = d_logits != nullptr;
   const Activation activation = problem.options.activation;
   if (activation == Activation::kSigmoid) return Plain<T, Sigmoid, CrossEntropyMode::kAtRunTime>(problem, grad);
-  if constexpr (sizeof(T) == 4) {  // a model's own softmax gives floats
+  if constexpr (sizeof(T) == 4) {  // a softmax layer in the model gives floats
     if (activation == Activation::kNone) return Plain<T, Identity, CrossEntropyMode::kAtRunTime>(problem, grad);
   }
   if (activation != Activation::kSoftmax) return {};
@@ -68,8 +68,8 @@ Variant PlainOf(const Problem& problem, const void* d_logits) {
 
 // --- everything else ----------------------------------------------------------------------------------------
 
-// Every kernel here does with and without cross-entropy. Where a label stands for each class, so may an index: double,
-// for tests mostly, and scores do without kernels for indices alone.
+// Every kernel here works with and without cross-entropy. Kernels for one label value per class can also take indices,
+// so scores, and double, which is mostly for tests, have no separate kernels for indices.
 template <class R, class Activation, bool kPerClass>
 Variant OfAnyCount(const Problem& problem, bool grad) {
   constexpr bool kDouble = std::is_same_v<R, double>;

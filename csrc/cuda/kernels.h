@@ -1,4 +1,4 @@
-// The kernels: sums, and gradient.
+// The kernels that compute the sums and the gradient.
 #pragma once
 
 #include "cuda/direct.h"
@@ -10,39 +10,39 @@ namespace {
 
 using cuda::Variant;
 
-// A thread adds this many voxels in its own precision before the warp's sum goes to a double. The
-// error then stays below that of some hundred additions, whatever the volume.
+// A thread adds this many voxels in its own precision before the warp's sum is added to a double. The error then stays
+// below that of a few hundred additions, for volumes of any size.
 constexpr int kFlush = 64;
 
-// Warps of a block. The sums of many classes take much shared memory, of which the smallest GPUs have
+// The number of warps in a block. The sums of many classes take much shared memory, and the smallest GPUs have only
 // 64 KB for a block.
 template <class VoxelAccess>
 constexpr int kWarps = VoxelAccess::kLanes < 8 ? 4 : 2;
 template <class VoxelAccess>
 constexpr int kThreads = kWarps<VoxelAccess> * kWarp;
 
-// So many blocks fit on a multiprocessor, by their registers.
+// The number of blocks for which a multiprocessor has enough registers.
 template <class VoxelAccess>
 constexpr int kBlocks = (1 << 16) / (VoxelAccess::kRegisters * kThreads<VoxelAccess>);
 
-// The sums of a thread, and under them those of its warp. Where a voxel has one label and many
-// classes, what goes to the label's class goes to a bin in shared memory that is this thread's own;
-// whether cross-entropy is wanted then costs nothing but a question, and is asked at run time.
+// The sums of a thread, and the totals of its warp. If a voxel has one label and many classes, the terms of the label's
+// class are added to a bin in shared memory that belongs to this thread alone. It is then cheap to ask at run time
+// whether cross-entropy is wanted.
 template <class VoxelAccess, class Activation, bool kCrossEntropy>
 struct Accumulators {
   using R = typename VoxelAccess::Number;
   static constexpr int kItems = VoxelAccess::kItems, kLanes = VoxelAccess::kLanes;
   static constexpr bool kBins = VoxelAccess::kSingle;
-  static constexpr bool kCrossEntropyBins = kBins && !Activation::kBinary;  // of the cross-entropy
+  static constexpr bool kCrossEntropyBins = kBins && !Activation::kBinary;  // they hold it too
   static constexpr bool kCrossEntropyRows = !kCrossEntropyBins && kCrossEntropy;
-  // The warp's totals: per sum, item and lane that shares a voxel; then the weight, and bad labels.
+  // The warp's totals: first one for each sum, item and lane that shares a voxel, then the weight and the bad labels.
   static constexpr int kWeight = kClassSumCount * kItems * kLanes, kBad = kWeight + kSampleSumCount, kTotals = kBad + 1;
 
   R pred_sum[kItems], intersection[kBins ? 1 : kItems], label_sum[kBins ? 1 : kItems];
   R cross_entropy[kCrossEntropyRows ? kItems : 1];
   R weight_sum = R(0);
   double* const totals;
-  R* const bins;  // [kind][item] of this thread, kWarp apart
+  R* const bins;  // this thread's [kind][item], kWarp apart
   const bool wants_cross_entropy;
   int added = 0;
 
@@ -69,7 +69,7 @@ struct Accumulators {
     for (int i = Lane(); i < kTotals; i += kWarp) totals[i] = 0;
     __syncwarp();
   }
-  DICE_OP_DEVICE int Kinds() const { return kCrossEntropyBins && wants_cross_entropy ? 3 : 2; }  // of bins
+  DICE_OP_DEVICE int Kinds() const { return kCrossEntropyBins && wants_cross_entropy ? 3 : 2; }  // kinds of bins
 
   template <class Term>
   DICE_OP_DEVICE void AddLabel(int item, R pred, R label, const Term& loss) {
@@ -98,7 +98,7 @@ struct Accumulators {
             values[i] = Take(&pred_sum[i]);
           } else if (kCrossEntropyRows && sum == kCrossEntropySum) {
             values[i] = Take(&cross_entropy[kCrossEntropyRows ? i : 0]);
-          } else {  // of the bins, which are in the order of the sums
+          } else {  // the bins are in the order of the sums
             values[i] = Take(&bins[((sum < kPred ? sum : sum - 1) * kItems + i) * kWarp]);
           }
         }
@@ -125,7 +125,7 @@ struct Accumulators {
     }
     added = 0;
   }
-  // `first`: the row of totals that values[0] belongs to. Each total has one lane that adds to it: no other waits.
+  // `first` is the row of totals that values[0] belongs to. Only one lane adds to each total, so that none has to wait.
   template <class Shares, int kCount>
   DICE_OP_DEVICE void AddToTotals(int first, R* values) {
     Shares::Add(values);
@@ -142,7 +142,7 @@ struct Accumulators {
   }
 };
 
-// The cross-entropy is settled when compiling, where few instructions count, or asked for when running.
+// Whether the cross-entropy is computed is fixed at compile time if a few instructions matter, else asked at run time.
 enum class CrossEntropyMode { kWithout, kWith, kAtRunTime };
 template <CrossEntropyMode kMode, class R>
 DICE_OP_DEVICE Terms<R> WithMode(Terms<R> terms) {
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kThreads<VoxelAccess>, kBlocks<VoxelAccess>)
   if (bad && Lane() == 0) sums.totals[Sums::kBad] = 1;
   __syncthreads();
 
-  // The block's row of sums, and behind it the warps that saw something bad.
+  // Write the block's row of sums, and behind it the number of warps that saw a bad value.
   const int length = cuda::PartialLength(call.classes);
   double* const partials = call.partials + (sample * call.blocks_per_sample + blockIdx.y) * length;
 #pragma unroll 1
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads<VoxelAccess>, kBlocks<VoxelAccess>)
   VoxelAccess access(call, sample, SharedMemory() + warp * call.shared_per_warp);
   const R *const d_intersection = of_sample(Sum::kIntersection), *const d_pred_sum = of_sample(Sum::kPredSum),
                  *const d_cross_entropy = of_sample(Sum::kCrossEntropy);
-  R a[VoxelAccess::kSingle ? 1 : kItems], b[kItems], e[kCrossEntropyOfHeld ? kItems : 1];  // of the classes held
+  R a[VoxelAccess::kSingle ? 1 : kItems], b[kItems], e[kCrossEntropyOfHeld ? kItems : 1];  // for the classes held
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int c = StridedClasses<kItems, VoxelAccess::kLanes>::Class(i);
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kThreads<VoxelAccess>, kBlocks<VoxelAccess>)
       blockIdx.y * kWarps<VoxelAccess> + warp, call.blocks_per_sample * kWarps<VoxelAccess>,
       [&](const auto& classes, R* z, const auto& label, R m, const Terms<R>& terms) {
         R p[kItems], h[kCrossEntropyOfHeld ? kItems : 1];
-        // z is read for the last time before the gradient takes its place
+        // The gradient may overwrite z, because z is read for the last time before.
         VoxelGrad<Activation, kCrossEntropy>(classes, z, p, h, z, label, m, WithMode<kMode>(terms),
                                              VoxelAccess::kSingle ? d_intersection : a, b,
                                              kCrossEntropyOfHeld ? e : d_cross_entropy);
@@ -238,8 +238,8 @@ __global__ void __launch_bounds__(kThreads<VoxelAccess>, kBlocks<VoxelAccess>)
 
 // --- what a launch of them needs ----------------------------------------------------------------------
 
-// Lanes of a warp that read the same bank of shared memory at once, where each reads one element of a
-// row that starts `row` bytes after its neighbour's.
+// Returns how many lanes of a warp read the same bank of shared memory at once, if each lane reads one element of a row
+// and the rows start `row` bytes apart.
 template <class VoxelAccess>
 int BankConflicts(int row) {
   constexpr int kElement = sizeof(typename VoxelAccess::Storage);
@@ -287,7 +287,7 @@ Variant VariantOf(const Problem& problem, bool grad) {
   return variant;
 }
 
-// Class indices and no options: what most training runs do. Words must be aligned.
+// Whether the problem has class indices and no options, as most training runs have. Words must be aligned too.
 template <class T>
 bool IsPlain(const Problem& problem, const void* d_logits) {
   const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };

@@ -1,4 +1,4 @@
-// Voxels by way of shared memory, where tiles are copied while the warp computes.
+// Reads voxels by way of shared memory. Tiles are copied there while the warp computes.
 #pragma once
 
 #include "cuda/voxel_access.h"
@@ -6,7 +6,8 @@
 namespace dice_op {
 namespace {
 
-// kLanes = 1: kItems classes exactly. kLanes > 1: more than kLanes * (kAlwaysHeld) and at most kLanes * kItems.
+// If kLanes is 1, there are exactly kItems classes. If kLanes > 1, there are more than kLanes * kAlwaysHeld classes,
+// and at most kLanes * kItems.
 template <class T, int kItems_, int kLanes_, int kAlwaysHeld>
 class Staged {
  public:
@@ -14,7 +15,7 @@ class Staged {
   using Storage = T;
   static constexpr int kItems = kItems_, kLanes = kLanes_;
   using Classes = std::conditional_t<kLanes == 1, AllClasses<kItems>, StridedClassesIfThere<kItems, kLanes>>;
-  // Few classes: their sums live in registers, and each asks whether it is the label's.
+  // The sums of few classes are kept in registers, and each class is compared with the label.
   static constexpr bool kSingle = kLanes > 1 || kItems > 4, kWeighted = false;
   using Label = std::conditional_t<kSingle, SingleLabel<float>, IndexLabel<int>>;
   static constexpr int kGroups = kWarp / kLanes;  // voxels at a time
@@ -22,7 +23,7 @@ class Staged {
                                  : kGroups * sizeof(T) < 16 ? 16 / (kGroups * sizeof(T))
                                                             : 1;
   static constexpr int kTile = kGroups * kRounds;  // voxels; a multiple of 16 bytes with any number of classes
-  static constexpr int kLabels = kTile > kWarp ? kTile / kWarp : 1;  // that a lane reads of a tile
+  static constexpr int kLabels = kTile > kWarp ? kTile / kWarp : 1;  // the number that a lane reads per tile
   static constexpr int kStages = 3;
   static constexpr int kRegisters = kItems > 8 ? 128 : 96;
   static constexpr int StageBytes(int classes, int padding) {
@@ -40,7 +41,7 @@ class Staged {
 
   template <bool kStore, class Voxel, class Done>
   DICE_OP_DEVICE void Run(int first, int step, Voxel&& voxel, Done&& done) {
-    if constexpr (kLanes > 1) {  // no NaN may stand where the last tile has no voxel
+    if constexpr (kLanes > 1) {  // where the last tile has no voxel, there must be no NaN
 #pragma unroll 1
       for (int w = Lane(); w < kStages * kTile * row_bytes() / 16; w += kWarp) {
         reinterpret_cast<Word<T>*>(memory_)[w] = Word<T>{};
@@ -50,7 +51,7 @@ class Staged {
     const auto tile_of = [&](int t) { return kStore ? call_.tiles - 1 - t : t; };
     uint32_t labels[kLabels], next_labels[kLabels][1] = {};
     int stage = 1;
-    // Ahead of the first tile, the pipeline fills.
+    // The first rounds only fill the pipeline.
     for (int t = first - (kStages - 1) * step; t < call_.tiles; t += step) {
       WaitForCopies<kStages - 2>();
       __syncwarp();  // all lanes' copies are there, and no lane is at the stage before
@@ -88,11 +89,11 @@ class Staged {
   }
   DICE_OP_DEVICE int Voxels(int tile) const { return tile == call_.tiles - 1 ? call_.last_voxels : kTile; }
 
-  // Calls fn(word, at) for this lane's words of a tile, whose first is word 0 and lies at `at` of the sample; then
-  // rest(element, at) for the elements after the last whole word.
+  // Calls fn(word, at) for this lane's words of a tile. `word` counts the words of the tile, and `at` is the index in
+  // the sample of the word's first element. Then calls rest(element, at) for the elements after the last whole word.
   template <class Fn, class Rest>
   DICE_OP_DEVICE void ForEachWord(int tile, Fn&& fn, Rest&& rest) const {
-    constexpr int kMost = kLanes == 1 ? (kTile * kItems / kPerWord + kWarp - 1) / kWarp : 0;  // known when compiling
+    constexpr int kMost = kLanes == 1 ? (kTile * kItems / kPerWord + kWarp - 1) / kWarp : 0;  // known at compile time
     const int64_t begin = tile * (static_cast<int64_t>(kTile) * classes());
     const int elements = Voxels(tile) * classes(), words = elements / kPerWord;
     if constexpr (kLanes == 1) {
@@ -104,7 +105,7 @@ class Staged {
 #pragma unroll 2
       for (int w = Lane(); w < words; w += kWarp) fn(w, begin + w * kPerWord);
     }
-    // rows are padded only where they are whole words, and then nothing is left
+    // Only rows of whole words are padded, and then no elements are left.
 #pragma unroll 1
     for (int e = words * kPerWord + Lane(); e < elements; e += kWarp) rest(e, begin + e);
   }
@@ -124,7 +125,7 @@ class Staged {
         },
         [&](int e, int64_t at) { d_logits_[at] = Row(stage, 0)[e]; });
   }
-  // Lane l reads the label of the tile's voxel l (and l + 32). There may be no such tile.
+  // Lane l reads the label of voxel l of the tile, and of voxel l + 32 if there is one. The tile need not exist.
   DICE_OP_DEVICE void FetchLabels(int tile, uint32_t (*labels)[1]) {
 #pragma unroll
     for (int i = 0; i < kLabels; ++i) labels[i][0] = UINT32_MAX;
@@ -153,7 +154,7 @@ class Staged {
 #pragma unroll 1
       for (int r = 0; r < kRounds; ++r) {
         const bool there = VoxelOf(r) < count;
-        T* row = Row(stage, VoxelOf(r));  // where no voxel is: an old one, or zeros
+        T* row = Row(stage, VoxelOf(r));  // holds an old voxel or zeros if there is no voxel
         float z[kItems];
 #pragma unroll
         for (int i = 0; i < kItems; ++i) z[i] = HasClass(i, lane) ? Read<float>(row[i * kLanes + lane]) : -INFINITY;
@@ -179,7 +180,7 @@ class Staged {
     }
   }
 
-  static constexpr int kWidth =  // elements at once: as many as every row is aligned for
+  static constexpr int kWidth =  // elements read at once, as the alignment of the rows allows
       kItems % kPerWord == 0 ? kPerWord
       : kItems % 4 == 0      ? 4
       : kItems % 2 == 0      ? 2

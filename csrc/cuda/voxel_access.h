@@ -1,15 +1,15 @@
-// How the threads of a warp come by voxels, and where gradients go. Three ways, one interface:
+// How the threads of a warp read voxels and write gradients. There are three ways with one interface:
 //
-//   Direct   (direct.h) few classes that fill 16-byte words evenly: from memory to registers and back
-//   Staged   (staged.h) other class counts: tiles go through shared memory, copied in 16-byte words while the
-//            warp computes; above 16 classes, and for some below, several lanes share a voxel
-//   General  (general.h) every type, layout, weight and option, at run time: tiles are converted on their way
+//   Direct   (direct.h) is for few classes that fill 16-byte words evenly: it reads from memory to registers.
+//   Staged   (staged.h) is for other class counts: tiles are copied to shared memory in 16-byte words while the warp
+//            computes. Above 16 classes, and for some counts below, several lanes share a voxel.
+//   General  (general.h) handles every type, layout, weight and option at run time, and converts tiles while reading.
 //
-// Such an access to the voxels works for one warp and one sample. Run(first, step, voxel, done) visits the tiles first,
-// first + step, ...; for each voxel it calls voxel(classes, z, label, m, terms), with the logits z of
-// the classes that this thread holds. With kStore it writes to d_logits what `voxel` has put in their
-// place, and goes backwards: the sums' kernel left the sample's end in the cache. After each tile all
-// lanes together call done(voxels of this thread, whether it was the last tile).
+// Such a voxel access works for one warp and one sample. Run(first, step, voxel, done) visits the tiles first,
+// first + step, ... For each voxel it calls voxel(classes, z, label, m, terms), where z are the logits of the classes
+// that this thread holds. With kStore, `voxel` replaces z by the gradient, and Run writes it to d_logits. It then
+// visits the tiles backwards, because the kernel of the sums left the end of the sample in the cache. After each tile
+// all lanes together call done(the number of this thread's voxels, whether it was the last tile).
 #pragma once
 
 #include <type_traits>
@@ -18,7 +18,7 @@
 #include "core/dtype.h"
 #include "cuda/call.h"
 #include "cuda/device.h"
-// what voxel.h needs is in device.h
+// device.h defines what voxel.h needs
 #include "core/voxel.h"
 
 namespace dice_op {
@@ -26,7 +26,7 @@ namespace {
 
 using cuda::Call;
 
-// The classes of a voxel dealt out to kLanes neighbouring threads: class c to thread c % kLanes.
+// Distributes the classes of a voxel over kLanes neighbouring threads: thread c % kLanes holds class c.
 template <int kItems, int kLanes>
 struct StridedClasses {
   DICE_OP_DEVICE static constexpr int size() { return kItems; }
@@ -46,8 +46,8 @@ struct StridedClasses {
   }
 };
 
-// The same where the last tile's threads must take part in what they share, voxel or none: the
-// probabilities of a voxel that is not there have an infinite sum before they are normalised, and are 0.
+// Does the same if threads of the last tile may have no voxel. They must still take part in Sum and Max. Without a
+// voxel, the sum that normalises the probabilities is infinite, so that all probabilities are 0.
 template <int kItems, int kLanes>
 struct StridedClassesIfThere : StridedClasses<kItems, kLanes> {
   bool there;
@@ -67,8 +67,9 @@ DICE_OP_DEVICE Terms<R> PlainTerms(bool cross_entropy) {
 
 // --- labels and weights -------------------------------------------------------------------------------
 
-// Integer labels, kCount at once and that kTimes, `stride` apart, as far as they begin before `limit`. Four widths
-// serve all types: read as unsigned, negative ones lie beyond every class. *largest keeps the largest label seen.
+// Reads integer labels: kTimes runs of kCount labels, which are `stride` apart. It skips runs that begin at `limit` or
+// later. Four widths are enough for all types, because a negative label read as unsigned is larger than any class.
+// *largest is the largest label seen.
 template <int kCount, int kTimes>
 DICE_OP_DEVICE void ReadLabels(const Call& call, int64_t at, int stride, int limit, uint32_t (*labels)[kCount],
                                uint32_t* largest) {

@@ -1,4 +1,4 @@
-// dice_op.core: the sums and gradients on arrays, without TensorFlow and without copies.
+// The Python module dice_op.core computes the sums and gradients on arrays, without TensorFlow and without copies.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -20,7 +20,7 @@
 namespace dice_op {
 namespace {
 
-// Takes blocks one by one from a counter, on `threads` threads that live for the call.
+// Starts `threads` threads for each call. They take the blocks one by one from a counter.
 class Threads final : public cpu::ParallelFor {
  public:
   explicit Threads(int threads) : threads_(threads > 0 ? threads : std::max(1u, std::thread::hardware_concurrency())) {}
@@ -42,7 +42,7 @@ class Threads final : public cpu::ParallelFor {
 
 // --- the options --------------------------------------------------------------------------------------------
 
-// The regions of classes that Python gives as lists of their label values.
+// Makes regions from Python's lists of the label values of each class.
 Regions RegionsOfLists(const py::object& lists) {
   std::vector<std::vector<int64_t>> labels;
   try {
@@ -58,7 +58,7 @@ Regions RegionsOfLists(const py::object& lists) {
   return regions;
 }
 
-// An option as Python has it: what a function takes, the default, and how the one becomes the other.
+// How Python passes an option: the type that a function takes, the default, and the conversion to the option.
 template <class T>
 struct InPython {  // bool, double
   using Type = T;
@@ -120,7 +120,7 @@ Inputs InputsOf(Tensor logits, Tensor labels, const std::optional<py::object>& v
   return inputs;
 }
 
-// A new array on the host or on the device, for results, and its memory.
+// Returns a new array for results, on the host or on the device, and a pointer to its memory.
 std::pair<py::object, void*> NewArray([[maybe_unused]] bool on_device, DType dtype, const Dims& dims,
                                       [[maybe_unused]] uintptr_t stream) {
 #ifdef DICE_OP_WITH_CUDA
@@ -165,18 +165,18 @@ py::dict RunSums(const Inputs& inputs, int threads, uintptr_t stream) {
   return result;
 }
 
-// Counts of two label maps.
+// Counts the voxels of two label maps.
 py::dict CountsOf(const Tensor& prediction, const Tensor& labels, int64_t classes, Options options, int threads) {
   Problem problem;
   problem.options = options;
-  problem.options.activation = Activation::kThreshold;  // one that regions have
+  problem.options.activation = Activation::kThreshold;  // an activation that is legal with regions
   problem.options.data_format = DataFormat::kChannelsLast;
   problem.labels = labels.data;
   problem.labels_dtype = labels.dtype;
-  Dims logits = labels.dims;  // as if there were some
+  Dims logits = labels.dims;  // the shape that logits would have
   logits.push_back(classes);
   Require(MakeProblem(logits, labels.dims, {}, &problem));
-  problem.dense_labels = false;  // a mask of floats must be one of zeros and ones here
+  problem.dense_labels = false;  // a mask of floats must hold only zeros and ones here
   py::dict result;
   const auto output = [&](const char* name) {
     py::array_t<int64_t> array({problem.batch, problem.classes});
@@ -234,7 +234,7 @@ py::dict ScoresOf(const py::object& prediction, const py::object& labels, const 
       throw py::value_error("labels have shape " + Show(truth.dims) +
                             ", but must be class indices, without a class axis");
     }
-    inputs.problem.dense_labels = false;  // as above
+    inputs.problem.dense_labels = false;  // as in CountsOf
     const py::dict sums = RunSums(inputs, threads, 0);
     for (const char* name : {"intersection", "pred_sum", "label_sum"}) {
       const auto values = sums[name].cast<py::array_t<double>>();
@@ -261,7 +261,7 @@ py::dict ScoresOf(const py::object& prediction, const py::object& labels, const 
   return result;
 }
 
-// Shapes and dtypes alone; None in a shape is not known yet.
+// Uses only the shapes and the dtype. None in a shape stands for a size that is not known yet.
 std::string LabelKindOf(const std::vector<std::optional<int64_t>>& logits_shape,
                         const std::vector<std::optional<int64_t>>& labels_shape, const std::string& labels_dtype,
                         const std::optional<int64_t>& ignore_label, const py::object& regions,
@@ -322,7 +322,7 @@ py::object GradientOf(const Inputs& inputs, const PerSum<std::optional<py::objec
 }
 
 #ifdef DICE_OP_WITH_FFI
-// XLA's platforms as JAX names them.
+// Returns the name that JAX has for one of XLA's platforms.
 std::string JaxName(const std::string& platform) { return platform == "Host" ? "cpu" : platform; }
 
 py::dict FfiTargets() {
@@ -377,35 +377,36 @@ py::dict BuildInfo() {
 }
 
 constexpr char kSumsDoc[] =
-    "The sums of each sample and class, in one pass.\n\n"
+    "Compute the sums of each sample and class in one pass.\n\n"
     "Args:\n"
     "  logits: [N, spatial..., C] (channels_last) or [N, C, spatial...]; float16, bfloat16, float32, float64.\n"
-    "  labels: class indices [N, spatial...] or one-hot or soft labels of the logits' shape; C-contiguous.\n"
-    "  activation: 'softmax', 'sigmoid' or 'none' (logits are probabilities already); for scores 'argmax', 1 for\n"
-    "    the class of the largest logit, or 'threshold', 1 for each logit above `threshold`.\n"
-    "  squared_pred: squares in pred_sum and label_sum.\n"
-    "  voxel_weight: [N, spatial...], any dtype; voxels of weight 0 count for nothing.\n"
-    "  ignore_label: voxels with this class index count for nothing.\n"
-    "  cross_entropy, focal_gamma, label_smoothing: also sum t (1-p)^gamma (-log p), the labels smoothed.\n"
-    "  regions: for classes that overlap: the label values of each, such as [(1, 2, 3), (2, 3), (3,)].\n"
-    "  threads: 0 for one per processor. The result does not depend on it, bit for bit.\n"
-    "  stream: on a device, the CUDA stream to work on, as a number (torch.cuda.current_stream().cuda_stream). The\n"
-    "    arrays must be ready on it.\n\n"
-    "Returns: a dict of intersection, pred_sum, label_sum [, cross_entropy] of shape [N, C] and weight_sum [N],\n"
-    "  float32 (float64 for float64 logits and for scores); on a device as DeviceArray, and NaN for a sample\n"
-    "  with a label that is no class.\n\n"
-    "Raises: ValueError, TypeError, saying which argument is wrong and what it must be.";
+    "  labels: class indices [N, spatial...], or one-hot or soft labels of the logits' shape; C-contiguous.\n"
+    "  activation: 'softmax', 'sigmoid', or 'none' if the logits are already probabilities. For scores, 'argmax'\n"
+    "    gives 1 to the class of the largest logit, and 'threshold' gives 1 to each logit above `threshold`.\n"
+    "  squared_pred: whether pred_sum and label_sum add up squares.\n"
+    "  voxel_weight: [N, spatial...], any dtype; voxels of weight 0 are left out.\n"
+    "  ignore_label: voxels with this class index are left out.\n"
+    "  cross_entropy: whether sum t (1-p)^gamma (-log p) is computed too, with gamma = focal_gamma and the labels t\n"
+    "    smoothed by label_smoothing.\n"
+    "  regions: for overlapping classes, the label values of each, such as [(1, 2, 3), (2, 3), (3,)].\n"
+    "  threads: the number of threads, or 0 for one per processor. It does not change a single bit of the result.\n"
+    "  stream: for arrays on a device, the CUDA stream to work on, as a number\n"
+    "    (torch.cuda.current_stream().cuda_stream). The arrays must be ready on it.\n\n"
+    "Returns: a dict with intersection, pred_sum, label_sum [, cross_entropy] of shape [N, C] and weight_sum [N].\n"
+    "  The sums are float32, or float64 for float64 logits and for scores. On a device they are DeviceArrays, and\n"
+    "  the sums of a sample are NaN if one of its labels is not a class.\n\n"
+    "Raises: ValueError or TypeError, with a message that says which argument is wrong and what it must be.";
 
 constexpr char kGradientDoc[] =
-    "The gradient of a loss with respect to the logits, in one pass, from its derivatives with respect to the "
-    "sums.\n\n"
+    "Compute the gradient of a loss with respect to the logits in one pass, from its derivatives with respect to\n"
+    "the sums.\n\n"
     "Args:\n"
     "  d_intersection, d_pred_sum, d_cross_entropy: [N, C], of the sums' dtype.\n"
-    "  out: array to write to, of the logits' dtype and shape, never a list; may be the logits themselves.\n"
-    "  The others are those of `sums`. Labels that are no class count as absent.\n\n"
+    "  out: the array to write to, with the logits' dtype and shape; not a list, but it may be the logits array.\n"
+    "  The other arguments are those of `sums`. A label that is not a class belongs to no class.\n\n"
     "Returns: an array of the logits' dtype and shape.";
 
-// `sums` and `gradient`, which take every option by its name.
+// Defines `sums` and `gradient`, which take every option by its name.
 template <class... T>
 void DefineCalls(py::module_& m, const std::tuple<Option<T>...>& list) {
   using py::arg;
@@ -461,62 +462,64 @@ PYBIND11_MODULE(core, m) {
   using namespace dice_op;
   using py::arg;
   m.doc() =
-      "The fused sums and gradients on arrays, without TensorFlow and without copies.\n\n"
-      "NumPy arrays, or arrays on a CUDA device that speak DLPack (PyTorch, JAX, CuPy) or\n"
-      "__cuda_array_interface__; all of one call in the same memory, contiguous in C order. What NumPy can convert, "
-      "such\n"
-      "as a list, is copied once. N samples, C classes; see dice_op.dice_sums for the formulas.";
+      "This module computes the fused sums and gradients on arrays, without TensorFlow and without copies.\n\n"
+      "It takes NumPy arrays, or arrays on a CUDA device that support DLPack (PyTorch, JAX, CuPy) or\n"
+      "__cuda_array_interface__. All arrays of a call must be in the same memory and contiguous in C order. An\n"
+      "object that NumPy can convert, such as a list, is copied once. N is the number of samples and C the number\n"
+      "of classes; see dice_op.dice_sums for the formulas.";
 #ifdef DICE_OP_WITH_CUDA
   py::class_<DeviceArray>(m, "DeviceArray",
-                          "An array on a CUDA device, as results are. Other libraries take it through\n"
-                          "__cuda_array_interface__ (torch.as_tensor, cupy.asarray); numpy() copies it to the host.")
+                          "A result on a CUDA device. Other libraries read it through __cuda_array_interface__\n"
+                          "(torch.as_tensor, cupy.asarray), and numpy() copies it to the host.")
       .def_property_readonly("__cuda_array_interface__", &DeviceArray::Interface)
       .def_property_readonly("shape", &DeviceArray::Shape)
-      .def_property_readonly("dtype", [](const DeviceArray& array) { return NumpyType(array.dtype()); })
-      .def("numpy", &DeviceArray::ToNumpy, "A copy on the host, once the stream has done its work.");
+      .def_property_readonly("dtype", [](const DeviceArray& array) -> py::object { return NumpyType(array.dtype()); })
+      .def(
+          "numpy", [](const DeviceArray& array) -> py::object { return array.ToNumpy(); },
+          "Wait for the stream and return a copy on the host.");
 #endif
   m.def("op_attributes", &OpAttributes,
-        "The options of a call with their defaults, by the names and in the order that the attributes of the "
-        "TensorFlow\nop and of XLA's handlers have.");
+        "Return the options of a call with their defaults. Their names and their order are those of the attributes\n"
+        "of the TensorFlow op and of XLA's handlers.");
   m.def("build_info", &BuildInfo,
-        "What this build is: version, tensorflow and cuda it was built for (None: without), cuda_archs, "
-        "simd_levels it holds, simd_level in use here, compiler.");
+        "Describe this build: its version, the tensorflow and cuda versions it was built for (None if it was built\n"
+        "without), its cuda_archs, the simd_levels it contains, the simd_level used here, and its compiler.");
   DefineCalls(m, kOptions);
-  m.def(
-      "scores", &ScoresOf, arg("prediction"), arg("labels"), py::kw_only(), arg("classes") = py::none(),
-      arg("ignore_label") = py::none(), arg("regions") = py::none(), arg("threshold") = 0.0,
-      arg("data_format") = "channels_last", arg("threads") = 0,
-      "Hard scores of each sample and class, for evaluation scripts.\n\n"
-      "Args:\n"
-      "  prediction: a label map [N, spatial...], as `labels`; or logits [N, spatial..., C] of floats: the class of\n"
-      "    the largest then, or, for one class and for regions, where they are above `threshold`.\n"
-      "  labels: class indices [N, spatial...], of any dtype and byte order; with one class the foreground mask. One\n"
-      "    volume is volume[numpy.newaxis].\n"
-      "  classes: their number, where prediction is a label map and no regions are given.\n"
-      "  ignore_label, regions, data_format, threads: as for `sums`.\n\n"
-      "Returns: a dict of dice, 2 I / (P + T), and jaccard, I / (P + T - I), float64 [N, C], NaN for a class that is\n"
-      "  in neither map (numpy.nanmean leaves it out); and of the counts of voxels intersection (I), pred_sum (P),\n"
-      "  label_sum (T), int64 [N, C].\n\n"
-      "Raises: ValueError, TypeError, saying which argument is wrong and what it must be.");
+  m.def("scores", &ScoresOf, arg("prediction"), arg("labels"), py::kw_only(), arg("classes") = py::none(),
+        arg("ignore_label") = py::none(), arg("regions") = py::none(), arg("threshold") = 0.0,
+        arg("data_format") = "channels_last", arg("threads") = 0,
+        "Compute hard scores of each sample and class, for evaluation scripts.\n\n"
+        "Args:\n"
+        "  prediction: a label map [N, spatial...] like `labels`, or floating-point logits [N, spatial..., C]. With\n"
+        "    logits, a voxel belongs to the class of the largest logit; with one class or with regions, it belongs to\n"
+        "    each class whose logit is above `threshold`.\n"
+        "  labels: class indices [N, spatial...], of any dtype and byte order; with one class, the foreground mask.\n"
+        "    Pass a single volume as volume[numpy.newaxis].\n"
+        "  classes: the number of classes, needed if prediction is a label map and no regions are given.\n"
+        "  ignore_label, regions, data_format, threads: as for `sums`.\n\n"
+        "Returns: a dict with dice, 2 I / (P + T), and jaccard, I / (P + T - I), both float64 [N, C]. They are NaN\n"
+        "  for a class that is in neither map (numpy.nanmean leaves it out). The dict also has the voxel counts\n"
+        "  intersection (I), pred_sum (P) and label_sum (T), int64 [N, C].\n\n"
+        "Raises: ValueError or TypeError, with a message that says which argument is wrong and what it must be.");
   m.def(
       "label_kind", &LabelKindOf, arg("logits_shape"), arg("labels_shape"), arg("labels_dtype"), py::kw_only(),
       arg("ignore_label") = py::none(), arg("regions") = py::none(), arg("data_format") = "channels_last",
-      "What labels of that shape and dtype are taken for: 'indices', class indices, one for each voxel; 'per class',\n"
-      "one-hot or soft labels, one for each class; 'mask', a foreground mask of floats, which may be soft, one for "
-      "each\n"
-      "voxel, where there is one class. None in a shape is a size that is not known yet; where that is the number of\n"
-      "classes, 'mask' is said of floats that may be indices, and 'per class' of labels of the logits' rank.\n\n"
-      "Raises: ValueError where the shapes do not fit.");
+      "Say how labels of this shape and dtype are read. 'indices': one class index per voxel. 'per class': one-hot\n"
+      "or soft labels, one per class. 'mask': a foreground mask of floats, one per voxel, which may be soft; only if\n"
+      "there is one class. None in a shape stands for a size that is not known yet. If the number of classes is not\n"
+      "known, floats that may be indices give 'mask', and labels of the logits' rank give 'per class'.\n\n"
+      "Raises: ValueError if the shapes do not fit together.");
   m.def(
       "region_masks", [](const py::object& regions) { return ToAttribute(RegionsOfLists(regions)); }, arg("regions"),
-      "Of classes given as label values, as `sums` takes them, the mask of each value 0, 1, ...: bit c set where\n"
-      "it belongs to class c. The attribute `regions` of the TensorFlow op and of XLA's handlers.");
+      "Convert regions, given as for `sums`, to a list of masks, one for each label value 0, 1, ...: bit c is set\n"
+      "if the value belongs to class c. The TensorFlow op and XLA's handlers take this list as their attribute\n"
+      "`regions`.");
 #ifdef DICE_OP_WITH_FFI
   m.def("ffi_targets", &FfiTargets,
-        "The same calls as handlers of XLA's foreign function interface, for jax.ffi.register_ffi_target(name,\n"
-        "handler, platform=platform): a dict from platform ('cpu', 'CUDA') to a dict from name to handler. Their\n"
-        "operands, results and attributes are described in csrc/core/dice_op.h.");
+        "Return the same calls as handlers of XLA's foreign function interface, for jax.ffi.register_ffi_target(name,\n"
+        "handler, platform=platform): a dict from platform ('cpu', 'CUDA') to a dict from name to handler. The file\n"
+        "csrc/core/dice_op.h describes their operands, results and attributes.");
   m.def("ffi_workspace", &FfiWorkspace, arg("platform"), arg("batch"), arg("voxels"), arg("classes"),
-        "Bytes of the workspace among the results of dice_op_sums.");
+        "Return the size in bytes of the workspace, which is one of the results of dice_op_sums.");
 #endif
 }

@@ -1,6 +1,6 @@
-// Arrays from Python, on the host or on a CUDA device, as plain pointers: NumPy's arrays and whatever
-// speaks DLPack (PyTorch, JAX, CuPy) or __cuda_array_interface__ are read where they are, without a
-// copy. Anything else that NumPy can convert, such as a list, is copied once, and the copy is kept.
+// Turns arrays from Python, on the host or on a CUDA device, into plain pointers. NumPy arrays, and arrays that support
+// DLPack (PyTorch, JAX, CuPy) or __cuda_array_interface__, are used without a copy. Anything else that NumPy can
+// convert, such as a list, is copied once, and the copy is kept.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -26,7 +26,7 @@ struct Tensor {
   Dims dims;
   DType dtype = DType::kFloat;
   bool on_device = false;
-  int device = -1;              // its number, where the array tells it
+  int device = -1;              // its number, if the array gives it
   std::shared_ptr<void> owner;  // keeps the memory alive as long as the tensor
 };
 
@@ -51,7 +51,7 @@ constexpr int kHost = 1, kCuda = 2, kCudaManaged = 13;
 
 }  // namespace dlpack
 
-// The one place where our errors become Python's.
+// Only this function turns our errors into Python's.
 inline void Require(const Error& error) {
   switch (error.kind) {
     case ErrorKind::kNone:
@@ -91,7 +91,7 @@ inline py::dtype NumpyType(DType dtype) {
   return py::dtype(dtype == DType::kHalf ? "float16" : Name(dtype));
 }
 
-// strides: in units of `unit`, or null.
+// `unit` is the size of an element in the unit of `strides`: the number of bytes, or 1.
 template <class Strides>
 void RequireCompact(const Dims& dims, const Strides& strides, int64_t unit, const char* name) {
   int64_t expected = unit;
@@ -143,7 +143,7 @@ inline Tensor FromCudaArrayInterface(const py::object& object, const char* name)
 }
 
 inline Tensor FromDlpack(const py::object& object, const char* name) {
-  // On a device the caller says on which stream the array is ready: nothing is to be waited for.
+  // On a device the caller passes the stream on which the array is ready, so the exporter need not wait (-1).
   const bool asks_stream = py::hasattr(object, "__dlpack_device__") &&
                            object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<int>() != dlpack::kHost;
   const py::capsule capsule =
@@ -172,13 +172,13 @@ inline Tensor FromDlpack(const py::object& object, const char* name) {
   return tensor;
 }
 
-// Whether it is read where it is: an array of NumPy, or of others who hand on their memory.
+// Whether the object is used without a copy: a NumPy array, or an array of another library that shares its memory.
 inline bool IsArray(const py::object& object) {
   return py::isinstance<py::array>(object) || py::hasattr(object, "__dlpack__") ||
          py::hasattr(object, "__cuda_array_interface__");
 }
 
-// A list, or what has __array__ alone, as an array of NumPy.
+// Copies a list, or an object that has only __array__, to a NumPy array.
 inline py::array Converted(const py::object& object, const char* name) {
   if (py::isinstance<py::list>(object) || py::isinstance<py::tuple>(object)) {
     for (const py::handle item : object) RefuseMask(item, name);
@@ -198,7 +198,7 @@ inline Tensor TensorOf(const py::object& object, const char* name) {
   return FromNumpy(Converted(object, name), name);
 }
 
-// Memory that is written to: what converts would be a copy, which the caller never sees.
+// For arrays that are written to. Objects that need a conversion are refused: the caller would never see the copy.
 inline Tensor WritableTensorOf(const py::object& object, const char* name) {
   if (!IsArray(object)) {
     throw py::type_error(std::string(name) + " is a " + std::string(py::str(py::type::of(object).attr("__name__"))) +
@@ -210,7 +210,8 @@ inline Tensor WritableTensorOf(const py::object& object, const char* name) {
   return TensorOf(object, name);
 }
 
-// A label map of any integer type and byte order, for scores: those that the kernels do not read are copied once.
+// For the label maps of scores, which may have any integer type and byte order. Those that the kernels cannot read are
+// copied once.
 inline Tensor LabelMapOf(const py::object& object, const char* name) {
   py::object array = IsArray(object) ? object : Converted(object, name);
   if (!py::isinstance<py::array>(array)) return TensorOf(array, name);
@@ -219,7 +220,7 @@ inline Tensor LabelMapOf(const py::object& object, const char* name) {
   if (!dtype.attr("isnative").cast<bool>()) array = array.attr("astype")(dtype.attr("newbyteorder")("="));
   if (dtype.kind() == 'u' && dtype.itemsize() >= 4) {
     const py::module_ numpy = py::module_::import("numpy");
-    constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();  // what is above is no class either
+    constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();  // larger values are not classes either
     array = numpy.attr("minimum")(array, numpy.attr("uint64")(kLargest)).attr("astype")("int64");
   }
   return TensorOf(array, name);
@@ -250,13 +251,13 @@ inline void RequireSameMemory(const Tensor& tensor, const char* name, const Tens
 
 #ifdef DICE_OP_WITH_CUDA
 
-// Device memory in the order of a stream.
+// Device memory that is allocated and released in the order of a stream.
 class DeviceMemory {
  public:
   DeviceMemory(size_t bytes, uintptr_t stream) : stream_(reinterpret_cast<void*>(stream)) {
     Require(cuda::Allocate(std::max<size_t>(bytes, 1), stream_, &data_));
   }
-  ~DeviceMemory() { static_cast<void>(cuda::Release(data_, stream_)); }  // nobody is there to be told
+  ~DeviceMemory() { static_cast<void>(cuda::Release(data_, stream_)); }  // a destructor cannot report an error
   DeviceMemory(const DeviceMemory&) = delete;
   void* data() const { return data_; }
   void* stream() const { return stream_; }
@@ -274,7 +275,7 @@ class DeviceArray {
   DType dtype() const { return dtype_; }
   py::tuple Shape() const { return py::tuple(py::cast(dims_)); }
   py::dict Interface() const {
-    if (dtype_ == DType::kBFloat16) {  // so that hasattr() says no
+    if (dtype_ == DType::kBFloat16) {  // makes hasattr() return False
       throw py::attribute_error("__cuda_array_interface__ knows no bfloat16; pass `out`");
     }
     py::dict about;

@@ -1,4 +1,4 @@
-// The ops' attributes and tensors as the core's types, for shape functions and kernels alike.
+// Converts the ops' attributes and tensors to the core's types, for shape functions and kernels.
 #pragma once
 
 #include <algorithm>
@@ -36,11 +36,11 @@ inline DType FromTensorFlow(tensorflow::DataType dtype) {
     case tensorflow::DT_DOUBLE:
       return DType::kDouble;
     default:
-      return DType::kFloat;  // the schema admits no other
+      return DType::kFloat;  // the schema allows no other
   }
 }
 
-// The one place where our errors become TensorFlow's.
+// Only this function turns our errors into TensorFlow's.
 inline absl::Status ToStatus(const Error& error) {
   switch (error.kind) {
     case ErrorKind::kNone:
@@ -55,11 +55,11 @@ inline absl::Status ToStatus(const Error& error) {
   return absl::InternalError(error.message);
 }
 
-// Sets the options of `problem`. `Context` is an InferenceContext or an OpKernelConstruction: both answer GetAttr.
+// Reads the options. `Context` is an InferenceContext or an OpKernelConstruction: both have GetAttr.
 template <class Context>
 absl::Status ReadOptions(Context* context, Options* options) {
-  // No attribute of an op is a double: `remainders` has what each of the numbers lacks of one, as two floats to be
-  // added. A graph that was saved before the last of the numbers came into being has none for it.
+  // An op's attribute cannot be a double. `remainders` holds two floats for each number, which are added to the float
+  // attribute to get the double. A graph that was saved before a number existed has no remainders for it.
   std::vector<float> remainders;
   TF_RETURN_IF_ERROR(context->GetAttr("remainders", &remainders));
   size_t numbers = 0;

@@ -1,4 +1,4 @@
-// The ops' kernels: validate, allocate, call.
+// The ops' kernels. They check their inputs, allocate their outputs and call the library.
 #include <algorithm>
 #include <functional>
 #include <optional>
@@ -50,7 +50,7 @@ class DiceKernel : public OpKernel {
   Problem attributes_;
 };
 
-// The sums' op on any device: outputs are allocated here, filled by Run.
+// The op for the sums on any device. This class allocates the outputs, and Run fills them.
 class DiceSumsKernel : public DiceKernel {
  public:
   using DiceKernel::DiceKernel;
@@ -71,13 +71,13 @@ class DiceSumsKernel : public DiceKernel {
  protected:
   virtual absl::Status Run(OpKernelContext* context, const Problem& problem, const Sums& sums) = 0;
 
-  // Scratch memory of the op's device.
+  // Allocates scratch memory on the op's device.
   static absl::Status Allocate(OpKernelContext* context, size_t bytes, Tensor* memory) {
     return context->allocate_temp(tensorflow::DT_INT8, TensorShape({static_cast<int64_t>(bytes)}), memory);
   }
 };
 
-// The gradient's op on any device.
+// The op for the gradient on any device.
 class DiceSumsGradKernel : public DiceKernel {
  public:
   using DiceKernel::DiceKernel;
@@ -97,7 +97,7 @@ class DiceSumsGradKernel : public DiceKernel {
                                              ", but must have shape " + expected.DebugString()));
       if (problem.Has(info.sum)) grad.d_sums[info.sum] = d_sum->data();
     }
-    // Where nobody else holds the logits, the gradient takes their memory: each tile is read whole
+    // If nobody else uses the logits, the gradient overwrites their memory. This is safe, because a whole tile is read
     // before it is written.
     Tensor* d_logits;
     OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({0}, 0, context->input(0).shape(), &d_logits));
@@ -111,7 +111,7 @@ class DiceSumsGradKernel : public DiceKernel {
 
 // --- CPU ----------------------------------------------------------------------------------------------
 
-// TensorFlow's own pool, and no more of it than the caller may use.
+// Uses TensorFlow's own thread pool, but only as many of its threads as the caller may use.
 class ThreadPool final : public cpu::PoolParallelFor {
  public:
   explicit ThreadPool(OpKernelContext* context) : workers_(*context->device()->tensorflow_cpu_worker_threads()) {}

@@ -18,7 +18,7 @@ Dims DimsOf(InferenceContext* c, ShapeHandle shape) {
   return dims;
 }
 
-// Checks whatever is known of the inputs' shapes, before anything runs.
+// Checks what is known of the inputs' shapes before anything runs.
 absl::Status Check(InferenceContext* c, Problem* problem, bool* known) {
   TF_RETURN_IF_ERROR(ReadAttributes(c, problem));
   std::vector<ShapeHandle> weight;
@@ -58,7 +58,7 @@ absl::Status GradShape(InferenceContext* c) {
 }  // namespace
 }  // namespace dice_op
 
-// Literal text, as TensorFlow wants it. tests/ hold it to kOptions and kSums.
+// TensorFlow wants this as literal text. A test checks that it agrees with kOptions and kSums.
 #define DICE_OP_INPUTS                                                                                      \
   Input("logits: T")                                                                                        \
       .Input("labels: Tlabels")                                                                             \
@@ -84,7 +84,7 @@ REGISTER_OP("DiceSums")
     .Output("intersection: Tsums")
     .Output("pred_sum: Tsums")
     .Output("label_sum: Tsums")
-    .Output("cross_entropy: Tsums")  // [N, 0] unless asked for
+    .Output("cross_entropy: Tsums")  // [N, 0] if it is not asked for
     .Output("weight_sum: Tsums")
     .SetShapeFn(dice_op::SumsShape);
 

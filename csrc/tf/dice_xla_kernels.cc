@@ -1,4 +1,5 @@
-// The ops in programs that TensorFlow compiles with XLA (jit_compile): each becomes a call of its handler, csrc/xla.
+// The ops in programs that TensorFlow compiles with XLA (jit_compile). Each op becomes a call of its handler in
+// csrc/xla.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -15,7 +16,7 @@
 #include "xla/shape_util.h"
 
 namespace xla::ffi {
-const XLA_FFI_Api* GetXlaFfiApi();  // its header, xla/ffi/ffi_api.h, wants MLIR's, which TensorFlow does not ship
+const XLA_FFI_Api* GetXlaFfiApi();  // its header xla/ffi/ffi_api.h includes MLIR's, which TensorFlow does not ship
 }
 
 namespace dice_op {
@@ -42,7 +43,7 @@ std::string TakeMessage(const XLA_FFI_Api* api, XLA_FFI_Error* error) {
   return text;
 }
 
-// Tells XLA's runtime where the handlers are; returns why it does not take them.
+// Registers the handlers with XLA's runtime. Returns the reasons if the runtime refuses some, else an empty string.
 std::string RegisterHandlers() {
   const XLA_FFI_Api* const api = xla::ffi::GetXlaFfiApi();
   std::string refusals;
@@ -86,7 +87,7 @@ class DiceXlaKernel : public XlaOpKernel {
   struct Inputs {
     Problem problem;
     std::vector<xla::XlaOp> operands;
-    std::vector<xla::Shape> shapes;  // in row-major layout, in which the handlers want them
+    std::vector<xla::Shape> shapes;  // in the row-major layout that the handlers need
   };
 
   absl::Status Read(XlaOpKernelContext* context, Inputs* inputs) const {
@@ -124,7 +125,7 @@ class DiceXlaKernel : public XlaOpKernel {
   const std::string& platform() const { return platform_; }
 
  private:
-  // The options as an MLIR dictionary.
+  // Writes the options as an MLIR dictionary.
   std::string AttributesText() const {
     std::string text;
     ForEachOption([&](const auto& option) {
@@ -183,7 +184,7 @@ class DiceSumsGradXla final : public DiceXlaKernel {
   }
 };
 
-// Not by REGISTER_XLA_OP, which counts for nothing once TensorFlow has run an op.
+// REGISTER_XLA_OP is not used, because it has no effect once TensorFlow has run an op.
 REGISTER_KERNEL_BUILDER(Name("DiceSums").Device("XLA_CPU_JIT"), DiceSumsXla);
 REGISTER_KERNEL_BUILDER(Name("DiceSums").Device("XLA_GPU_JIT"), DiceSumsXla);
 REGISTER_KERNEL_BUILDER(Name("DiceSumsGrad").Device("XLA_CPU_JIT"), DiceSumsGradXla);
@@ -192,5 +193,5 @@ REGISTER_KERNEL_BUILDER(Name("DiceSumsGrad").Device("XLA_GPU_JIT"), DiceSumsGrad
 }  // namespace
 }  // namespace dice_op
 
-// Why jit_compile=True will fail, or an empty string.
+// Returns the reason why jit_compile=True will fail, or an empty string.
 extern "C" __attribute__((visibility("default"))) const char* dice_op_xla_refusal() { return dice_op::refusal.c_str(); }

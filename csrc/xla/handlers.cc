@@ -1,5 +1,5 @@
-// The calls as handlers of XLA's typed foreign function interface. XLA's own header of that interface needs
-// nothing else of XLA or TensorFlow, so that the same handlers serve JAX.
+// The calls as handlers of XLA's typed foreign function interface. XLA's header for this interface needs nothing else
+// from XLA or TensorFlow, so the same handlers work for JAX.
 #include <algorithm>
 #include <functional>
 #include <iterator>
@@ -29,7 +29,7 @@ using xla::ffi::RemainingRets;
 using xla::ffi::Result;
 using xla::ffi::Traits;
 
-// The one place where our errors become XLA's.
+// Only this function turns our errors into XLA's.
 xla::ffi::Error ToXla(const Error& error) {
   switch (error.kind) {
     case ErrorKind::kNone:
@@ -123,8 +123,8 @@ Error ReadArray(const char* name, AnyBuffer buffer, DType* dtype, const void** d
   return {};
 }
 
-// A call's operands as a Problem. `others`: those behind the voxel weight, of which there must be so many; only behind
-// them is it known whether there is a voxel weight.
+// Makes a Problem from a call's operands. `others` is the number of operands that must follow the optional voxel
+// weight; the number of operands tells whether there is a voxel weight.
 Error ReadCall(const Dictionary& attributes, AnyBuffer logits, AnyBuffer labels, RemainingArgs args, size_t others,
                Problem* problem, std::vector<AnyBuffer>* rest) {
   DICE_OP_RETURN_IF_ERROR(ReadOptions(attributes, &problem->options));
@@ -145,7 +145,7 @@ Error ReadCall(const Dictionary& attributes, AnyBuffer logits, AnyBuffer labels,
   return MakeProblem(DimsOf(logits), DimsOf(labels), weight, problem);
 }
 
-// An operand or result that the caller has to declare as it must be.
+// Returns an error if the caller has declared an operand or result with another dtype or shape.
 Error Expect(const std::string& name, AnyBuffer buffer, DType dtype, const Dims& dims) {
   if (DTypeOf(buffer) == dtype && DimsOf(buffer) == dims) return {};
   return InvalidArgument(name + " must be " + Name(dtype) + Show(dims) + ", but is " + Describe(buffer));
@@ -182,7 +182,8 @@ struct Host {
 struct Cuda {
   static constexpr const char* kName = "CUDA";
 
-  // A call launches the same kernels on the same memory each time, unless it has to wait for their result.
+  // A CUDA graph can replay a call, because the call launches the same kernels on the same memory each time. The
+  // exception is a call that checks labels: it has to wait for the result.
   static std::initializer_list<Traits> TraitsOfCalls() {
     static constexpr std::initializer_list<Traits> kReplayed = {Traits::kCmdBufferCompatible}, kNone = {};
     return cuda::ChecksLabels() ? kNone : kReplayed;
