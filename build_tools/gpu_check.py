@@ -335,7 +335,7 @@ def main():
         print("gpu_check: there is no GPU here (nvidia-smi names none)", file=sys.stderr)
         return 2
     if not nvcc_path():
-        print("gpu_check: there is no nvcc on PATH, under CUDA_HOME or from pip", file=sys.stderr)
+        print("gpu_check: there is no nvcc on PATH, under CUDA_HOME, or from pip", file=sys.stderr)
         return 2
     deadline = time.monotonic() + arguments.time_limit
     record = Record(arguments.out, gpu, arguments.commit)
