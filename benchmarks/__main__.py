@@ -1,13 +1,15 @@
 """Measures dice_op beside its peers on this machine's processors.
 
-    python -m benchmarks                     all, half an hour or more: results/cpu.*, README.md
-    python -m benchmarks --only '160³ × 4'   cases that match a regular expression; only printed
+    python -m benchmarks                     measures everything, which takes half an hour or more,
+                                             and writes results/cpu.* and README.md's table
+    python -m benchmarks --only '160³ × 4'   prints the cases that match a regular expression
     python -m benchmarks --contenders dice_op vectorised
-    python -m benchmarks --report            tables and plots anew from the record
+                                             prints these contenders
+    python -m benchmarks --report            writes tables and plots again from the record
 
-Every contender computes loss and gradient of the same volume in a process of its own, warmed up,
-and is held to the loss in double precision. What was measured while others used the processors is
-measured again.
+Every contender computes loss and gradient of the same volume in a process of its own, after a
+warm-up. Its loss is compared with the loss in double precision. A measurement is repeated if other
+programs used the processors meanwhile.
 """
 
 import argparse
@@ -22,14 +24,14 @@ from pathlib import Path
 
 from benchmarks import measuring, report
 from benchmarks.cases import CASES
-from benchmarks.contenders import CONTENDERS, applies
+from benchmarks.contenders import CONTENDERS
 
 RECORD = measuring.ROOT / "benchmarks" / "results" / "cpu.json"
-LARGE = 1 << 30  # bytes of logits: from here on dice_op alone
+LARGE = 1 << 30  # bytes of logits; above this, only dice_op is measured
 
 
 def machine():
-    """What the numbers depend on."""
+    """Describes the machine and the software that the numbers depend on."""
     from dice_op import core
 
     def run(*command):
@@ -56,7 +58,7 @@ def machine():
 
 
 def fits(case):
-    """Whether dice_op's logits and gradient, and a copy on the way, fit into what is free."""
+    """Whether logits, gradient and a copy while they are made fit into the free memory."""
     free = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
     return 3.5 * case.logits_bytes < 1024 * int(free[1])
 
@@ -65,10 +67,16 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="measure only cases whose name matches"
+    )
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--seconds", type=float, default=1.0, help="of repetition per measurement")
-    parser.add_argument("--report", action="store_true", help="from the record that is there")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="how long to repeat each measurement"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing, and write from the record"
+    )
     arguments = parser.parse_args()
     if arguments.report:
         report.write(json.loads(RECORD.read_text()), RECORD)
@@ -83,13 +91,14 @@ def main():
     results = []
     for case in [c for c in CASES if re.search(arguments.only, str(c))]:
         if not fits(case):
-            print(f"{case}: left out, for lack of memory", flush=True)
+            print(f"{case}: left out, because there is too little memory", flush=True)
             continue
         print(f"{case}: {case.logits_bytes / 1e6:.0f} MB of logits", flush=True)
         names = [
             name
             for name in arguments.contenders
-            if applies(name, case) and (case.logits_bytes <= LARGE or name.startswith("dice_op"))
+            if CONTENDERS[name].applies(case)
+            and (case.logits_bytes <= LARGE or CONTENDERS[name].ours)
         ]
         for result in measuring.compare(case, names, arguments.seconds, machine=watched):
             results.append(result)

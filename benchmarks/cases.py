@@ -1,4 +1,4 @@
-"""What is measured: volumes, and the text that names them."""
+"""The volumes that are measured, and their names."""
 
 import dataclasses
 import math
@@ -10,13 +10,13 @@ SMOOTH = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Logits `[batch, D, H, W, classes]`, random, and labels."""
+    """Random logits `[batch, D, H, W, classes]`, and labels."""
 
     shape: tuple  # (D, H, W)
     classes: int
     batch: int = 1
     dtype: str = "float32"
-    labels: str = "uint8"  # class indices; or "one-hot", floats
+    labels: str = "uint8"  # class indices, or "one-hot" for floats
     data_format: str = "channels_last"
 
     def __str__(self):
@@ -29,12 +29,12 @@ class Case:
 
     @classmethod
     def from_json(cls, fields):
-        """Of what `dataclasses.asdict` gave, also by way of JSON, which has no tuples."""
+        """Makes a case from what `dataclasses.asdict` gave. JSON has turned tuples into lists."""
         return cls(**{**fields, "shape": tuple(fields["shape"])})
 
     @property
     def plain(self):
-        """Whether all but the size is as by default."""
+        """Whether everything has its default except the size and the number of classes."""
         return self == Case(self.shape, self.classes)
 
     @property
@@ -50,7 +50,7 @@ class Case:
         return self.voxels * (4 * self.classes if self.labels == "one-hot" else 1)
 
     def make(self, labels=None):
-        """Logits and labels as a model gives and gets them; `labels`: not random, but these."""
+        """Makes logits, and labels if none are given, in the layout of a model."""
         rng = np.random.default_rng(0)
         shape = (self.batch, *self.shape)
         x = rng.standard_normal((*shape, self.classes), dtype=np.float32).astype(self.dtype)
@@ -65,7 +65,10 @@ class Case:
         return x, y
 
     def loss(self, labels=None):
-        """In double precision, slice by slice to spare memory: mean over samples and classes."""
+        """The mean loss over samples and classes in double precision.
+
+        It is computed slice by slice to save memory.
+        """
         x, y = dataclasses.replace(self, labels="uint8", data_format="channels_last").make(labels)
         sums = np.zeros((3, self.batch, self.classes))
         classes = np.arange(self.classes) if self.classes > 1 else np.array([1])

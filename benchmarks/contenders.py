@@ -1,38 +1,71 @@
-"""Who computes a Dice loss and its gradient, and how people write it.
+"""The contenders: dice_op and other ways to compute a Dice loss and its gradient.
 
-A contender makes of a `Case` a function from logits and labels to loss and gradient, as its users
-would write it: softmax (sigmoid for one class), one-hot where it wants that, mean over classes.
+A contender makes, for a `Case`, a function from logits and labels to loss and gradient. It is
+written as its users would write it, with softmax (or sigmoid for one class), one-hot labels where
+it needs them, and the mean over the classes.
 """
 
+import dataclasses
 import functools
 import importlib.util
+from collections.abc import Callable
 
 IN_PLACE = "dice_op.core, in place"
-LEVELS = {  # contender, in place too, to level, for DICE_OP_SIMD
-    f"dice_op.core, {level}": level for level in ("portable", "x86-64-v3", "x86-64-v4")
-}
+LEVELS = ("portable", "x86-64-v3", "x86-64-v4")
 SMOOTH = 1e-5
-EPSILON = 1e-6  # of the snippets
+EPSILON = 1e-6  # The snippets use this value.
 
 
-def applies(name, case):
-    """Whether the contender computes this case as it stands, and is worth the time of it."""
-    if name.startswith("monai"):
-        # it has its own layout, channels first: both of ours are the same to it
-        installed = all(importlib.util.find_spec(m) for m in ("monai", "torch"))
-        slow = name.endswith("torch.compile") and case.classes not in (4, 14)  # to compile
-        return installed and case.plain and not slow
-    if name in LEVELS or name == IN_PLACE:
-        return case.plain and (case.shape in ((160,) * 3, (128,) * 3) or case.classes == 104)
-    if "snippet" in name:
-        some = case.plain and case.logits_bytes < 1 << 27 and case.classes < 20
-        return some and (case.classes == 1) == name.startswith("binary")
-    return case.plain or name in ("dice_op", "dice_op, XLA", "vectorised, XLA")
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One way to compute the loss, and what the harness must know about it."""
+
+    make_step: Callable  # takes a `Case`, and returns the function from logits and labels
+    applies: Callable  # takes a `Case`, and says whether it can be computed and is worth the time
+    arrays: str = "tensorflow"  # the type of its logits and labels; or "numpy", "torch"
+    same_loss: bool = True  # whether it computes the mean of 1 - dice over the classes
+    ours: bool = False
+    simd_level: str | None = None  # the level of the CPU kernels that it forces
 
 
 def same_loss(name):
-    """Whether it computes the mean of 1 - dice over the classes, and can be held to that."""
-    return not name.startswith("weighted")
+    """Whether this contender computes the mean of 1 - dice over the classes.
+
+    The name may come from a record that is older than the contenders here.
+    """
+    return name not in CONTENDERS or CONTENDERS[name].same_loss
+
+
+# --- which cases ----------------------------------------------------------------------------------
+
+
+def _every(case):
+    return True
+
+
+def _plain(case):
+    return case.plain
+
+
+def _in_place_cases(case):
+    return case.plain and (case.shape in ((160,) * 3, (128,) * 3) or case.classes == 104)
+
+
+def _snippet_cases(case):
+    return case.plain and case.logits_bytes < 1 << 27 and 1 < case.classes < 20
+
+
+def _binary_snippet_cases(case):
+    return case.plain and case.logits_bytes < 1 << 27 and case.classes == 1
+
+
+def _monai_cases(case):
+    # MONAI always gets channels first, so a case with another layout would measure the same.
+    return case.plain and all(importlib.util.find_spec(m) for m in ("monai", "torch"))
+
+
+def _compiled_monai_cases(case):
+    return _monai_cases(case) and case.classes in (4, 14)  # It takes long to compile.
 
 
 # --- dice_op --------------------------------------------------------------------------------------
@@ -46,7 +79,7 @@ def _dice_op(case):
 
 
 def _kernels(case, in_place=False):
-    """dice_op.core: the kernels without TensorFlow. In place the gradient replaces the logits."""
+    """The kernels without TensorFlow. In place, the gradient replaces the logits."""
     import numpy as np
 
     from dice_op import core
@@ -88,7 +121,7 @@ def _one_hot(case, labels, dtype):
 
 
 def _binary(case):
-    """All voxels and channels jointly."""
+    """A snippet that treats all voxels and channels as one class."""
     import tensorflow as tf
 
     def loss(labels, logits):
@@ -102,7 +135,7 @@ def _binary(case):
 
 
 def _by_class(case, weights):
-    """Class by class, in a Python loop."""
+    """A snippet that computes class by class in a Python loop."""
     import tensorflow as tf
 
     def loss(labels, logits):
@@ -120,7 +153,7 @@ def _by_class(case, weights):
 
 
 def _vectorised(case):
-    """All classes at once: the way TensorFlow's own operations do it best."""
+    """All classes at once, which is the fastest way with TensorFlow's own operations."""
     import tensorflow as tf
 
     last = case.data_format == "channels_last"
@@ -198,26 +231,43 @@ def _ordered(case):
     return [w / sum(weights) for w in weights]
 
 
+def _ours(make_step, applies=_plain, **about):
+    return Contender(make_step, applies, ours=True, **about)
+
+
+def _kernels_in_place(level=None):
+    make_step = functools.partial(_kernels, in_place=True)
+    return _ours(make_step, _in_place_cases, arrays="numpy", simd_level=level)
+
+
+def _snippet(make_loss, applies=_snippet_cases, same_loss=True, **options):
+    return Contender(_in_tensorflow(make_loss, **options), applies, same_loss=same_loss)
+
+
+def _weighted_loss(case):
+    return _by_class(case, _ordered(case))
+
+
+def _mean_loss(case):
+    return _by_class(case, _equal(case))
+
+
 CONTENDERS = {
-    "dice_op": _in_tensorflow(_dice_op),
-    "dice_op, XLA": _in_tensorflow(_dice_op, jit_compile=True),
-    "dice_op, eager": _in_tensorflow(_dice_op, eager=True),
-    "dice_op.core": _kernels,
-    IN_PLACE: functools.partial(_kernels, in_place=True),
-    **dict.fromkeys(LEVELS, functools.partial(_kernels, in_place=True)),
-    "vectorised": _in_tensorflow(_vectorised),
-    "vectorised, XLA": _in_tensorflow(_vectorised, jit_compile=True),
-    "keras.losses.Dice": _in_tensorflow(_keras),
-    "binary snippet": _in_tensorflow(_binary),
-    "binary snippet, eager": _in_tensorflow(_binary, eager=True),
-    "weighted snippet": _in_tensorflow(lambda case: _by_class(case, _ordered(case))),
-    "weighted snippet, eager": _in_tensorflow(
-        lambda case: _by_class(case, _ordered(case)), eager=True
-    ),
-    "multi-class snippet": _in_tensorflow(lambda case: _by_class(case, _equal(case))),
-    "multi-class snippet, eager": _in_tensorflow(
-        lambda case: _by_class(case, _equal(case)), eager=True
-    ),
-    "monai": _monai(compiled=False),
-    "monai, torch.compile": _monai(compiled=True),
+    "dice_op": _ours(_in_tensorflow(_dice_op), _every),
+    "dice_op, XLA": _ours(_in_tensorflow(_dice_op, jit_compile=True), _every),
+    "dice_op, eager": _ours(_in_tensorflow(_dice_op, eager=True)),
+    "dice_op.core": _ours(_kernels, arrays="numpy"),
+    IN_PLACE: _kernels_in_place(),
+    **{f"dice_op.core, {level}": _kernels_in_place(level) for level in LEVELS},
+    "vectorised": Contender(_in_tensorflow(_vectorised), _plain),
+    "vectorised, XLA": Contender(_in_tensorflow(_vectorised, jit_compile=True), _every),
+    "keras.losses.Dice": Contender(_in_tensorflow(_keras), _plain),
+    "binary snippet": _snippet(_binary, _binary_snippet_cases),
+    "binary snippet, eager": _snippet(_binary, _binary_snippet_cases, eager=True),
+    "weighted snippet": _snippet(_weighted_loss, same_loss=False),
+    "weighted snippet, eager": _snippet(_weighted_loss, same_loss=False, eager=True),
+    "multi-class snippet": _snippet(_mean_loss),
+    "multi-class snippet, eager": _snippet(_mean_loss, eager=True),
+    "monai": Contender(_monai(compiled=False), _monai_cases, arrays="torch"),
+    "monai, torch.compile": Contender(_monai(compiled=True), _compiled_monai_cases, arrays="torch"),
 }

@@ -1,6 +1,7 @@
-"""The kernels on a GPU against float64: values, gradients, bits, refusals; and TensorFlow's ops.
+"""Checks the kernels on a GPU: values and gradients against float64, equal bits, and refusals.
 
-A step of build_tools/gpu_check.py. `few` is what a sanitizer has the time for.
+It also checks TensorFlow's ops. It is a step of build_tools/gpu_check.py. `few` runs the cases that
+a sanitizer has the time for.
 """
 
 import argparse
@@ -23,7 +24,7 @@ FORMATS = ("channels_last", "channels_first")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call of sums and of gradient. Voxels repeat those of `Expected`."""
+    """A call of sums and a call of gradient. The voxels of `Expected` are repeated in it."""
 
     voxels: int
     classes: int
@@ -31,14 +32,14 @@ class Case:
     dtype: str = "float32"
     activation: str = "softmax"
     data_format: str = "channels_last"
-    labels: str = "uint8"  # or "dense float32", of the logits' shape and soft
-    weight: str = ""  # a dtype
+    labels: str = "uint8"  # or "dense float32" for soft labels of the logits' shape
+    weight: str = ""  # the dtype of a weight, if there is one
     ignore_label: int | None = None
     squared_pred: bool = False
     cross_entropy: bool = True
     focal_gamma: float = 0.0
     in_place: bool = False
-    misalign: int = 0  # bytes that the logits start past an aligned address
+    misalign: int = 0  # how many bytes after an aligned address the logits start
 
     def __str__(self):
         fields = dataclasses.fields(self)
@@ -49,7 +50,7 @@ class Case:
 
 
 class Expected:
-    """Two samples of a few voxels, which cases repeat, and what float64 makes of them."""
+    """Two samples of a few voxels, which cases repeat, and their results in float64."""
 
     def __init__(
         self, reference, classes, dtype, activation, dense, weight, ignore, squared, gamma
@@ -64,7 +65,7 @@ class Expected:
                 if classes > 1
                 else 1 / (1 + np.exp(-x))
             )
-        storage = "float32" if dtype == "float64" else dtype  # one reference serves both
+        storage = "float32" if dtype == "float64" else dtype  # float64 uses float32's.
         x = gpu_device.decode(gpu_device.encode(x, storage), storage)
         self.labels = rng.integers(0, max(classes, 2), shape[:2])
         mass = np.ones(shape[:2])
@@ -85,13 +86,13 @@ class Expected:
         terms = reference.voxel_terms(x, self.t, **options)
         self.terms = [mass[..., None] * term for term in terms] + [mass[..., None]]
         self.coefficients = [np.float32(rng.normal(size=(2, classes))) for _ in range(3)]
-        self.gradients = [  # without the cross-entropy, and with it
+        self.gradients = [  # The first is without cross-entropy, and the second has it.
             reference.gradient(x, self.t, (*self.coefficients[:2], c), mass, **options)
             for c in (0 * self.coefficients[2], self.coefficients[2])
         ]
 
     def sums(self, samples, voxels):
-        """The sums of a case, `[N, C]` each, and the weights', `[N]`."""
+        """The sums of a case, `[N, C]` each, and the sum of the weights, `[N]`."""
         whole, rest = divmod(voxels, self.period)
         which = np.arange(samples) % 2
         sums = [(whole * s.sum(1) + s[:, :rest].sum(1))[which] for s in self.terms]
@@ -99,12 +100,12 @@ class Expected:
 
 
 def repeated(array, samples, voxels):
-    """`[2, period, ...]` to `[N, V, ...]`."""
+    """Repeats `[2, period, ...]` to `[N, V, ...]`."""
     return array[np.arange(samples) % 2][:, np.arange(voxels) % array.shape[1]]
 
 
 class Checker:
-    """Runs cases and keeps what came out."""
+    """Runs cases and keeps their results."""
 
     def __init__(self):
         self.core, self.reference, self.device = gpu_timing.load()
@@ -112,28 +113,28 @@ class Checker:
         self.expected = functools.lru_cache(64)(functools.partial(Expected, self.reference))
 
     def record(self, what, passed, detail=""):
-        """A check's outcome; what fails is printed at once."""
+        """Keeps the outcome of a check, and prints a failure at once."""
         self.count += 1
         if not passed:
             self.failures.append(f"{what}: {detail}")
             print(f"  FAILED {self.failures[-1]}", flush=True)
 
     def within(self, what, kind, error, tolerance):
-        """An error against its bound; the worst of each kind goes to the record."""
+        """Checks an error against its bound, and keeps the worst error of each kind."""
         error = float(error)
         if not error <= self.worst.get(kind, {"error": -1})["error"]:
             self.worst[kind] = {"error": error, "tolerance": tolerance, "case": str(what)}
         self.record(what, error <= tolerance, f"{kind}: error {error:.2e}, allowed {tolerance:.2e}")
 
     def expected_of(self, case):
-        """The reference of a case, made once for all that share it."""
+        """Returns the reference of a case. Cases that share one get the same object."""
         return self.expected(
             case.classes, case.dtype, case.activation, case.labels.startswith("dense"),
             bool(case.weight), case.ignore_label, case.squared_pred, case.focal_gamma,
         )  # fmt: skip
 
     def arrays(self, case, expected):
-        """Logits, labels and weight on the GPU."""
+        """Makes logits, labels and weight on the GPU."""
 
         def laid_out(values, dtype, **options):
             values = repeated(values, case.samples, case.voxels)
@@ -148,7 +149,7 @@ class Checker:
         )
 
     def call(self, case, logits, labels, weight, coefficients):
-        """Sums as NumPy arrays, gradient as a GPU array that was poisoned before."""
+        """Returns sums as NumPy arrays and the gradient as a GPU array, which held NaN before."""
         options = {
             "activation": case.activation, "data_format": case.data_format, "voxel_weight": weight,
             "ignore_label": case.ignore_label, "squared_pred": case.squared_pred,
@@ -169,7 +170,7 @@ class Checker:
         return sums, out
 
     def check(self, case):
-        """One case against its reference."""
+        """Checks one case against its reference."""
         expected = self.expected_of(case)
         arrays = self.arrays(case, expected)
         which = np.arange(case.samples) % 2
@@ -193,11 +194,11 @@ class Checker:
             error = self.reference.gradient_error(got, gradient)
             tolerance = gpu_timing.GRADIENT_TOLERANCE[case.dtype]
             self.within(case, f"gradient, {case.dtype}", error, tolerance)
-        else:  # one class under softmax has none
+        else:  # One class under softmax has no gradient.
             self.record(case, not got.any(), "a gradient where there is none")
 
     def same_bits(self):
-        """Ten runs of the same call."""
+        """Checks that ten runs of the same call give the same bits."""
         for case in (
             Case(500_001, 4, 2), Case(150_001, 14), Case(20_011, 104, dtype="bfloat16"),
             Case(100_003, 3, 2, weight="float32"), Case(100_003, 5, data_format="channels_first"),
@@ -215,7 +216,7 @@ class Checker:
             )
 
     def bad_labels(self):
-        """A sample with a label that is no class has NaN for sums; the others have not."""
+        """Checks that a label that is no class makes the sums of its sample NaN, and no others."""
         for classes in (1, 2, 3, 4, 14, 104):
             for labels in ("uint8", "int32"):
                 case = Case(10_007, classes, 3, labels=labels, activation="sigmoid")
@@ -236,7 +237,7 @@ class Checker:
                 self.record(f"a label that is no class, {case}", fine, sums)
 
     def refusals(self):
-        """What must be refused in words."""
+        """Checks that wrong arguments are refused with an error message."""
         many = self.device.array(np.zeros((1, 5, 257), np.float32), "float32")
         few = self.device.array(np.zeros((1, 5, 3), np.float32), "float32")
         labels = self.device.array(np.zeros((1, 5), np.uint8), "uint8")
@@ -251,7 +252,10 @@ class Checker:
                 self.record(what, words in str(error), error)
 
     def huge(self, classes):
-        """More than 2^31 elements, whose gradient takes the logits' place."""
+        """Checks more than 2^31 elements, with the gradient in place.
+
+        Returns why it was left out, if it was.
+        """
         voxels = 2**31 // classes + 100_003
         what = f"{voxels * classes / 2**31:.3f} x 2^31 elements, C={classes}, float16, in place"
         if voxels * (2 * classes + 1) + (1 << 30) > self.device.memory()[0]:
@@ -273,7 +277,7 @@ class Checker:
 
 
 def regime_cases():
-    """Each class count in each storage type and layout: one voxel, whole tiles, odd, many tiles."""
+    """All class counts, dtypes and layouts: one voxel, whole tiles, odd sizes, many tiles."""
     for dtype in DTYPES:
         for data_format in FORMATS:
             for c in CLASSES:
@@ -292,7 +296,7 @@ def regime_cases():
                         **common,
                     )
                 for activation in ("sigmoid", "none") if c in (1, 2, 3, 4, 5, 17) else ():
-                    # the gradient of log p is 1 / p: too large for half
+                    # The gradient of log p is 1 / p, which may be too large for half.
                     loss = (dtype, activation) != ("float16", "none")
                     yield Case(1003, c, activation=activation, cross_entropy=loss, **common)
                 if data_format == "channels_last" and dtype in ("float32", "bfloat16") or c <= 5:
@@ -303,7 +307,7 @@ def regime_cases():
 
 
 def option_cases(classes=(1, 3, 6, 20, 70)):
-    """What the general kernels are for."""
+    """Cases with the options that only the general kernels have."""
     for c in classes:
         for data_format in FORMATS:
             for activation in ("softmax", "sigmoid", "none"):
@@ -318,7 +322,7 @@ def option_cases(classes=(1, 3, 6, 20, 70)):
 
 
 def few_cases():
-    """One of each sort of kernel, small: the tools slow them down a hundredfold."""
+    """A small case of each kind of kernel, because the sanitizers are a hundred times slower."""
     for c in (1, 2, 3, 4, 5, 14, 17, 64, 104):
         for dtype in ("float32", "bfloat16"):
             activation = "softmax" if c > 1 else "sigmoid"
@@ -331,7 +335,7 @@ def few_cases():
 
 
 def check(deadline, few):
-    """Run all cases, or a few; returns the exit status."""
+    """Runs all cases or a few, and returns the exit status."""
     checker = Checker()
     left_out = []
     cases = [*few_cases()] if few else [*option_cases(), *regime_cases()]
@@ -351,7 +355,7 @@ def check(deadline, few):
 
 
 def check_tensorflow():
-    """The ops on the GPU against those on the CPU, and a training of ten steps."""
+    """Compares the ops on the GPU with those on the CPU, and trains for ten steps."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.path.insert(0, str(gpu_timing.ROOT))
     try:
@@ -392,7 +396,7 @@ def check_tensorflow():
     image = rng.normal(size=(4, 16, 16, 16, 1)).astype(np.float32)
     truth = np.uint8(image[..., 0] > 0) + np.uint8(image[..., 0] > 1)
     histories = {}
-    for jit_compile in ("auto", False):  # Keras' default, which is XLA where there is a GPU
+    for jit_compile in ("auto", False):  # Keras' default is XLA where there is a GPU.
         keras.utils.set_random_seed(0)
         model = keras.Sequential(
             [
@@ -407,18 +411,21 @@ def check_tensorflow():
         histories[name] = history
         if not (np.isfinite(history).all() and history[-1] < history[0]):
             failures.append(f"the training's losses {name}: {history}")
+    # cuDNN may use TF32 in only one of them, or other kernels, so the tolerance is wide.
     if set(histories) != {"with XLA", "without XLA"}:
         failures.append("Keras' default did not choose XLA")
-    elif not np.allclose(*histories.values(), rtol=1e-3):  # cuDNN may take TF32, and other kernels
+    elif not np.allclose(*histories.values(), rtol=1e-3):
         failures.append(f"XLA trains otherwise: {histories}")
     return {"version": tf.__version__, "failures": failures, "training": histories}
 
 
 def main():
-    """Check, hand over the results, and return the exit status."""
+    """Checks, prints the results for gpu_check.py, and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("all", "few", "tensorflow"))
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after that")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="start no check after this time"
+    )
     arguments = parser.parse_args()
     if arguments.what != "tensorflow":
         return check(time.monotonic() + arguments.seconds, arguments.what == "few")

@@ -1,9 +1,9 @@
-"""Times the Dice loss with its gradient as others compute it on a GPU, and as dice_op does.
+"""Times the Dice loss with its gradient on a GPU, as others compute it and as dice_op does.
 
-A step of build_tools/gpu_check.py, one process for each framework. All compute the same loss, the
-mean over the classes of 1 - (2 I + 1e-5) / (P + T + 1e-5) on softmax probabilities, from the same
-channels-last logits and uint8 labels. Value and gradient are held against float64 before any is
-timed.
+It is a step of build_tools/gpu_check.py, with one process for each framework. All contenders
+compute the same loss, which is the mean over the classes of 1 - (2 I + 1e-5) / (P + T + 1e-5) on
+softmax probabilities, from the same channels-last logits and uint8 labels. Value and gradient are
+compared with float64 before a contender is timed.
 """
 
 import argparse
@@ -25,20 +25,21 @@ except ImportError:
     triton = None
 
 SMOOTH = gpu_timing.SMOOTH
-# Others are merely held to computing the same loss.
+# These are wide, because they only check that a contender computes the same loss.
 TOLERANCE = {"float32": 1e-2, "bfloat16": 3e-2}
-BATCH = 10  # calls to a sample, where only the processor's clock can be read
+BATCH = 10  # calls in a sample, where only the processor's clock can be read
 
 
 def short(error):
-    """An exception's kind and the beginning of what it says."""
+    """The type of an exception and the beginning of its message."""
     return f"{type(error).__name__}: {error}"[:400]
 
 
 def errors(work, voxels, loss, rows):
-    """Of the loss, absolute, and of the gradient's first and last voxels, relative.
+    """The absolute error of the loss, and the relative error of the gradient.
 
-    rows(start, count): that part of the gradient `[V, C]`, as a NumPy array.
+    Only the first and last voxels of the gradient are compared. rows(start, count) returns a part
+    of the gradient `[V, C]` as a NumPy array.
     """
     expected_loss, (d_intersection, d_pred_sum) = work.dice(voxels)
     expected = work.gradient((d_intersection, d_pred_sum, 0 * d_pred_sum))
@@ -51,13 +52,13 @@ def errors(work, voxels, loss, rows):
         "loss_error": abs(float(loss) - expected_loss),
         "gradient_error": float(np.max(of_gradient)),
     }
-    # so written that NaN does not pass
+    # NaN does not pass this comparison.
     result["passed"] = all(error <= TOLERANCE[work.dtype] for error in result.values())
     return result
 
 
 def bytes_of_a_set(work, voxels):
-    """Logits, gradient and labels."""
+    """The bytes of logits, gradient and labels together."""
     return 2 * voxels * work.classes * gpu_device.itemsize(work.dtype) + voxels
 
 
@@ -65,26 +66,26 @@ def bytes_of_a_set(work, voxels):
 
 
 def dice_loss(intersection, pred_sum, label_sum):
-    """From sums `[1, C]` in PyTorch or JAX."""
+    """Computes the loss from sums `[1, C]` in PyTorch or JAX."""
     return (1 - (2 * intersection + SMOOTH) / (pred_sum + label_sum + SMOOTH)).mean()
 
 
 def monai_loss(torch, x, y):
     """monai.losses.DiceLoss(to_onehot_y=True, softmax=True): one-hot labels of the logits' size."""
-    p = torch.softmax(x, -1, dtype=torch.float32)  # as autocast does
+    p = torch.softmax(x, -1, dtype=torch.float32)  # Autocast does this too.
     t = torch.zeros_like(p).scatter_(-1, y.long().unsqueeze(-1), 1)
     return dice_loss((t * p).sum(1), p.sum(1), t.sum(1))
 
 
 def compilable_loss(torch, x, y):
-    """The same without a scatter, which a compiler could not fuse."""
+    """The same loss without a scatter, which a compiler could not fuse."""
     p = torch.softmax(x, -1, dtype=torch.float32)
     t = (y.unsqueeze(-1) == torch.arange(x.shape[-1], device=x.device)).float()
     return dice_loss((t * p).sum(1), p.sum(1), t.sum(1))
 
 
 def nnunet_loss(torch, x, y):
-    """nnunetv2's MemoryEfficientSoftDiceLoss: the labels' sum apart, one-hot labels of one byte."""
+    """nnunetv2's MemoryEfficientSoftDiceLoss: one-hot labels of a byte, summed without gradient."""
     p = torch.softmax(x, -1, dtype=torch.float32)
     with torch.no_grad():
         t = torch.zeros(p.shape, dtype=torch.bool, device=p.device)
@@ -94,14 +95,14 @@ def nnunet_loss(torch, x, y):
 
 
 def through_autograd(torch, loss_function, x, y, out=None):
-    """Loss and gradient; `out` is not used."""
+    """Returns loss and gradient by PyTorch's autograd, which cannot use `out`."""
     x = x.detach().requires_grad_()
     loss = loss_function(x, y)
     return loss.detach(), torch.autograd.grad(loss, x)[0]
 
 
 def by_dice_op(torch, core, x, y, out):
-    """The fused sums and gradient, with the formula in PyTorch between them."""
+    """Calls the fused sums and gradient, with the formula in PyTorch between them."""
     stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
     sums = core.sums(x, y, stream=stream)
     intersection, pred_sum, label_sum = (
@@ -134,7 +135,7 @@ if triton:
         padded: tl.constexpr,
         block_voxels: tl.constexpr,
     ):
-        start = block * tl.full((), block_voxels, tl.int64)  # elements may be more than 2^31
+        start = block * tl.full((), block_voxels, tl.int64)  # There may be more than 2^31 elements.
         row = tl.arange(0, block_voxels)
         c = tl.arange(0, padded)
         inside = row < voxels - start
@@ -213,7 +214,7 @@ if triton:
         c = tl.arange(0, padded)
         a = tl.load(result + c)
         b = tl.load(result + padded + c)
-        block = tl.num_programs(0) - 1 - tl.program_id(0)  # what the sums left in the cache first
+        block = tl.num_programs(0) - 1 - tl.program_id(0)  # The cache still holds the last blocks.
         at, mask, p, t = _softmax(logits, labels, block, voxels, classes, padded, block_voxels)
         g = tl.where(t, a[None, :], 0.0) + b[None, :]
         d = p * (g - tl.sum(tl.where(mask, g * p, 0.0), axis=1)[:, None])
@@ -221,7 +222,7 @@ if triton:
 
 
 def by_triton(torch, programs, x, y, out):
-    """Sums, formula and gradient in three kernels."""
+    """Computes sums, formula and gradient in three kernels."""
     voxels, classes = x.shape[1:]
     padded = max(2, triton.next_power_of_2(classes))
     partials = torch.empty(programs * 3 * padded, device=x.device)
@@ -241,7 +242,10 @@ def by_triton(torch, programs, x, y, out):
 
 
 def torch_contenders(torch, core, multiprocessors):
-    """Name to function of logits, labels and memory for a gradient; or to why there is none."""
+    """Maps names to functions of logits, labels and memory for a gradient.
+
+    If there is no function, a text says why.
+    """
     eager = {"monai": monai_loss, "nnunet": nnunet_loss}
     contenders = {
         name: functools.partial(through_autograd, torch, functools.partial(function, torch))
@@ -260,11 +264,11 @@ def torch_contenders(torch, core, multiprocessors):
 
 
 def torch_volume(torch, work, voxels, device):
-    """Logits `[1, V, C]` and labels `[1, V]`."""
+    """Makes logits `[1, V, C]` and labels `[1, V]`."""
 
     def repeated(stored, dtype):
         tile = torch.from_numpy(stored.copy()).to(device)
-        if dtype == "bfloat16":  # NumPy stored its bits
+        if dtype == "bfloat16":  # NumPy has no bfloat16, and stores its bits.
             tile = tile.view(torch.int16).view(torch.bfloat16)
         index = torch.arange(voxels, device=device) % len(stored)
         return tile.index_select(0, index)[None]
@@ -273,7 +277,7 @@ def torch_volume(torch, work, voxels, device):
 
 
 def time_torch(torch, runs):
-    """Launched one by one, between events."""
+    """Times calls that are launched one by one, with events between them."""
     for run in runs[:3]:
         run()
     torch.cuda.synchronize()
@@ -292,7 +296,7 @@ def time_torch(torch, runs):
 
 
 def time_torch_graph(torch, runs):
-    """As one CUDA graph that walks over the buffer sets."""
+    """Times calls in one CUDA graph, which uses the buffer sets in turn."""
     calls = max(4, min(len(runs), 16))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -312,13 +316,13 @@ def time_torch_graph(torch, runs):
 
 
 def measure_in_torch(torch, device, function, work, voxels):
-    """Errors, times and memory of one contender on one volume."""
+    """Measures errors, times and memory of one contender on one volume."""
     sets = []
     for _ in range(min(16, device.rotation(bytes_of_a_set(work, voxels)))):
         x, y = torch_volume(torch, work, voxels, "cuda")
         sets.append((x, y, torch.empty_like(x)))
     x, y, out = sets[0]
-    function(x, y, out)  # compiles, tunes
+    function(x, y, out)  # The first call compiles and tunes.
     out.view(torch.uint8).fill_(0xFF)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -327,7 +331,7 @@ def measure_in_torch(torch, device, function, work, voxels):
     loss, gradient = function(x, y, out)
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before + device.pool_peak()
-    if gradient is out:  # allocated before
+    if gradient is out:  # Its memory was allocated before the measurement.
         extra += out.numel() * out.element_size()
 
     def rows(at, count):
@@ -335,14 +339,14 @@ def measure_in_torch(torch, device, function, work, voxels):
 
     record = errors(work, voxels, loss, rows)
     record["peak_extra_bytes"] = extra
-    gradient = None  # its memory
+    gradient = None  # This frees its memory.
     if not record["passed"]:
         return record
     runs = [functools.partial(function, *buffers) for buffers in sets]
     record["launches"] = time_torch(torch, runs)
     try:
         record["graph"] = time_torch_graph(torch, runs)
-    except Exception as error:  # a contender that no graph can hold is still one
+    except Exception as error:  # Some contenders do not work in a graph.
         record["graph"] = {"error": short(error)}
     return record
 
@@ -351,27 +355,27 @@ def measure_in_torch(torch, device, function, work, voxels):
 
 
 def jax_loss(jax, x, y):
-    """As one writes it in JAX; XLA fuses."""
+    """The loss as people write it in JAX, where XLA fuses the operations."""
     p = jax.nn.softmax(x.astype(jax.numpy.float32), -1)
     t = jax.nn.one_hot(y, x.shape[-1], dtype=jax.numpy.float32)
     return dice_loss((t * p).sum(1), p.sum(1), t.sum(1))
 
 
 def jax_contenders(jax):
-    """Losses of logits and labels by their name: plain, and ours, which XLA calls."""
+    """Maps names to losses of logits and labels. If there is no loss, a text says why."""
     sys.path.append(str(gpu_timing.ROOT / "examples"))
     losses = {"jax": functools.partial(jax_loss, jax)}
     try:
         import jax_dice
 
         losses["dice_op_jax"] = jax_dice.dice_loss
-    except Exception as error:  # the other's turn comes
+    except Exception as error:  # The other contender can still be measured.
         losses["dice_op_jax"] = short(error)
     return losses
 
 
 def measure_in_jax(jax, device, loss_function, work, voxels):
-    """Errors, times and memory of a loss with its gradient under JAX's jit on one volume."""
+    """Measures errors, times and memory of a loss with its gradient under JAX's jit."""
     jnp = jax.numpy
 
     @jax.jit
@@ -379,7 +383,7 @@ def measure_in_jax(jax, device, loss_function, work, voxels):
         return jnp.take(tile, jnp.arange(voxels) % work.period, axis=0)[None]
 
     tile, labels = jnp.asarray(work.stored), jnp.asarray(work.labels)
-    if work.dtype == "bfloat16":  # NumPy stored its bits
+    if work.dtype == "bfloat16":  # NumPy has no bfloat16, and stores its bits.
         tile = jax.lax.bitcast_convert_type(tile, jnp.bfloat16)
     rotation = min(16, device.rotation(bytes_of_a_set(work, voxels)))
     sets = [(repeated(tile), repeated(labels)) for _ in range(rotation)]
@@ -393,7 +397,7 @@ def measure_in_jax(jax, device, loss_function, work, voxels):
     record = errors(work, voxels, loss, rows)
     memory = step.memory_analysis()
     record["peak_extra_bytes"] = memory.temp_size_in_bytes + memory.output_size_in_bytes
-    gradient = None  # its memory
+    gradient = None  # This frees its memory.
     if not record["passed"]:
         return record
 
@@ -415,7 +419,10 @@ def measure_in_jax(jax, device, loss_function, work, voxels):
 
 
 def plan(names, quick):
-    """(name, edge, classes, dtype), the most telling first; what compiles long, later."""
+    """Lists (name, edge, classes, dtype), the most important first.
+
+    torch.compile comes later, because it takes long.
+    """
     edges, classes = ((256, 128), (4, 14)) if quick else ((256, 192, 128, 512), (4, 14, 2, 104))
     volumes = itertools.product(edges, classes, ("float32", "bfloat16"))
     rank = {
@@ -438,11 +445,13 @@ def plan(names, quick):
 
 
 def main():
-    """Print a record for each contender and volume, until the time is up."""
+    """Prints a record for each contender and volume, until the time is up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("framework", choices=("torch", "jax"))
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after that")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="start no measurement after this time"
+    )
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     core, reference, device = gpu_timing.load()
@@ -487,7 +496,7 @@ def main():
             else:
                 record |= measure_in_torch(torch, device, functions[name], work, edge**3)
                 torch.cuda.empty_cache()
-        except Exception as error:  # it belongs in the record, and the others' turn comes
+        except Exception as error:  # The record has it, and the next contender is measured.
             record["error"] = short(error)
         record["seconds_spent"] = round(time.monotonic() - start, 1)
         gpu_timing.emit(record)

@@ -1,7 +1,7 @@
-// A GPU without a framework, for gpu_device.py: memory, events, graphs, and the yardsticks of a
-// measurement, which are how fast 16-byte words can be copied and how fast they can be read.
+// Lets gpu_device.py use a GPU without a framework: its memory, events and graphs. It also measures how fast the GPU
+// copies and reads 16-byte words, with which the kernels are compared.
 //
-// All work goes to one stream. Functions return 0, or a cudaError_t that gpu_error puts in words.
+// All work goes to one stream. Functions return 0, or a cudaError_t for which gpu_error returns a message.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kInFlight = 4;  // independent loads of a thread
+constexpr int kInFlight = 4;  // how many loads of a thread do not wait for each other
 cudaStream_t stream = nullptr;
 unsigned long long* counter = nullptr;  // 8 bytes on the device
 
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) ReadKernel(const uint4* from, int64_
     for (int k = 0; k < kInFlight; ++k) bits |= word[k].x & word[k].y & word[k].z & word[k].w;
   }
   for (; i < words; i += step) bits |= from[i].x & from[i].y & from[i].z & from[i].w;
-  // The caller's data never sets all bits, but the compiler cannot know.
+  // The data of the caller never sets all bits. The compiler does not know this, so it keeps the loads.
   if (bits == ~0u) *sink = bits;
 }
 
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
 
 GPU_EXPORT const char* gpu_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-// about: multiprocessors, bytes of L2, 10 * major + minor, versions of the driver and of the runtime.
+// Fills `about` with the multiprocessors, bytes of L2, 10 * major + minor, and versions of driver and runtime.
 GPU_EXPORT int gpu_open(int about[5]) {
   GPU_RETURN_IF_ERROR(cudaSetDevice(0));
   int major = 0, minor = 0;
@@ -84,7 +84,7 @@ GPU_EXPORT int gpu_synchronize() { return cudaStreamSynchronize(stream); }
 
 // --- memory -------------------------------------------------------------------------------------------
 
-GPU_EXPORT int gpu_memory(uint64_t about[2]) {  // bytes free, bytes in all
+GPU_EXPORT int gpu_memory(uint64_t about[2]) {  // the free bytes and all bytes
   size_t free = 0, total = 0;
   GPU_RETURN_IF_ERROR(cudaMemGetInfo(&free, &total));
   about[0] = free;
@@ -94,19 +94,19 @@ GPU_EXPORT int gpu_memory(uint64_t about[2]) {  // bytes free, bytes in all
 
 GPU_EXPORT int gpu_allocate(uint64_t bytes, void** memory) {
   const cudaError_t error = cudaMalloc(memory, bytes);
-  if (error != cudaSuccess) cudaGetLastError();  // too little memory breaks nothing that comes after
+  if (error != cudaSuccess) cudaGetLastError();  // Later calls must not report this error.
   return error;
 }
 GPU_EXPORT int gpu_release(void* memory) { return cudaFree(memory); }
 
-GPU_EXPORT int gpu_copy_bytes(void* to, const void* from, uint64_t bytes) {  // whichever side is the host
+GPU_EXPORT int gpu_copy_bytes(void* to, const void* from, uint64_t bytes) {  // in any direction
   GPU_RETURN_IF_ERROR(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream));
   return cudaStreamSynchronize(stream);
 }
 
 GPU_EXPORT int gpu_fill(void* to, int byte, uint64_t bytes) { return cudaMemsetAsync(to, byte, bytes, stream); }
 
-// Repeats the first `period` bytes over all of them.
+// Repeats the first `period` bytes until they fill all `bytes`.
 GPU_EXPORT int gpu_repeat(void* data, uint64_t period, uint64_t bytes) {
   char* const start = static_cast<char*>(data);
   for (uint64_t done = period; done < bytes; done *= 2) {
@@ -116,7 +116,7 @@ GPU_EXPORT int gpu_repeat(void* data, uint64_t period, uint64_t bytes) {
   return cudaSuccess;
 }
 
-// How many bytes differ from those one period before.
+// Counts the bytes that differ from those one period before.
 GPU_EXPORT int gpu_mismatches(const void* data, uint64_t period, uint64_t bytes, uint64_t* count) {
   GPU_RETURN_IF_ERROR(cudaMemsetAsync(counter, 0, sizeof(*counter), stream));
   CountKernel<<<4096, kThreads, 0, stream>>>(static_cast<const unsigned char*>(data), static_cast<int64_t>(period),
@@ -125,7 +125,7 @@ GPU_EXPORT int gpu_mismatches(const void* data, uint64_t period, uint64_t bytes,
   return gpu_copy_bytes(count, counter, sizeof(*count));
 }
 
-// The most that was in use at once of the pool behind cudaMallocAsync, since the last reset.
+// Returns the peak use of the memory pool of cudaMallocAsync since the last reset.
 GPU_EXPORT int gpu_pool_peak(uint64_t* bytes, int reset) {
   cudaMemPool_t pool = nullptr;
   GPU_RETURN_IF_ERROR(cudaDeviceGetDefaultMemPool(&pool, 0));

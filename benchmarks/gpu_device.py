@@ -1,6 +1,7 @@
-"""A GPU without a framework: arrays that `dice_op.core` takes through DLPack, timing, yardsticks.
+"""Uses a GPU without a framework, through the library that is compiled from gpu_device.cu.
 
-Loads the library made of gpu_device.cu. Everything goes to one stream, `Device.stream`.
+It makes arrays that `dice_op.core` takes through DLPack, times calls, and measures how fast the GPU
+copies and reads. All work goes to one stream, `Device.stream`.
 """
 
 import ctypes
@@ -12,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 SOURCE = Path(__file__).with_suffix(".cu")
-REPEATS = 50  # of every measurement, after the warm-up
-LONGEST = 4.0  # seconds that one measurement may take: a slow one is repeated less
-# Type code and bits of DLPack, and how NumPy stores it: bfloat16, which NumPy lacks, as its bits.
+REPEATS = 50  # how often a call is timed after the warm-up
+LONGEST = 4.0  # how many seconds one measurement may take; slow calls are repeated less often
+# Each dtype has a type code and bits of DLPack, and a type in which NumPy stores it. NumPy has no
+# bfloat16, and stores its bits.
 DTYPES = {
     "float16": (2, 16, np.float16),
     "bfloat16": (4, 16, np.uint16),
@@ -28,25 +30,25 @@ DTYPES = {
 
 
 def repeats_of(seconds):
-    """How often to repeat what takes so long."""
+    """How often to repeat a call that takes this long."""
     return max(5, min(REPEATS, int(LONGEST / max(seconds, 1e-9))))
 
 
 def itemsize(dtype):
-    """Bytes of one element."""
+    """The bytes of one element."""
     return np.dtype(DTYPES[dtype][2]).itemsize
 
 
 def encode(values, dtype):
-    """Values as they are stored in `dtype`."""
+    """Converts values to the form in which `dtype` is stored."""
     if dtype != "bfloat16":
         return np.ascontiguousarray(values, DTYPES[dtype][2])
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # to the nearest, or even
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # round to nearest even
 
 
 def decode(stored, dtype):
-    """What `encode` stored, as float64."""
+    """Converts what `encode` returned to float64."""
     if dtype == "bfloat16":
         stored = (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float64)
@@ -64,7 +66,7 @@ class _Tensor(ctypes.Structure):
         ("shape", ctypes.POINTER(ctypes.c_int64)),
         ("strides", ctypes.POINTER(ctypes.c_int64)),
         ("byte_offset", ctypes.c_uint64),
-        ("context", ctypes.c_void_p),  # from here on: DLManagedTensor's
+        ("context", ctypes.c_void_p),  # This and the next field make it a DLManagedTensor.
         ("deleter", ctypes.c_void_p),
     ]
 
@@ -76,7 +78,7 @@ _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 
 class Array:
-    """An array on the GPU. `owner`: the array whose memory it shares, or None if it has its own."""
+    """An array on the GPU. `owner` is the array whose memory it shares, or None for its own."""
 
     def __init__(self, device, shape, dtype, pointer, owner):
         self.device, self.shape, self.dtype = device, tuple(map(int, shape)), dtype
@@ -87,7 +89,7 @@ class Array:
         self._tensor = _Tensor(pointer, 2, 0, len(self.shape), code, bits, 1, dims, None, 0)
 
     def __dlpack__(self, **_):
-        # No deleter: the memory is this object's, which outlives the call it is passed to.
+        # There is no deleter, because this object owns the memory and outlives the call.
         return _new_capsule(ctypes.addressof(self._tensor), _CAPSULE_NAME, None)
 
     def __dlpack_device__(self):
@@ -98,11 +100,11 @@ class Array:
             self.device.call("release", ctypes.c_void_p(self.pointer))
 
     def reshape(self, *shape):
-        """The same memory in another shape."""
+        """Returns an array of another shape that shares this memory."""
         return Array(self.device, shape, self.dtype, self.pointer, self)
 
     def numpy(self, start=0, count=None):
-        """A copy on the host, as stored; `start` and `count` in rows of the first axis."""
+        """Copies to the host, as stored. `start` and `count` are rows of the first axis."""
         shape = (self.shape[0] - start if count is None else count, *self.shape[1:])
         result = np.empty(shape, DTYPES[self.dtype][2])
         offset = start * math.prod(self.shape[1:]) * itemsize(self.dtype)
@@ -112,16 +114,16 @@ class Array:
         return result
 
     def fill(self, byte):
-        """Set every byte: 0xFF makes floats NaN."""
+        """Sets every byte. 0xFF makes floats NaN."""
         self.device.call("fill", ctypes.c_void_p(self.pointer), byte, ctypes.c_uint64(self.nbytes))
 
 
 class DeviceError(RuntimeError):
-    """A CUDA call that failed."""
+    """A call of CUDA failed."""
 
 
 class Device:
-    """The first GPU that CUDA shows."""
+    """The first GPU that CUDA reports."""
 
     def __init__(self, library):
         self._library = ctypes.CDLL(str(library))
@@ -134,29 +136,29 @@ class Device:
         self._events = []
 
     def call(self, name, *arguments):
-        """Call a function of gpu_device.cu; raises DeviceError with CUDA's words."""
+        """Calls a function of gpu_device.cu, and raises DeviceError with CUDA's message."""
         error = getattr(self._library, f"gpu_{name}")(*arguments)
         if error:
             raise DeviceError(f"{name}: {self._library.gpu_error(error).decode()}")
 
     def synchronize(self):
-        """Wait for the stream."""
+        """Waits until the stream has finished."""
         self.call("synchronize")
 
     def memory(self):
-        """Bytes free, bytes in all."""
+        """Returns the free bytes and all bytes of the GPU's memory."""
         about = (ctypes.c_uint64 * 2)()
         self.call("memory", about)
         return about[0], about[1]
 
     def pool_peak(self, reset=False):
-        """The most bytes in use at once of CUDA's own pool, which dice_op.core takes from."""
+        """Returns the peak use of CUDA's memory pool, from which dice_op.core allocates."""
         peak = ctypes.c_uint64()
         self.call("pool_peak", ctypes.byref(peak), int(reset))
         return peak.value
 
     def empty(self, shape, dtype, misalign=0):
-        """Uninitialised. `misalign`: bytes that its start lies past an aligned address."""
+        """Makes an uninitialised array, which starts `misalign` bytes after an aligned address."""
         pointer = ctypes.c_void_p()
         bytes_ = math.prod(shape) * itemsize(dtype) + misalign
         self.call("allocate", ctypes.c_uint64(max(bytes_, 1)), ctypes.byref(pointer))
@@ -164,7 +166,7 @@ class Device:
         return Array(self, shape, dtype, pointer.value + misalign, array) if misalign else array
 
     def array(self, stored, dtype, misalign=0):
-        """A copy on the GPU of what `encode` gave."""
+        """Copies what `encode` returned to the GPU."""
         stored = np.ascontiguousarray(stored)
         array = self.empty(stored.shape, dtype, misalign)
         source, bytes_ = ctypes.c_void_p(stored.ctypes.data), ctypes.c_uint64(stored.nbytes)
@@ -172,7 +174,10 @@ class Device:
         return array
 
     def periodic(self, stored, rows, dtype):
-        """`[rows, ...]`: the rows of `stored`, over and over. Big data with a small reference."""
+        """Makes `[rows, ...]` by repeating the rows of `stored`.
+
+        Large data then has a small reference.
+        """
         array = self.empty((rows, *stored.shape[1:]), dtype)
         stored = np.ascontiguousarray(stored[:rows])
         pointer, period = ctypes.c_void_p(array.pointer), ctypes.c_uint64(stored.nbytes)
@@ -181,7 +186,7 @@ class Device:
         return array
 
     def mismatches(self, array, period_rows):
-        """How many bytes differ from those `period_rows` rows before."""
+        """Counts the bytes that differ from those `period_rows` rows before."""
         period = array.nbytes // array.shape[0] * period_rows
         count = ctypes.c_uint64()
         self.call(
@@ -191,11 +196,11 @@ class Device:
         return count.value
 
     def rotation(self, bytes_of_a_set):
-        """How many sets of buffers keep the L2 cache from answering for the memory."""
+        """How many sets of buffers are needed so that the L2 cache cannot hold them."""
         return max(1, math.ceil(4 * self.l2_bytes / bytes_of_a_set))
 
     def _events_for(self, count):
-        """Events, made once and used again."""
+        """Returns at least this many events. They are made once and used again."""
         while len(self._events) < count:
             event = ctypes.c_void_p()
             self.call("event", ctypes.byref(event))
@@ -203,7 +208,7 @@ class Device:
         return self._events
 
     def _samples(self, runs, repeats):
-        """Milliseconds between the events around each run."""
+        """Returns the milliseconds between the events before and after each run."""
         events = self._events_for(repeats + 1)
         self.synchronize()
         for i in range(repeats):
@@ -218,7 +223,7 @@ class Device:
         return samples
 
     def time(self, runs):
-        """Time calls as launched one by one: a dict of medians. `runs`: a call per buffer set."""
+        """Times calls that are launched one by one. `runs` has a call for each buffer set."""
         for run in runs[:3]:
             run()
         start = time.perf_counter()
@@ -231,7 +236,7 @@ class Device:
         return result
 
     def time_graph(self, runs):
-        """The same as one CUDA graph that walks over all buffer sets; a sample is a replay."""
+        """Times calls in one CUDA graph that uses all buffer sets in turn. A sample is a replay."""
         for run in runs[:3]:
             run()
         self.synchronize()
@@ -241,7 +246,7 @@ class Device:
         try:
             for i in range(calls):
                 runs[i % len(runs)]()
-        finally:  # the stream must leave the capture whatever happens
+        finally:  # After an error too, the capture must end.
             self.call("end_capture", ctypes.byref(graph))
         try:
 
@@ -257,7 +262,7 @@ class Device:
         return {**summary(samples), "calls_per_sample": calls}
 
     def yardsticks(self):
-        """Bytes per second that this GPU can copy (read and written) and that it can read."""
+        """Measures the bytes per second of copying (read and written) and of reading."""
         size = min(1 << 30, self.memory()[0] // 8) // 4096 * 4096
         noise = np.random.default_rng(0).integers(0, 2**31, (1 << 20,), np.int32)
         a = self.periodic(noise, size // 4, "int32")
@@ -283,7 +288,7 @@ class Device:
 
 
 def summary(samples):
-    """Median and spread of times in milliseconds."""
+    """Returns the median and spread of times in milliseconds."""
     p10, median, p90 = np.percentile(samples, (10, 50, 90))
     return {
         "median_ms": float(median),

@@ -1,4 +1,4 @@
-"""A record of build_tools/gpu_check.py as a line, a Markdown table, a plot."""
+"""Writes a record of build_tools/gpu_check.py as text, Markdown tables and a plot."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def _microseconds(result, mode):
 
 
 def line(result):
-    """What a result says, for the terminal."""
+    """Describes a result in one line for the terminal."""
     kind = result.get("kind")
     if kind in ("yardsticks", "yardsticks_again"):
         return ", ".join(
@@ -49,7 +49,7 @@ def line(result):
 
 
 def table(head, rows):
-    """Lines of Markdown."""
+    """Returns a table as lines of Markdown."""
     return [
         "| " + " | ".join(head) + " |",
         "|---" * len(head) + "|",
@@ -71,7 +71,7 @@ def _spread(result):
 
 
 def markdown(record):
-    """The record as Markdown."""
+    """Returns the record as Markdown."""
     gpu, results = record["gpu"], record["results"]
     dirty = {True: ", changed", False: "", None: ""}[record["dirty"]]
     text = [
@@ -150,7 +150,7 @@ def _best(result):
 
 
 def plot(record, path):
-    """Time of loss and gradient over the volume, a panel for each class count and type."""
+    """Plots the time of loss and gradient, with a panel for each class count and dtype."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -196,11 +196,11 @@ def plot(record, path):
 
 
 def render(path):
-    """Write the Markdown and, with matplotlib, the plot beside a record; returns their paths."""
+    """Writes Markdown and, if there is matplotlib, a plot beside a record. Returns their paths."""
     record = json.loads(path.read_text())
     table = path.with_suffix(".md")
     table.write_text(markdown(record))
-    os.environ.setdefault("MPLCONFIGDIR", "/tmp")  # matplotlib wants a folder it may write to
+    os.environ.setdefault("MPLCONFIGDIR", "/tmp")  # matplotlib needs a folder that it may write to.
     try:
         plot(record, path.with_suffix(".png"))
     except ImportError:

@@ -1,8 +1,8 @@
-"""Times the kernels on a GPU: sums, gradient, and both. A step of build_tools/gpu_check.py.
+"""Times the kernels on a GPU: sums, gradient, and both. It is a step of build_tools/gpu_check.py.
 
 Every call is checked against float64 before it is timed. Volumes repeat a few thousand random
-voxels over and over, so that the reference of any volume costs no more than theirs; their number is
-prime, so that voxels meet the memory's words in every way. Buffers rotate over four times the L2
+voxels, so that only these need a reference. Their number is prime, so that voxels lie at every
+offset in a word of memory. The calls use buffers in turn that have four times the size of the L2
 cache.
 """
 
@@ -26,33 +26,32 @@ sys.path += [str(BUILD / "install"), str(ROOT / "tests")]
 SMOOTH = 1e-5
 SUMS = ("intersection", "pred_sum", "label_sum", "cross_entropy")
 COEFFICIENTS = ("d_intersection", "d_pred_sum", "d_cross_entropy")
-SUMS_TOLERANCE = {
-    "float64": 1e-12
-}  # of the others: the arithmetic is float32, its exponential fast
+# sums_tolerance says what holds for the others, which compute in float32 with a fast exponential.
+SUMS_TOLERANCE = {"float64": 1e-12}
 GRADIENT_TOLERANCE = {"float32": 5e-6, "float16": 2**-10, "bfloat16": 2**-7, "float64": 1e-12}
 EDGES = (64, 96, 128, 192, 256, 384, 512)
 CLASSES = (1, 2, 3, 4, 5, 14, 104)
 
 
 def load():
-    """The module under test, the reference, the GPU."""
+    """Returns the module under test, the reference and the GPU."""
     core = importlib.import_module("dice_op.core")
     reference = importlib.import_module("reference")
     return core, reference, gpu_device.Device(BUILD / "libgpu_device.so")
 
 
 def emit(record):
-    """Hand a result to gpu_check.py, which reads it from the standard output."""
+    """Prints a result for gpu_check.py, which reads the standard output."""
     print("RECORD " + json.dumps(record), flush=True)
 
 
 def sums_tolerance(dtype):
-    """Largest relative error of a sum."""
+    """The largest relative error that a sum may have."""
     return SUMS_TOLERANCE.get(dtype, 2e-6)
 
 
 class Workload:
-    """The repeated voxels, and what a volume of them must give."""
+    """The voxels that are repeated, and the correct results of a volume of them."""
 
     def __init__(self, reference, classes, dtype):
         self.reference, self.classes, self.dtype = reference, classes, dtype
@@ -60,7 +59,7 @@ class Workload:
         self.period = 4099 if classes <= 16 else 509
         rng = np.random.default_rng(classes)
         self.stored = gpu_device.encode(3 * rng.normal(size=(self.period, classes)), dtype)
-        # Labels come in runs, as along a line through an organ.
+        # Neighbours have the same label, as along a line through an organ.
         runs = rng.integers(0, max(classes, 2), self.period // 16 + 1)
         self.labels = np.repeat(runs, 16)[: self.period].astype(np.uint8)
         self.x = gpu_device.decode(self.stored, dtype)[None]
@@ -70,7 +69,7 @@ class Workload:
         ]
 
     def sums(self, voxels):
-        """(intersection, pred_sum, label_sum, cross_entropy) of a volume, `[1, C]` each."""
+        """The intersection, pred_sum, label_sum and cross_entropy of a volume, `[1, C]` each."""
         whole, rest = divmod(voxels, self.period)
         return [whole * s.sum(0)[None] + s[:rest].sum(0)[None] for s in self.terms]
 
@@ -83,15 +82,16 @@ class Workload:
         return float(loss), (-2 / cardinality / self.classes, d_pred_sum)
 
     def gradient(self, coefficients):
-        """Of the repeated voxels, `[period, C]`; coefficients as the reference takes them."""
+        """The gradient of the repeated voxels, `[period, C]`."""
         return self.reference.gradient(self.x, self.t, coefficients, activation=self.activation)[0]
 
 
 def gradient_error(device, array, expected, reference):
-    """Error of a gradient `[1, V, C]` that must repeat `expected`.
+    """The error of a gradient `[1, V, C]` that must repeat `expected`.
 
-    The first voxels are compared by relative L2, the others with them, byte by byte. Should those
-    differ, if by a rounding, all are brought to the host and compared element by element.
+    The first voxels are compared with `expected` by relative L2, and the others with the first,
+    byte by byte. If bytes differ, even by a rounding, all are copied to the host and compared
+    element by element.
     """
     period, voxels = min(len(expected), array.shape[1]), array.shape[1]
     rows = array.reshape(*array.shape[1:])
@@ -103,12 +103,12 @@ def gradient_error(device, array, expected, reference):
             count = min(step, voxels - start)
             got = gpu_device.decode(rows.numpy(start, count), array.dtype)
             wanted = np.resize(expected, got.shape)
-            worst = max(worst, reference.relative_error(got, wanted))  # of single elements
+            worst = max(worst, reference.relative_error(got, wanted))  # the error of one element
     return float(worst)
 
 
 def plan(quick):
-    """What is measured, the most telling first: (edge, classes, dtype, cross_entropy)."""
+    """Lists (edge, classes, dtype, cross_entropy), the most important first."""
     if quick:
         return [
             (e, c, d, False)
@@ -134,12 +134,12 @@ def plan(quick):
 
 @functools.lru_cache(2)
 def workload(reference, classes, dtype):
-    """Kept for the next volume with the same voxels."""
+    """Makes a workload, or returns the one of the last volume with the same voxels."""
     return Workload(reference, classes, dtype)
 
 
 def host_microseconds(call, device, synchronised):
-    """What a call costs the processor that launches it."""
+    """Measures the time that a call takes on the processor that launches it."""
     device.synchronize()
     start = time.perf_counter()
     for _ in range(20):
@@ -152,7 +152,7 @@ def host_microseconds(call, device, synchronised):
 
 
 def measure(core, reference, device, yardsticks, config):
-    """One volume: checked, then timed. Returns a record."""
+    """Checks one volume, then times it, and returns a record."""
     edge, classes, dtype, cross_entropy = config
     voxels = edge**3
     logits_bytes = voxels * classes * gpu_device.itemsize(dtype)
@@ -204,7 +204,7 @@ def measure(core, reference, device, yardsticks, config):
     backward(*sets[0])
     numbers[2] = numbers[2] * cross_entropy
     expected = work.gradient(numbers)
-    record["sums_error"] = float(np.max(errors))  # NaN stays NaN
+    record["sums_error"] = float(np.max(errors))  # Python's max() could lose a NaN.
     record["gradient_error"] = gradient_error(device, out, expected, reference)
     record["passed"] = bool(
         record["sums_error"] <= sums_tolerance(dtype)
@@ -216,7 +216,7 @@ def measure(core, reference, device, yardsticks, config):
         "in place": device.pool_peak(),
     }
     if not record["passed"]:
-        return record  # the time of a wrong result means nothing
+        return record  # The time of a wrong result means nothing.
     for name, function in (("forward", forward), ("backward", backward), ("pair", pair)):
         runs = [functools.partial(function, *buffers) for buffers in sets]
         result = record[name] = {"launches": device.time(runs)}
@@ -236,10 +236,14 @@ def measure(core, reference, device, yardsticks, config):
 
 
 def main():
-    """Print a record for each volume, until the time is up."""
+    """Prints a record for each volume, until the time is up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two volumes, three class counts")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after that")
+    parser.add_argument(
+        "--quick", action="store_true", help="measure two volumes with three class counts"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="start no measurement after this time"
+    )
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     core, reference, device = load()

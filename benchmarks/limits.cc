@@ -1,6 +1,6 @@
-// What memory allows: how fast `threads` threads read an array, and read one while they write another. And how fast
-// they compute, which tells whether they have the processors to themselves.
-// Compiled with the machine's own flags; called through ctypes.
+// Measures what memory allows: how fast `threads` threads read an array, and how fast they read one array while they
+// write another. It also measures how fast they compute, which shows whether other programs use the processors.
+// measuring.py compiles this file for the machine's own processor, and calls it through ctypes.
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -27,7 +27,7 @@ uint64_t Read(const Words* from, size_t count) {
   return total;
 }
 
-// Past the caches, which what is written would only pass through.
+// Stores past the caches, because nothing reads the copy again.
 void Copy(const Words* from, Words* to, size_t count) {
 #if defined(__x86_64__)
   const __m128i* source = reinterpret_cast<const __m128i*>(from);
@@ -39,10 +39,10 @@ void Copy(const Words* from, Words* to, size_t count) {
 #endif
 }
 
-// As much arithmetic at a time as a processor does: where another thread shares it, both take longer.
+// Fills the arithmetic units of a processor, so that it takes longer if another thread shares the processor.
 float Compute(int rounds) {
   using Numbers = float __attribute__((vector_size(64)));
-  Numbers x[12];  // that differ, or a compiler would compute one for all
+  Numbers x[12];  // They differ, because a compiler would compute equal ones only once.
   for (int i = 0; i < 12; ++i) x[i] = Numbers{} + static_cast<float>(i);
   for (int i = 0; i < rounds; ++i) {
     for (Numbers& y : x) y = y * 0.5f + 1.0f;
@@ -52,7 +52,7 @@ float Compute(int rounds) {
   return total;
 }
 
-// Seconds that `work` takes in `threads` threads at once.
+// Returns the seconds that `work` takes in `threads` threads at once.
 template <class Work>
 double SecondsOf(int threads, const Work& work) {
   const auto start = std::chrono::steady_clock::now();
@@ -65,13 +65,14 @@ double SecondsOf(int threads, const Work& work) {
 
 }  // namespace
 
-// Seconds that a fixed piece of arithmetic takes in each of `threads` threads, some milliseconds.
+// Returns the seconds that a fixed piece of arithmetic takes in `threads` threads at once (some milliseconds).
 extern "C" double ComputeSeconds(int threads) {
   static std::atomic<float> keep;
   return SecondsOf(threads, [] { keep = Compute(1'000'000); });
 }
 
-// Seconds that one pass over `bytes` bytes takes, a multiple of 64 at addresses that are: to null reads.
+// Returns the seconds that one pass over `bytes` bytes takes. If `to` is null, it only reads. `bytes` and the addresses
+// are multiples of 64.
 extern "C" double Seconds(const void* from, void* to, size_t bytes, int threads) {
   static std::atomic<uint64_t> keep;
   const size_t count = bytes / sizeof(Words), block = 1 << 10;

@@ -1,8 +1,8 @@
-"""Time and memory of a contender on a case, in a process that does nothing else; the limits.
+"""Measures a contender's time and memory on a case, and the limits of the machine.
 
-    python -m benchmarks.measuring '{"contender": ..., "case": ..., "seconds": ...}'
+    python -m benchmarks.measuring '{"contender": ..., "case": ..., "seconds": ..., "labels": ...}'
 
-prints one line of JSON.
+measures in a process that does nothing else, and prints one line of JSON.
 """
 
 import contextlib
@@ -22,27 +22,27 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.cases import Case
-from benchmarks.contenders import CONTENDERS, LEVELS, same_loss
+from benchmarks.contenders import CONTENDERS
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP_SHAPES = ((8, 8, 8), (16, 16, 16))
-TOO_SLOW = 2.0  # seconds: a call above that is repeated thrice and no more
-# Sums over millions of voxels in single precision are only so good: what is further away than this
-# computes another loss, which is near 1.
+TOO_SLOW = 2.0  # seconds; a call that takes longer is made only three times
+# Sums over millions of voxels in single precision are not exact. But the loss is near 1, and an
+# error above this means that the contender computes another loss.
 MAX_ERROR = 1e-2
-# Others may use this machine's processors too. A measurement before or after which these were
-# slower than this share of the fastest that the run has seen is repeated.
+# Other programs may use the processors too. A measurement is repeated if the processors ran below
+# this share of the highest speed in this run, before it or after it.
 UNDISTURBED = 0.93
 CALIBRATION = 3.0  # seconds
 ATTEMPTS = 4
-PATIENCE = 5.0  # seconds to wait for a better moment before each attempt
+PATIENCE = 5.0  # how many seconds each attempt waits for a quiet moment
 
 
 # --- memory ---------------------------------------------------------------------------------------
 
 
 def memory(field):
-    """A field of /proc/self/status in bytes: VmRSS is the resident memory, VmHWM its peak."""
+    """Returns a field of /proc/self/status in bytes: VmRSS, resident memory, or VmHWM, its peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return 1024 * int(line.split()[1])
@@ -50,7 +50,7 @@ def memory(field):
 
 
 def reset_peak():
-    """Start the peak of the resident memory anew; False where the system does not allow it."""
+    """Resets the peak of the resident memory. Returns False if the system does not allow it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -59,8 +59,11 @@ def reset_peak():
 
 
 def give_back_free_memory():
-    """To the system, so that what is allocated next counts, also where it was in use before."""
-    with contextlib.suppress(OSError, AttributeError):  # only glibc knows how
+    """Gives free memory back to the system.
+
+    Otherwise, later allocations could reuse it, and the peak would not show them.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # Only glibc has malloc_trim.
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -68,14 +71,14 @@ def give_back_free_memory():
 
 
 def tensors(contender, x, y):
-    """Logits and labels in the contender's own type."""
-    if contender.startswith("monai"):
+    """Converts logits and labels to the type that the contender takes."""
+    if contender.arrays == "torch":
         import torch
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         x = torch.tensor(np.ascontiguousarray(np.moveaxis(x, -1, 1))).requires_grad_()
         return x, torch.tensor(y[:, None])
-    if contender.startswith("dice_op.core"):
+    if contender.arrays == "numpy":
         return x, y
     import tensorflow as tf
 
@@ -83,25 +86,26 @@ def tensors(contender, x, y):
 
 
 def measure(contender, case, seconds, labels=None):
-    """Loss, peak extra memory of the first loss with gradient, and the times of more.
+    """Returns the loss, the peak of extra memory in the first call, and the times of later calls.
 
-    labels: in place of the case's own, `[batch, spatial...]`.
+    labels: the labels to use in place of the case's own, `[batch, spatial...]`.
     """
-    if contender in LEVELS:
+    contender = CONTENDERS[contender]
+    if level := contender.simd_level:
         from dice_op import core
 
-        if core.build_info()["simd_level"] != LEVELS[contender]:
-            raise RuntimeError(f"this processor, or this build, has no {LEVELS[contender]}")
-    step = CONTENDERS[contender](case)
-    # Small volumes first: tracing, compiling (of the second shape: compiling anew) and starting
-    # threads take memory that is not the loss's.
+        if core.build_info()["simd_level"] != level:
+            raise RuntimeError(f"this processor, or this build, has no {level}")
+    step = contender.make_step(case)
+    # Small volumes come first. Tracing, compiling and starting threads take memory that does not
+    # belong to the loss. There are two shapes because the second may cause a second compilation.
     small = [dataclasses.replace(case, shape=shape) for shape in WARM_UP_SHAPES]
     for volume in small:
         step(*tensors(contender, *volume.make()))
     logits, labels = tensors(contender, *case.make(labels))
-    step(*tensors(contender, *small[0].make()))  # TensorFlow lets go of NumPy's arrays a call late
+    step(*tensors(contender, *small[0].make()))  # TensorFlow frees NumPy's arrays one call late.
 
-    # The first call on the volume shows the peak: the allocator keeps that memory for later calls.
+    # Only the first call shows the peak, because the allocator keeps its memory for later calls.
     give_back_free_memory()
     resident = memory("VmRSS")
     can_measure = reset_peak()
@@ -128,7 +132,7 @@ def measure(contender, case, seconds, labels=None):
 
 
 def in_new_process(module, *arguments, **variables):
-    """The line of JSON that a module prints, run in a process of its own; or why it does not."""
+    """Runs a module in a new process. Returns the JSON that it prints, or its error as a text."""
     command = [sys.executable, "-m", module, *arguments]
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3"}
     environment = {**quiet, **os.environ, "PYTHONPATH": str(ROOT), **variables}
@@ -140,15 +144,19 @@ def in_new_process(module, *arguments, **variables):
 
 
 def disturbed(pace, fastest):
-    """Whether others used the processors, which took `pace` seconds for what takes `fastest`."""
+    """Whether other programs used the processors.
+
+    The same arithmetic took `pace` seconds now, and `fastest` seconds when the machine was quiet.
+    """
     return fastest < UNDISTURBED * pace
 
 
 def undisturbed(machine, measurement):
-    """What a call returns, with `pace`: the slower of the `Machine`'s before and after the call.
+    """Repeats a measurement until the machine is quiet before it and after it.
 
-    The call is repeated until both are near the fastest; where they never are, it is the attempt at
-    which the machine, not the call, was fastest. A failure is final.
+    Returns what the measurement returned, with `pace`, the slower of the `Machine`'s paces before
+    and after it. If the machine is never quiet, this is the attempt with the fastest pace of the
+    machine, whatever its own time. A failure is not repeated.
     """
     best = None
     for _ in range(ATTEMPTS):
@@ -167,12 +175,15 @@ def undisturbed(machine, measurement):
 
 
 def compare(case, contenders, seconds=2.0, labels=None, machine=None):
-    """What `measure` returns for each contender, as it comes, with what it is worth.
+    """Measures each contender in a new process, and yields a dict for each.
 
-    Yields dicts with `contender`, `name` and `case`; `failed`, the reason; or `error`, of the loss
-    against double precision, and `wrong`, whether that is another loss. With a `Machine`, measured
-    as `undisturbed` does, also its `pace`, its `limits`, the mean of those before and after, and
-    `of_limit`, the time over what these allow.
+    A dict has `contender`, `name` and `case`. After a failure it has `failed`, the reason.
+    Otherwise it has what `measure` returns, `error`, the difference from the loss in double
+    precision, and `wrong`, which says whether the contender computes another loss.
+
+    With a `Machine`, `undisturbed` repeats the measurement. Then there are also `pace`; `limits`,
+    the mean of the limits before and after; and `of_limit`, the time divided by the least time that
+    these limits allow.
     """
     expected = case.loss(labels)
     with tempfile.TemporaryDirectory() as folder:
@@ -183,7 +194,8 @@ def compare(case, contenders, seconds=2.0, labels=None, machine=None):
         for contender in contenders:
             job = {"contender": contender, "case": dataclasses.asdict(case), "seconds": seconds}
             job["labels"] = file and str(file)
-            level = {"DICE_OP_SIMD": LEVELS[contender]} if contender in LEVELS else {}
+            about = CONTENDERS[contender]
+            level = {"DICE_OP_SIMD": about.simd_level} if about.simd_level else {}
 
             def measurement(job=job, level=level):
                 before = machine.limits() if machine else None
@@ -199,7 +211,7 @@ def compare(case, contenders, seconds=2.0, labels=None, machine=None):
             result = undisturbed(machine, measurement) if machine else measurement()
             if "failed" not in result:
                 result["error"] = abs(result["loss"] - expected)
-                result["wrong"] = same_loss(contender) and not result["error"] <= MAX_ERROR
+                result["wrong"] = about.same_loss and not result["error"] <= MAX_ERROR
             yield result | {
                 "contender": contender,
                 "case": dataclasses.asdict(case),
@@ -225,7 +237,7 @@ def _limits_library():
 
 
 class Machine:
-    """What the processors of this process allow, all at once, at the moment of asking."""
+    """Measures what all processors of this process together can do at the moment."""
 
     def __init__(self):
         self.threads = len(os.sched_getaffinity(0))
@@ -235,7 +247,7 @@ class Machine:
             self.pace()
 
     def pace(self, repeats=9):
-        """Seconds that a fixed piece of arithmetic takes."""
+        """Measures how many seconds a fixed piece of arithmetic takes."""
         compute = _limits_library().ComputeSeconds
         seconds = statistics.median(compute(self.threads) for _ in range(repeats))
         self.fastest = min(self.fastest, seconds)
@@ -245,7 +257,7 @@ class Machine:
         return not disturbed(pace, self.fastest)
 
     def limits(self, megabytes=256, repeats=9):
-        """Bytes per second that they read, and read while they write as much."""
+        """Measures the bytes per second of reading, and of reading and writing equal amounts."""
         seconds = _limits_library().Seconds
         size = megabytes << 20
         arrays = [np.ones(size + 64, np.uint8) for _ in range(2)]
@@ -263,7 +275,7 @@ class Machine:
 
 
 def bound_of(case, limits):
-    """Seconds of one read for the sums, and one read and one write for the gradient."""
+    """The least seconds for one read for the sums, and one read and one write for the gradient."""
     read = case.logits_bytes + case.labels_bytes
     return read / limits["read"] + (read + case.logits_bytes) / limits["copy"]
 

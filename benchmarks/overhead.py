@@ -1,8 +1,8 @@
-"""What an eager call costs before any voxel counts: loss and gradient of a tiny volume, by parts.
+"""Measures the fixed cost of an eager call: loss and gradient of a tiny volume, and their parts.
 
     python -m benchmarks.overhead
 
-prints one line of JSON, seconds.
+prints one line of JSON with times in seconds.
 """
 
 import json
@@ -13,7 +13,7 @@ SHAPE = (1, 8, 8, 8, 4)
 
 
 def measure(repeats=300):
-    """Part to (forward, with gradient), medians in seconds."""
+    """Returns for each part the median seconds of (forward, with gradient)."""
     import keras
     import numpy as np
     import tensorflow as tf

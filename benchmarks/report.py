@@ -1,4 +1,4 @@
-"""A record of `python -m benchmarks` as lines, Markdown tables and plots, and README.md's part."""
+"""Writes a record of `python -m benchmarks` as text, Markdown, plots and README.md's table."""
 
 import re
 import statistics
@@ -8,7 +8,8 @@ from benchmarks.contenders import IN_PLACE, same_loss
 from benchmarks.gpu_report import table
 from benchmarks.measuring import UNDISTURBED, disturbed
 
-SHOWN = (  # in README.md
+# The contenders in README.md and in the plots.
+SHOWN = (
     "dice_op",
     "dice_op, XLA",
     "vectorised, XLA",
@@ -33,12 +34,12 @@ def _memory(result):
 
 
 def _speed(result, case):
-    """Of what must be moved: the logits read twice, the labels twice, the gradient written."""
+    """GB/s of the least traffic: logits and labels read twice, and the gradient written once."""
     return 1e-9 * (3 * case.logits_bytes + 2 * case.labels_bytes) / result["seconds"]
 
 
 def _notes(record):
-    """What to say of measurements while others used the processors, by case and contender."""
+    """Maps case and contender to a note, if other programs used the processors meanwhile."""
     paces = {(r["name"], r["contender"]): r["pace"] for r in record["results"] if "pace" in r}
     fastest = min(paces.values(), default=None)
     return {
@@ -49,7 +50,7 @@ def _notes(record):
 
 
 def _quiet(record, notes):
-    """Lines that say how often that was."""
+    """Returns lines that say how many measurements have such a note."""
     measured = sum("pace" in result for result in record["results"])
     if not measured:
         return []
@@ -62,7 +63,7 @@ def _quiet(record, notes):
 
 
 def line(result):
-    """What a result says, for the terminal."""
+    """Describes a result in one line for the terminal."""
     if "failed" in result:
         return f"{result['contender']}: failed: {result['failed'][:150]}"
     low, high = (1e3 * q for q in result["quartiles"])
@@ -106,7 +107,7 @@ def _by_name(record):
 
 
 def _claims(record):
-    """What the numbers come to: the ratios that this project is held to."""
+    """Returns lines with the ratios that this project has targets for."""
     by = _by_name(record)
 
     def seconds(case, contender="dice_op"):
@@ -153,7 +154,7 @@ def _claims(record):
         + "."
     )
     for case in README_CASES:
-        # as the record has them: what was measured then may have had other levels
+        # The record may be older than CONTENDERS and have other levels.
         measured = [c for name, c in by if name == case]
         levels = [c for c in measured if re.fullmatch(r"dice_op\.core, (portable|x86-.*)", c)]
         if levels:
@@ -180,7 +181,7 @@ def _overhead(record):
 
 
 def markdown(record):
-    """All results, a table per case."""
+    """Returns all results as Markdown, with a table for each case."""
     notes = _notes(record)
     lines = ["# Loss and gradient on a CPU", "", _about(record["machine"]), ""]
     lines += [
@@ -203,7 +204,7 @@ def markdown(record):
 
 
 def plot(record, path):
-    """Time against voxels and against classes, memory."""
+    """Plots time over voxels, and time and memory over classes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -267,7 +268,7 @@ def plot(record, path):
 
 
 def readme_part(record):
-    """The short table."""
+    """Returns the short table for README.md, with its markers."""
     by, notes = _by_name(record), _notes(record)
     rows = []
     for name in SHOWN:
@@ -291,7 +292,7 @@ def readme_part(record):
 
 
 def write(record, path):
-    """Everything beside the record, and README.md's part."""
+    """Writes the table and the plot beside the record, and the part of README.md."""
     path.with_suffix(".md").write_text(markdown(record))
     plot(record, path.with_suffix(".png"))
     readme = path.parents[2] / "README.md"

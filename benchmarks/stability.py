@@ -1,9 +1,10 @@
-"""Where Dice losses break: dice_op, MONAI and Keras on hard cases, as a table.
+"""Shows where Dice losses break: prints a table of dice_op, MONAI and Keras on hard cases.
 
     python benchmarks/stability.py
 
-Needs MONAI and PyTorch. The gradient is shown by its norm over that of the exact one, computed in
-double precision: 1 is right, 0 is a network that does not learn, NaN one that is lost.
+It needs MONAI and PyTorch. The table shows the norm of each gradient divided by the norm of the
+exact gradient, which is computed in double precision. 1 is right; with 0 the network does not
+learn; NaN destroys the weights.
 """
 
 import os
@@ -23,7 +24,7 @@ CLASSES = 3
 
 
 def volume(edge, kind="random", dtype="float32"):
-    """Logits `[1, edge, edge, edge, C]` and class indices."""
+    """Makes logits `[1, edge, edge, edge, C]` and class indices."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, edge, edge, edge, CLASSES)).astype(dtype)
     y = rng.integers(0, CLASSES, size=x.shape[:-1]).astype(np.uint8)
@@ -55,7 +56,7 @@ def by_monai(x, y, background):
 
 
 def by_keras(x, y, background):
-    """keras.losses.Dice, class by class, in the logits' own precision."""
+    """keras.losses.Dice of each class, in the precision of the logits."""
     loss = keras.losses.Dice(axis=(1, 2, 3), reduction="none", dtype=x.dtype.name)
     x = tf.constant(x)
     with tf.GradientTape() as tape:
@@ -78,7 +79,7 @@ CONTENDERS = {"dice_op": by_dice_op, "MONAI": by_monai, "keras.losses.Dice": by_
 
 
 def generalized_dice(edge):
-    """dice_op's and MONAI's loss of two classes of equal size, where every voxel is wrong."""
+    """The losses of dice_op and MONAI for two classes of equal size, if every voxel is wrong."""
     y = np.zeros((1, edge, edge, edge), np.uint8)
     y[:, : edge // 2] = 1
     x = np.where(y[..., None] == np.arange(2), -9, 9).astype(np.float32)

@@ -1,14 +1,15 @@
 """Tries wheels in new environments, as a user would.
 
-    make check-wheels                    all wheels in dist/
+    make check-wheels                    tries all wheels in dist/
     python build_tools/check_wheel.py dist/dice_op-0.1.0+tf2.21.cpu-*.whl
 
-First it looks at the file: its size, contents, tag and licences, and what its libraries need and
-export. Then it installs the wheel with its TensorFlow, and nothing else, into a new virtual
-environment (a wheel with CUDA into two: with tensorflow and with tensorflow-cpu). There, from an
-empty folder, it measures the import, compares values and gradients with double precision, trains a
-Keras model with and without XLA, and runs `python -m dice_op info`. Last, it installs the wheels
-for other versions of TensorFlow, and reads what they say.
+First, it checks the file: its size, contents, tag and licences, and what its libraries need and
+export. Second, it installs the wheel with its TensorFlow, and nothing else, into a new virtual
+environment. A wheel with CUDA gets two environments: one with tensorflow, one with tensorflow-cpu.
+There, in an empty folder, it measures how long the import takes, compares values and gradients
+with double precision, trains a Keras model with and without XLA, and runs `python -m dice_op info`.
+Third, it installs the wheels for other versions of TensorFlow, and checks that their error messages
+name both versions.
 """
 
 import argparse
@@ -26,10 +27,11 @@ from wheels import EXCLUDED, MATRIX, PIP, PLATFORM, ROOT, WORK, interpreter, par
 MOST_BYTES = 5_000_000
 MOST_IMPORT_SECONDS = 0.05
 LIBRARIES = ["dice_op.so", "dice_op_kernels.so", "dice_op_xla.so"]
-# Every Linux has these. (manylinux allows a few more, but nothing here should need them.)
+# Every Linux has these libraries. manylinux allows a few more, but dice_op should not need them.
 SYSTEM = re.compile(r"lib(c|m|dl|rt|pthread|gcc_s)\.so\.\d+|ld-linux-x86-64\.so\.2")
+# Symbols of Python, TensorFlow and dice_op, which are defined in other libraries of the process.
 THEIRS = re.compile(r"_?Py|_Z\w*(dice_op|tensorflow|tsl|xla|absl|Eigen|stream_executor)")
-# The kernels export their API for the other libraries; the others export what their loader needs.
+# What each library may export: the kernels their API, the others what Python or TensorFlow loads.
 EXPORTS = {
     "dice_op.so": r"(?!)",
     "dice_op_kernels.so": r"(vtable for |typeinfo (name )?for )?dice_op::.*",
@@ -37,7 +39,7 @@ EXPORTS = {
     "core": r"PyInit_core",
 }
 
-# The three lines that a user adds to a Keras script, with a model and data around them.
+# A user adds three of these lines to a Keras script. The rest makes a model and data.
 TRAIN = """
 import os
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -68,7 +70,8 @@ for classes in (2, 3, 14, 104):
     x = 3 * rng.standard_normal((2, 9, 10, 11, classes))
     y = rng.integers(0, classes, x.shape[:-1])
 
-    def loss(x):  # of MONAI's documentation, in double precision, or complex for derivatives
+    # The formula of MONAI's documentation, in double precision. A complex x gives a derivative.
+    def loss(x):
         e = np.exp(x - x.real.max(-1, keepdims=True))
         p, t = e / e.sum(-1, keepdims=True), np.eye(classes)[y]
         sums = [v.sum((1, 2, 3)) for v in (p * t, p, t)]
@@ -112,7 +115,7 @@ except ImportError as error:
 
 
 class WheelError(Exception):
-    """A wheel is wrong; the message says in what."""
+    """Something is wrong with a wheel; the message says what."""
 
 
 def require(condition, what):
@@ -127,7 +130,7 @@ def run(command, **options):
 
 
 def check_file(wheel, tensorflow, variant):
-    """Checks the file itself and runs nothing of it."""
+    """Checks the file without running any of its code."""
     require(
         wheel.stat().st_size < MOST_BYTES, f"{wheel.stat().st_size} bytes, at most {MOST_BYTES}"
     )
@@ -139,7 +142,8 @@ def check_file(wheel, tensorflow, variant):
         core = next((n for n in binaries if n.startswith("core.")), "core.*.so")
         require(binaries == {core, *LIBRARIES}, f"its libraries are {sorted(binaries)}")
         source = ROOT / "dice_op"
-        sources = {str(p.relative_to(source)) for p in source.rglob("*.py")} | {"py.typed", "core.pyi"}
+        sources = {str(p.relative_to(source)) for p in source.rglob("*.py")}
+        sources |= {"py.typed", "core.pyi"}
         require(package - binaries == sources, f"its files are {sorted(package)}")
         others = [n for n in names if not n.startswith("dice_op/") and ".dist-info/" not in n]
         require(not others, f"it holds {others}")
@@ -171,7 +175,7 @@ def check_library(library, variant):
     versions = re.findall(r"GLIBC_(2\.\d+)", run(["objdump", "-T", library]))
     newest = max((int(v.split(".")[1]) for v in versions), default=0)
     require(newest <= int(MATRIX["glibc"].split(".")[1]), f"{library.name} needs glibc 2.{newest}")
-    # A library may need symbols of the system, which have a version, and those in THEIRS.
+    # A library may need symbols of the system, which have a version, and those that THEIRS matches.
     for line in run(["nm", "-D", "--undefined-only", library]).splitlines():
         kind, _, symbol = line.strip().partition(" ")
         known = re.search(r"@(GLIBC|GCC)_", symbol) or THEIRS.match(symbol) or kind in "wv"
@@ -184,8 +188,11 @@ def check_library(library, variant):
 
 
 def check_installed(wheel, package, tensorflow, variant, python, folder):
-    """Tries the wheel in a new environment with this package of TensorFlow. Returns the start of a
-    call of its pip, a function that runs code there, and the seconds that an import takes."""
+    """Tries the wheel in a new environment with this package of TensorFlow.
+
+    Returns the first words of an install command of its pip, a function that runs code there, and
+    the seconds that an import takes.
+    """
     require(interpreter(python), f"this machine has no Python {python} to try it with")
     run([interpreter(python), "-m", "venv", folder / "venv"])
     inside = folder / "venv" / "bin" / "python"
@@ -213,7 +220,10 @@ def check_installed(wheel, package, tensorflow, variant, python, folder):
 
 
 def check_mismatch(others, pip, ask, tensorflow):
-    """Installs wheels for another TensorFlow: their error must name both versions, and a remedy."""
+    """Installs wheels for other versions of TensorFlow.
+
+    Their error messages must name both versions and say what to install.
+    """
     for wheel, built_for in others:
         run([*pip, "--no-deps", "--force-reinstall", wheel])
         words = ask(MISMATCH)
@@ -229,7 +239,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("wheels", nargs="*", type=Path)
+    parser.add_argument("wheels", nargs="*", type=Path, help="wheels to try (default: dist/*.whl)")
     options = parser.parse_args()
     wheels = options.wheels or sorted((ROOT / "dist").glob("*.whl"))
     if not wheels:
@@ -246,7 +256,7 @@ def main():
             for other, (of, its, its_python) in known.items()
             if of != tensorflow and (its, its_python) == (variant, python)
         ]
-        # tensorflow exports symbols of CUDA, tensorflow-cpu does not: a CUDA build runs with both.
+        # A CUDA build must run with both: tensorflow exports symbols of CUDA, tensorflow-cpu none.
         packages = ("tensorflow-cpu",) if variant == "cpu" else ("tensorflow", "tensorflow-cpu")
         try:
             check_file(wheel, tensorflow, variant)

@@ -2,9 +2,10 @@
 
     python build_tools/gpu_check.py [--quick]
 
-Needs Linux, a GPU with its driver, nvcc of CUDA 12 or later, Python >= 3.10 with numpy, pybind11
-and cmake. PyTorch, Triton, JAX and TensorFlow take part if they can be imported. Exit status: 0 if
-all checks that ran passed, 1 if not, 2 without a GPU or nvcc.
+It needs Linux, a GPU with its driver, nvcc of CUDA 12 or later, and Python >= 3.10 with numpy,
+pybind11 and cmake. It also measures PyTorch, Triton, JAX and TensorFlow if they can be imported.
+The exit status is 0 if all checks that ran passed, 1 if one failed, and 2 if there is no GPU or no
+nvcc.
 """
 
 import argparse
@@ -25,9 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS, BUILD = ROOT / "benchmarks", ROOT / "build" / "gpu"
 sys.path.append(str(BENCHMARKS))
 
+import find_nvcc  # noqa: E402
 import gpu_report  # noqa: E402
 
-# Steps, and how they share the time: each takes at most its part of what the earlier ones left.
+# The steps and their weights. A step may use its share, by weight, of the time that is left for it
+# and for the steps after it.
 STEPS = {"build": 3, "check": 2, "sanitizer": 1.5, "measure": 3, "contenders": 3.5, "tensorflow": 1}
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
@@ -36,7 +39,7 @@ SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
 def output_of(*command):
-    """What a command prints, or an empty string."""
+    """Returns what a command prints, or an empty string if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -45,7 +48,10 @@ def output_of(*command):
 
 
 def without_paths(value):
-    """Strict JSON has no NaN, and where a machine keeps its files is nobody's business."""
+    """Returns a value for the record: without paths of this machine, and with NaN as a string.
+
+    Strict JSON has no NaN.
+    """
     if isinstance(value, dict):
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -57,7 +63,7 @@ def without_paths(value):
 
 
 class Record:
-    """The JSON file, written anew whenever something is added."""
+    """The record as a JSON file, which is written again whenever something is added."""
 
     def __init__(self, folder, gpu, commit):
         modules = ("numpy", "torch", "triton", "jax", "cupy-cuda13x", "tensorflow", "ml_dtypes")
@@ -68,7 +74,7 @@ class Record:
             except importlib.metadata.PackageNotFoundError:
                 continue
         head = output_of("git", "rev-parse", "--short=10", "HEAD")
-        nvcc = re.search(r"release ([\d.]+)", output_of(find_nvcc(), "--version"))
+        nvcc = re.search(r"release ([\d.]+)", output_of(nvcc_path(), "--version"))
         self.data = {
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "gpu": gpu, "nvcc": nvcc[1] if nvcc else None, "commit": commit or head or "unknown",
@@ -81,19 +87,19 @@ class Record:
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self):
-        """Never leaves half a file behind."""
+        """Writes the file under another name first, so that an interruption leaves no half file."""
         beside = self.path.with_suffix(".part")
         beside.write_text(json.dumps(without_paths(self.data), indent=1) + "\n")
         beside.replace(self.path)
 
     def add(self, result):
-        """A result of a worker."""
+        """Adds a result of a worker."""
         self.data["results"].append(result)
         self.write()
         print("  " + gpu_report.line(result), flush=True)
 
     def step(self, name, status, start, **details):
-        """How a step ended: "passed", "failed", "skipped"."""
+        """Adds how a step ended; `status` is "passed", "failed" or "skipped"."""
         seconds = round(time.monotonic() - start, 1)
         self.data["steps"][name] = {"status": status, "seconds": seconds, **details}
         self.write()
@@ -102,7 +108,10 @@ class Record:
 
 
 def run_worker(command, seconds, record):
-    """Run a worker, take its results as they come. Returns its exit status and its log's end."""
+    """Runs a worker and adds its results as they come.
+
+    Returns its exit status, or a text that says why it has none, and the end of its log.
+    """
     try:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
@@ -137,20 +146,17 @@ def run_worker(command, seconds, record):
 # --- the steps ------------------------------------------------------------------------------------
 
 
-def find_nvcc():
-    """Where CMake will look first; an empty string if it is not there."""
-    folders = [os.environ[n] for n in ("CUDA_HOME", "CUDA_PATH") if n in os.environ]
-    folders.append("/usr/local/cuda")
-    candidates = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
-    candidates += [f"{folder}/bin/nvcc" for folder in folders]
-    candidates += [
-        n for p in sys.path for n in sorted(map(str, Path(p).glob("nvidia/cu*/bin/nvcc")))
-    ]
-    return next((c for c in candidates if c and Path(c).exists()), "")
+def nvcc_path():
+    """The compiler for the build, or an empty string if there is none.
+
+    Where no variable names a compiler and pip has installed none, the usual folder may have one.
+    """
+    found = find_nvcc.of_machine() + find_nvcc.of_pip()
+    return found[0] if found else shutil.which("nvcc", path="/usr/local/cuda/bin") or ""
 
 
 def gpu_facts():
-    """Of the first GPU, from nvidia-smi; None without one."""
+    """What nvidia-smi says about the first GPU, or None if there is no GPU."""
     fields = (
         "name,driver_version,compute_cap,memory.total,clocks.sm,clocks.mem,clocks.max.sm,"
         "clocks.max.mem,power.limit,temperature.gpu,ecc.mode.current,utilization.gpu"
@@ -163,9 +169,9 @@ def gpu_facts():
 
 
 def build(arch, seconds, record, start):
-    """The module, and the library of gpu_device.py, for this GPU only."""
+    """Builds the module, and the library that gpu_device.py loads, for this GPU only."""
     cmake = shutil.which("cmake") or str(Path(sys.executable).with_name("cmake"))
-    nvcc = find_nvcc()
+    nvcc = nvcc_path()
     install = BUILD / "install"
     configure = [
         cmake,
@@ -187,7 +193,7 @@ def build(arch, seconds, record, start):
         "-Xcompiler=-fPIC,-fvisibility=hidden",
         f"-arch=sm_{arch}",
     ]
-    # pip's nvcc looks for its runtime in another folder than pip puts it into
+    # The nvcc that pip installs does not look in the folder where pip puts CUDA's runtime.
     library += [f"-L{Path(nvcc).resolve().parent.parent / 'lib'}"]
     library += [str(BENCHMARKS / "gpu_device.cu"), "-o", str(BUILD / "libgpu_device.so")]
     jobs = str(os.cpu_count() or 1)
@@ -213,9 +219,9 @@ def build(arch, seconds, record, start):
 
 
 def run_sanitizer(seconds, record, start):
-    """compute-sanitizer's tools over a few cases; an error of theirs fails the step."""
+    """Runs a few cases under each tool of compute-sanitizer; an error fails the step."""
     tool = shutil.which("compute-sanitizer") or str(
-        Path(find_nvcc()).with_name("compute-sanitizer")
+        Path(nvcc_path()).with_name("compute-sanitizer")
     )
     if not Path(tool).exists():
         record.step("sanitizer", "skipped", start, reason="there is no compute-sanitizer")
@@ -232,7 +238,7 @@ def run_sanitizer(seconds, record, start):
             results[kind] = "no errors"
         elif any(found) or status == 99 or "  FAILED" in log:
             results[kind] = f"failed: exit {status}, {sum(found)} errors\n{log}"
-        else:  # the tool does not work everywhere
+        else:  # The tool does not work on every machine, so this is no failure of dice_op.
             results[kind] = f"did not run to its end: {status}\n{log[-600:]}"
         print(f"  {kind}: {results[kind]}", flush=True)
     first_words = {result.split()[0] for result in results.values()}
@@ -243,7 +249,7 @@ def run_sanitizer(seconds, record, start):
 
 
 def run_step(name, arguments, seconds, record, start):
-    """A step that is one worker, or two."""
+    """Runs a step that consists of one worker or two."""
     programs = {
         "check": [["gpu_cases.py", "all"]],
         "tensorflow": [["gpu_cases.py", "tensorflow"]],
@@ -261,7 +267,7 @@ def run_step(name, arguments, seconds, record, start):
         status, log = run_worker(command, max(1, share), record)
         wrong = [r for r in record.data["results"][before:] if r.get("passed") is False]
         wrong += [f for r in record.data["results"][before:] for f in r.get("failures", ())]
-        if name == "contenders":  # what others compute or fail to is recorded, not judged
+        if name == "contenders":  # The step records what others compute, and judges only dice_op.
             wrong = [r for r in wrong if isinstance(r, dict) and r["name"] == "dice_op"]
         ends.append({"status": status, "wrong": len(wrong)} | ({"log": log} if status else {}))
     crashed = any(end["status"] != 0 for end in ends)
@@ -278,17 +284,39 @@ def run_step(name, arguments, seconds, record, start):
 
 
 def parse_arguments():
-    """The command line."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="few volumes")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--steps", default=",".join(STEPS), help="default: %(default)s")
-    parser.add_argument("--skip", default="", help="steps to leave out, separated by commas")
-    parser.add_argument("--time-limit", type=float, default=540, metavar="SECONDS")
-    parser.add_argument("--commit", help="what to call the sources, in a copy without git")
-    parser.add_argument("--render", type=Path, metavar="FILE.json", help="draw a record anew")
+    parser.add_argument("--quick", action="store_true", help="measure only a few volumes")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks" / "results",
+        help="the folder for the record",
+    )
+    parser.add_argument(
+        "--steps",
+        default=",".join(STEPS),
+        help="the steps to run, separated by commas (default: %(default)s)",
+    )
+    parser.add_argument("--skip", default="", help="the steps to leave out, separated by commas")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=540,
+        metavar="SECONDS",
+        help="the time that all steps may take together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--commit", help="the name of the commit, if the sources are no git repository"
+    )
+    parser.add_argument(
+        "--render",
+        type=Path,
+        metavar="FILE.json",
+        help="only write the table and plot of this record again",
+    )
     arguments = parser.parse_args()
     arguments.steps = [s for s in arguments.steps.split(",") if s not in arguments.skip.split(",")]
     if unknown := {*arguments.steps, *filter(None, arguments.skip.split(","))} - {*STEPS}:
@@ -297,7 +325,7 @@ def parse_arguments():
 
 
 def main():
-    """Run the steps in their order, each with its share of the time. Returns the exit status."""
+    """Runs the steps in order, each with its share of the time, and returns the exit status."""
     arguments = parse_arguments()
     if arguments.render:
         print("\n".join(map(str, gpu_report.render(arguments.render))))
@@ -306,8 +334,8 @@ def main():
     if gpu is None:
         print("gpu_check: there is no GPU here (nvidia-smi names none)", file=sys.stderr)
         return 2
-    if not find_nvcc():
-        print("gpu_check: there is no nvcc on PATH or under CUDA_HOME", file=sys.stderr)
+    if not nvcc_path():
+        print("gpu_check: there is no nvcc on PATH, under CUDA_HOME, or from pip", file=sys.stderr)
         return 2
     deadline = time.monotonic() + arguments.time_limit
     record = Record(arguments.out, gpu, arguments.commit)
@@ -321,7 +349,7 @@ def main():
             record.step(name, "skipped", start, reason="no time left")
         elif name == "build":
             if not build(gpu["compute_cap"].replace(".", ""), left, record, start):
-                break  # without a module there is nothing to check
+                break  # Without the module there is nothing to check.
         elif name == "sanitizer":
             run_sanitizer(seconds, record, start)
         else:

@@ -1,10 +1,10 @@
-"""Train a small 3D U-Net to segment grey and white matter, with dice_op's fused Dice loss.
-
-The data is the MNI152 T1 brain, 1 mm, with its tissue maps, as they come with nilearn. The network
-learns from the back of the brain and is judged on the front, which it never saw. Besides the scores
-you get a picture, and what the loss costs on the whole volume next to plain TensorFlow.
+"""Trains a small 3D U-Net to segment grey and white matter, with dice_op's fused Dice loss.
 
     python examples/brain_segmentation.py
+
+The data is the MNI152 T1 brain at 1 mm with its tissue maps, which nilearn provides. The network
+learns from the back of the brain, and its scores are for the front, which it never saw. The program
+also draws a picture, and measures what the loss costs on the whole volume beside plain TensorFlow.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from benchmarks.cases import Case  # noqa: E402
 
 @contextlib.contextmanager
 def native_logs_off():
-    """Drop what native code writes to stderr; Python's exceptions get through."""
+    """Discards what native code writes to stderr. Python's exceptions still work."""
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -39,7 +39,7 @@ def native_logs_off():
         os.close(kept)
 
 
-# TensorFlow's first lines come before it has read its own log level.
+# TensorFlow prints its first lines before it reads its own log level.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 with native_logs_off():
     import keras
@@ -57,10 +57,10 @@ PATCH = 48
 BATCH = 2
 LEARNING_RATE = 1e-2
 
-# The front is held out. The brain is nearly symmetric, so one half would give the other away.
+# The front is held out. A left or right half would not do, because the brain is nearly symmetric.
 HELD_OUT = 56
 MARGIN = 8
-# How far the network's view reaches, in voxels: tiles that overlap by it show no seams.
+# The network sees this many voxels around each voxel. Tiles that overlap by as many show no seams.
 HALO = 24
 TILE = 48
 
@@ -73,12 +73,15 @@ CENTRED = {"ha": "center", "va": "center"}
 
 
 def say(text):
-    """One line of progress."""
+    """Prints one line of progress."""
     print(f"\n> {text}", flush=True)
 
 
 def load_brain():
-    """The T1 volume, float32 in 0..1, and its class indices, uint8; axes right, anterior, up."""
+    """Returns the T1 volume, float32 in 0..1, and its class indices, uint8.
+
+    The axes point right, to the front, and up.
+    """
     t1, grey, white = (
         load(resolution=1).get_fdata(dtype=np.float32)
         for load in (
@@ -93,7 +96,7 @@ def load_brain():
 
 
 def brain_box(labels):
-    """Slices around the brain, of a size that the U-Net can halve at every level."""
+    """Returns slices around the brain, of a size that the U-Net can halve at every level."""
     box = []
     for axis, size in enumerate(labels.shape):
         others = tuple(other for other in range(labels.ndim) if other != axis)
@@ -106,7 +109,7 @@ def brain_box(labels):
 
 
 def random_patches(t1, labels, seed):
-    """An endless data set of batches: T1 `[N, D, H, W, 1]` and uint8 labels `[N, D, H, W]`."""
+    """Makes an endless data set of T1 `[N, D, H, W, 1]` and uint8 labels `[N, D, H, W]`."""
     centres = tf.constant(np.argwhere(labels > 0).astype(np.int32))
     t1, labels = tf.constant(t1), tf.constant(labels)
 
@@ -116,7 +119,7 @@ def random_patches(t1, labels, seed):
         centre = centres[tf.cast(which * len(centres), tf.int32)]
         corner = tf.clip_by_value(centre - PATCH // 2, 0, tf.shape(t1) - PATCH)
         image = tf.slice(t1, corner, [PATCH] * 3)
-        # Other contrast, other gain, some noise: as if from another scanner.
+        # Another contrast, another gain and some noise imitate another scanner.
         image = (0.9 + 0.2 * gain) * image ** tf.exp(0.5 * contrast - 0.25)
         image += 0.06 * noise * tf.random.stateless_normal([PATCH] * 3, seeds)
         return image[..., tf.newaxis], tf.slice(labels, corner, [PATCH] * 3)
@@ -126,7 +129,7 @@ def random_patches(t1, labels, seed):
 
 
 def conv_block(x, filters):
-    """Twice convolution, normalisation, ReLU."""
+    """Adds convolution, normalisation and ReLU, twice."""
     for _ in range(2):
         x = layers.Conv3D(filters, 3, padding="same", use_bias=False)(x)
         x = layers.BatchNormalization(momentum=0.9)(x)
@@ -135,7 +138,10 @@ def conv_block(x, filters):
 
 
 def build_unet():
-    """A 3D U-Net for volumes of any size; returns raw logits, the loss does the softmax."""
+    """Builds a 3D U-Net for volumes of any size.
+
+    It returns raw logits, because the loss computes the softmax.
+    """
     inputs = x = keras.Input((None, None, None, 1))
     skips = []
     for filters in FILTERS[:-1]:
@@ -150,20 +156,20 @@ def build_unet():
 
 
 def train(model, patches, epochs, steps):
-    """Compile with the fused loss and fit."""
+    """Trains the model with the fused loss."""
     schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, epochs * steps)
     model.compile(keras.optimizers.Adam(schedule), loss=dice_op.losses.DiceLoss())
     model.fit(
         patches,
         epochs=epochs,
         steps_per_epoch=steps,
-        shuffle=False,  # the patches are random already
-        verbose=1 if sys.stdout.isatty() else 2,  # a bar where it can move, else a line per epoch
+        shuffle=False,  # The patches are random already.
+        verbose=1 if sys.stdout.isatty() else 2,  # A file gets one line for each epoch.
     )
 
 
 def predict(model, t1):
-    """Class indices of the whole volume, in tiles from back to front."""
+    """Predicts class indices of the whole volume, in tiles from back to front."""
     tiles = []
     for start in range(0, t1.shape[1], TILE):
         first = max(start - HALO, 0)
@@ -175,7 +181,7 @@ def predict(model, t1):
 
 
 def tissue_dice(prediction, truth):
-    """Dice coefficient of each tissue between two volumes of class indices."""
+    """Returns the Dice coefficient of each tissue between two volumes of class indices."""
     scores = {}
     for tissue in TISSUES:
         ours, theirs = prediction == tissue, truth == tissue
@@ -184,7 +190,7 @@ def tissue_dice(prediction, truth):
 
 
 def score(untrained, trained, truth):
-    """Held-out Dice of the network before and after, and of calling every voxel one tissue."""
+    """Returns the held-out Dice before and after training, and if all voxels were one tissue."""
     constant = {
         CLASSES[tissue]: tissue_dice(np.full_like(truth, tissue), truth)[CLASSES[tissue]]
         for tissue in TISSUES
@@ -198,7 +204,7 @@ def score(untrained, trained, truth):
 
 
 def print_scores(scores):
-    """The held-out Dice as a table."""
+    """Prints the held-out Dice as a table."""
     names = [CLASSES[tissue] for tissue in TISSUES]
     print(f"{'held-out Dice':24}" + "".join(f"{name:>15}" for name in names))
     for title, row in scores.items():
@@ -206,18 +212,18 @@ def print_scores(scores):
 
 
 def require_learning(scores):
-    """Stop unless the trained network is clearly better than knowing nothing."""
+    """Stops the program unless the trained network is clearly better than an untrained one."""
     for name, dice in scores["trained network"].items():
         baseline = max(scores["untrained network"][name], scores["one tissue everywhere"][name])
         if not dice > baseline + MIN_LEAD:
             raise SystemExit(
-                f"The network did not learn {name}: held-out Dice {dice:.3f}, "
-                f"{baseline:.3f} without learning, {MIN_LEAD} more expected."
+                f"The network did not learn {name}: its held-out Dice is {dice:.3f}. Without "
+                f"learning it is {baseline:.3f}, and at least {MIN_LEAD} more is expected."
             )
 
 
 def show_plane(axes, t1, labels):
-    """One plane: the T1, and over it the tissues in colour where labels are given."""
+    """Draws one plane of the T1, and over it the tissues in colour if there are labels."""
     axes.imshow(t1.T, cmap="gray", vmin=0.2, vmax=0.92, origin="lower", interpolation="bilinear")
     if labels is not None:
         colours = np.zeros((*labels.shape, 4))
@@ -228,7 +234,7 @@ def show_plane(axes, t1, labels):
 
 
 def frame_held_out(axes, plane, shape, start):
-    """A frame around what the network never saw; the coronal plane lies in it entirely."""
+    """Draws a frame around what the network never saw. The whole coronal plane is a part of it."""
     left, bottom = {"axial": (0, start), "coronal": (0, 0), "sagittal": (start, 0)}[plane]
     width, height = shape[0] - left, shape[1] - bottom
     frame = Rectangle((left - 0.5, bottom - 0.5), width, height, clip_on=False, **FRAME)
@@ -236,16 +242,16 @@ def frame_held_out(axes, plane, shape, start):
 
 
 def name_sides(axes, letters):
-    """What lies to the left and right of a plane."""
+    """Writes the letters of the sides to the left and right of a plane."""
     for letter, x in zip(letters, (-0.03, 1.03), strict=True):
         axes.text(x, 0.5, letter, transform=axes.transAxes, color=INK, alpha=0.6, **CENTRED)
 
 
 def draw_picture(path, t1, truth, prediction, dice):
-    """T1, truth and prediction in three planes, with the held-out front framed."""
+    """Draws T1, truth and prediction in three planes, with a frame around the held-out front."""
     right, front, up = t1.shape
     start = front - HELD_OUT
-    planes = {  # index, and the sides
+    planes = {  # the index of each plane, and the letters of its two sides
         "axial": (np.s_[:, :, round(0.57 * up)], "LR"),
         "coronal": (np.s_[:, start + MARGIN, :], "LR"),
         "sagittal": (np.s_[round(0.31 * right), :, :], "PA"),
@@ -278,32 +284,32 @@ def draw_picture(path, t1, truth, prediction, dice):
 
 
 def parse_arguments():
-    """The command line."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=50, help="steps per epoch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--quick", action="store_true", help="only see that all parts run; judge nothing"
+        "--quick", action="store_true", help="only test that all parts run, with a few steps"
     )
     return parser.parse_args()
 
 
 def compare_losses(labels, seconds):
-    """Time, memory and error of the loss and its gradient, beside plain TensorFlow's."""
+    """Measures time, memory and error of the loss and its gradient, beside plain TensorFlow."""
     results = {}
     names = ("dice_op", "dice_op, XLA", "vectorised", "vectorised, XLA")
     for result in measuring.compare(Case(labels.shape, 3), names, seconds, labels[None]):
         print("  " + report.line(result), flush=True)
         if result.get("wrong", True):
-            raise SystemExit("That is not the loss in double precision.")
+            raise SystemExit("This result differs from the loss in double precision.")
         results[result["contender"]] = result
     return results
 
 
 def main():
-    """Load, train, judge, draw, measure."""
+    """Loads the data, trains, scores, draws and measures."""
     arguments = parse_arguments()
     arguments.output.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(arguments.seed)

@@ -1,9 +1,9 @@
-"""The fused Dice loss in JAX, whose compiler calls the same kernels: a recipe to build on.
-
-Needs JAX and `dice_op.core`, no TensorFlow. What the two calls take and give is described in
-csrc/core/dice_op.h.
+"""A recipe for the fused Dice loss in JAX, whose compiler calls the same kernels.
 
     python examples/jax_dice.py
+
+It needs JAX and `dice_op.core`, but not TensorFlow. csrc/core/dice_op.h describes the arguments and
+results of the two calls.
 """
 
 import math
@@ -44,13 +44,14 @@ def _attributes(
 
 
 def dice_sums(logits, labels, *voxel_weight, **options):
-    """intersection, pred_sum, label_sum, cross_entropy `[N, C]` and weight_sum `[N]`."""
+    """Returns intersection, pred_sum, label_sum, cross_entropy `[N, C]` and weight_sum `[N]`."""
     attributes = _attributes(**options)
     last = attributes["data_format"] == "channels_last"
     n, c = logits.shape[0], logits.shape[-1 if last else 1]
     voxels = math.prod(logits.shape[1:-1] if last else logits.shape[2:])
     platform = "cpu" if jax.default_backend() == "cpu" else "CUDA"
-    counts = attributes["activation"] in ("argmax", "threshold")  # float64 wants jax_enable_x64
+    # Counts are float64, which needs jax_enable_x64.
+    counts = attributes["activation"] in ("argmax", "threshold")
     dtype = jnp.promote_types(logits.dtype, jnp.float64 if counts else jnp.float32)
     shapes = [(n, c)] * 3 + [(n, c if attributes["with_cross_entropy"] else 0), (n,)]
     results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
@@ -60,22 +61,25 @@ def dice_sums(logits, labels, *voxel_weight, **options):
 
 
 def dice_sums_grad(logits, labels, *rest, **options):
-    """d_logits; rest: voxel_weight if there is one, d_intersection, d_pred_sum, d_cross_entropy."""
+    """Returns d_logits.
+
+    rest: voxel_weight if there is one, d_intersection, d_pred_sum, d_cross_entropy.
+    """
     result = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
     call = jax.ffi.ffi_call("dice_op_sums_grad", result, vmap_method="sequential")
     return call(logits, labels, *rest, **_attributes(**options))
 
 
 def formula(intersection, pred_sum, label_sum, smooth=1e-5):
-    """Mean of 1 - (2 I + smooth) / (P + T + smooth) over samples and classes."""
+    """Returns the mean of 1 - (2 I + smooth) / (P + T + smooth) over samples and classes."""
     return jnp.mean(1 - (2 * intersection + smooth) / (pred_sum + label_sum + smooth))
 
 
 @jax.custom_vjp
 def dice_loss(logits, labels):
-    """Soft Dice of logits `[N, spatial..., C]` and class indices `[N, spatial...]`.
+    """The soft Dice loss of logits `[N, spatial..., C]` and class indices `[N, spatial...]`.
 
-    Differentiable once, in reverse mode, as training wants it.
+    It can be differentiated once, in reverse mode, which is what training needs.
     """
     return _forward(logits, labels)[0]
 
@@ -97,7 +101,7 @@ dice_loss.defvjp(_forward, _backward)
 
 
 def main():
-    """Fit logits to labels, straight: the loss falls."""
+    """Fits the logits themselves to labels, and prints how the loss falls."""
     labels = jax.random.randint(jax.random.key(0), (2, 32, 32, 32), 0, 4)
     logits = jax.random.normal(jax.random.key(1), (*labels.shape, 4))
     step = jax.jit(jax.value_and_grad(dice_loss))
