@@ -48,7 +48,7 @@ if _elsewhere:
         name=__name__,
     )
 try:
-    from dice_op import core
+    import dice_op.core as core
 except ImportError as error:
     raise ImportError(
         f"dice_op's compiled module cannot be loaded from {__path__[0]} ({error}). In a source "
