@@ -38,7 +38,7 @@ Error FromAttribute(const std::string& name, DataFormat* data_format) {
   return ChoiceOf("data_format", name, kDataFormats, data_format);
 }
 Error FromAttribute(const std::vector<int64_t>& values, IgnoreLabel* ignore_label) {
-  if (values.size() > 1) return InvalidArgument("ignore_label has several values, but must have one or none");
+  if (values.size() > 1) return InvalidArgument("ignore_label has several values, but must have none or one");
   ignore_label->given = !values.empty();
   ignore_label->value = values.empty() ? 0 : values[0];
   return {};

@@ -374,8 +374,9 @@ def test_sanitizers_find_nothing(kind, order, few, tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+# The kinds take turns, so that both programs are compiled at the same time.
 @pytest.mark.parametrize("kind", ["address", "thread"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
 def test_sanitizers_find_nothing_in_any_kernel(kind, dtype, program, tmp_path):
     # The thread sanitizer takes most of a second for a call.
     for data_format in FORMATS:
