@@ -145,7 +145,8 @@ struct Block {
   // these classes stay in registers, and no sum waits for a voxel's exponentials and quotient.
   static void Add(Classes k, const Terms<R>& terms, Tile<R, W>& tile, Scratch& scratch, Accumulators<P, kCount>& sums) {
     P *const scales = scratch.scales.values, *const weights = scratch.weights.values;
-    P* const cross_entropy = &sums[Sum::kCrossEntropy][0];
+    P *const intersections = &sums[Sum::kIntersection][0], *const pred_sums = &sums[Sum::kPredSum][0];
+    P *const label_sums = &sums[Sum::kLabelSum][0], *const cross_entropy = &sums[Sum::kCrossEntropy][0];
     const int groups = tile.groups();
     for (int group = 0; group < groups; ++group) {
       k.ahead = tile.NextTile(group);
@@ -183,10 +184,9 @@ struct Block {
         }
       }
       for (int j = 0; j < kTogether && c + j < k.size(); ++j) {
-        const auto add = [&](Sum sum, P x) { sums[sum][c + j] = sums[sum][c + j] + x; };
-        add(Sum::kIntersection, intersection[j]);
-        add(Sum::kPredSum, pred_sum[j]);
-        add(Sum::kLabelSum, label_sum[j]);
+        intersections[c + j] = intersections[c + j] + intersection[j];
+        pred_sums[c + j] = pred_sums[c + j] + pred_sum[j];
+        label_sums[c + j] = label_sums[c + j] + label_sum[j];
       }
     }
     sums.additions += groups;
