@@ -27,7 +27,11 @@ FLAGS = {
     ],
     "thread": ["-O1", "-fsanitize=thread"],
 }
-# As the enumerations in csrc/core/dice_op.h count them.
+SANITIZER_OPTIONS = {
+    "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
+    "ASAN_OPTIONS": "detect_leaks=0",
+}
+# These are in the order of the enumerations in csrc/core/dice_op.h and csrc/core/options.h.
 DTYPES = "bool uint8 int8 uint16 int16 int32 int64 float16 bfloat16 float32 float64".split()
 ACTIVATIONS = "softmax sigmoid none argmax threshold".split()
 
@@ -52,8 +56,7 @@ def build(kind, few=False):
 
     few: one kernel of each sort instead of all, which takes seconds.
     """
-    csrc = CSRC
-    sources = sorted(p for d in (csrc / "core", csrc / "cuda", EMULATOR) for p in d.iterdir())
+    sources = sorted(p for d in (CSRC / "core", CSRC / "cuda", EMULATOR) for p in d.iterdir())
     key = hashlib.sha256(CXX.encode())
     for source in sources:
         key.update(source.read_bytes())
@@ -159,8 +162,7 @@ def run(program, cases, folder, order="forward", seed=1, **environment):
             **os.environ,
             "CUDA_EMULATOR_ORDER": order,
             "CUDA_EMULATOR_SEED": str(seed),
-            "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
-            "ASAN_OPTIONS": "detect_leaks=0",
+            **SANITIZER_OPTIONS,
             **environment,
         },
         capture_output=True,

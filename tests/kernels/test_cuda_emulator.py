@@ -15,10 +15,6 @@ from helpers.cuda_cases import bits, few_cases
 from helpers.paths import CSRC
 
 ORDERS = ("forward", "reverse", "random")
-SANITIZER_OPTIONS = {
-    "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
-    "ASAN_OPTIONS": "detect_leaks=0",
-}
 
 
 def plant(source, old, new):
@@ -44,7 +40,7 @@ def selftest(kind, folder):
     return [
         subprocess.run(
             [program],
-            env={**os.environ, **SANITIZER_OPTIONS, "CUDA_EMULATOR_ORDER": order},
+            env={**os.environ, **emulation.SANITIZER_OPTIONS, "CUDA_EMULATOR_ORDER": order},
             capture_output=True,
             text=True,
             errors="replace",

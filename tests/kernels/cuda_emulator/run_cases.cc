@@ -79,13 +79,13 @@ void Run(const Header& header, FILE* in, FILE* out) {
   if (weighted) weight_dims = Dims{n, v};
   Require(MakeProblem(dims, header.dense_labels ? dims : Dims{n, v}, weight_dims, &problem));
 
-  const size_t sum = SizeOf(problem.sums_dtype()), logits_bytes = n * v * c * SizeOf(problem.logits_dtype);
+  const size_t logits_bytes = LogitsBytes(problem);
   Array logits(logits_bytes, header.misalign);
   Array labels(n * v * (header.dense_labels ? c : 1) * SizeOf(problem.labels_dtype), header.misalign);
   Array weight(weighted ? n * v * SizeOf(problem.weight_dtype) : 0, 0);
-  // Of the derivatives with respect to the sums, and of the sums, one for each.
+  // Each sum has an array of its own, and so has each derivative of the loss with respect to a sum.
   const auto bytes_of = [&](const SumInfo& info) {
-    size_t bytes = sum;
+    size_t bytes = SizeOf(problem.sums_dtype());
     for (const int64_t length : problem.DimsOf(info)) bytes *= length;
     return bytes;
   };
@@ -105,9 +105,8 @@ void Run(const Header& header, FILE* in, FILE* out) {
   problem.labels = labels.data();
   problem.voxel_weight = weighted ? weight.data() : nullptr;
 
-  Error error;
   size_t workspace_bytes = 0;
-  error = cuda::DiceSumsWorkspace(problem, &workspace_bytes);
+  Error error = cuda::DiceSumsWorkspace(problem, &workspace_bytes);
   Array workspace(workspace_bytes, 0);
   if (!error) error = cuda::DiceSums(problem, sums, workspace.data(), nullptr);
   const std::string complaint = error ? "" : cuda::FindBadValue(problem, workspace.data(), nullptr).message;
