@@ -3,10 +3,10 @@
 // `R` is a number: a float in a CUDA thread, or on a CPU a SIMD register that holds the same class of several voxels.
 // `Classes` says which classes of a voxel the caller holds. On a CPU these are all classes. A CUDA thread that shares a
 // voxel with its neighbours holds every kLanes-th class, and Sum and Max combine the values of these threads. Such a
-// thread may hold one class too many: its logit is -infinity, which adds nothing to the others. A file that includes
-// this one must first define for its R: Exp, ExpOfDifference(a, b) = exp(a - b) for a <= b,
-// ExpOfDifferenceToItself(a), which is what that gives for a = b, Reciprocal, Log, Log1p, Max, Abs, Select, AddWhere
-// and the comparisons.
+// thread may hold one class too many: its logit is -infinity, which adds nothing to the others. A type R has
+// comparisons and the functions of arithmetic.h: Exp, ExpOfDifference(a, b) = exp(a - b) for a <= b,
+// ExpOfDifferenceToItself(a), which is what that gives for a = b, Reciprocal, Log, Log1p, Max, Abs, Select and
+// AddWhere.
 //
 // Everything is in an unnamed namespace. The CPU kernels compile this file once per instruction set, and internal
 // linkage keeps the linker from merging the copies into one that the processor may not be able to run.
@@ -14,15 +14,9 @@
 
 #include <cmath>
 
+#include "core/arithmetic.h"
+#include "core/inline.h"
 #include "core/terms.h"
-
-#ifdef __CUDACC__
-#define DICE_OP_HD __device__ __forceinline__
-#define DICE_OP_UNROLL _Pragma("unroll")  // else the arrays of a thread are not kept in registers
-#else
-#define DICE_OP_HD inline __attribute__((always_inline))
-#define DICE_OP_UNROLL
-#endif
 
 namespace dice_op {
 namespace {
@@ -31,15 +25,15 @@ namespace {
 template <int kCount>
 struct AllClasses {
   int count;
-  DICE_OP_HD int size() const { return kCount ? kCount : count; }
-  DICE_OP_HD int Class(int i) const { return i; }
-  DICE_OP_HD void Prefetch(int) const {}  // called for each class of a voxel
+  DICE_OP_DEVICE int size() const { return kCount ? kCount : count; }
+  DICE_OP_DEVICE int Class(int i) const { return i; }
+  DICE_OP_DEVICE void Prefetch(int) const {}  // called for each class of a voxel
   template <class R>
-  DICE_OP_HD static R Sum(R x) {
+  DICE_OP_DEVICE static R Sum(R x) {
     return x;
   }
   template <class R>
-  DICE_OP_HD static R Max(R x) {
+  DICE_OP_DEVICE static R Max(R x) {
     return x;
   }
 };
@@ -52,15 +46,15 @@ struct IndexLabel {
   static constexpr bool kSingle = false;
   Int index;
   template <class R>
-  DICE_OP_HD R Times(R x, int c, int) const {
+  DICE_OP_DEVICE R Times(R x, int c, int) const {
     return Select(index == c, x, R(0));
   }
   template <class R>
-  DICE_OP_HD R AddTo(R sum, R x, int c, int) const {
+  DICE_OP_DEVICE R AddTo(R sum, R x, int c, int) const {
     return AddWhere(index == c, sum, x);
   }
   template <class R>
-  DICE_OP_HD R Mix(R present, R absent, int c, int) const {
+  DICE_OP_DEVICE R Mix(R present, R absent, int c, int) const {
     return Select(index == c, present, absent);
   }
 };
@@ -74,9 +68,9 @@ struct SingleLabel {
   int index;  // the class; negative if there is none or if the voxel has no weight
   int item;   // its position among the classes held, or -1
   R z;        // its logit, if the class is held
-  DICE_OP_HD R Times(R x, int, int i) const { return Select(item == i, x, R(0)); }
-  DICE_OP_HD R AddTo(R sum, R x, int, int i) const { return AddWhere(item == i, sum, x); }
-  DICE_OP_HD R Mix(R present, R absent, int, int i) const { return Select(item == i, present, absent); }
+  DICE_OP_DEVICE R Times(R x, int, int i) const { return Select(item == i, x, R(0)); }
+  DICE_OP_DEVICE R AddTo(R sum, R x, int, int i) const { return AddWhere(item == i, sum, x); }
+  DICE_OP_DEVICE R Mix(R present, R absent, int, int i) const { return Select(item == i, present, absent); }
 };
 
 // A label that gives any number t for each class.
@@ -85,9 +79,9 @@ struct DenseLabel {
   static constexpr bool kOneHot = false;
   static constexpr bool kSingle = false;
   const R* t;
-  DICE_OP_HD R Times(R x, int, int i) const { return x * t[i]; }
-  DICE_OP_HD R AddTo(R sum, R x, int, int i) const { return sum + x * t[i]; }
-  DICE_OP_HD R Mix(R present, R absent, int, int i) const {  // for an infinite logit one term is infinite
+  DICE_OP_DEVICE R Times(R x, int, int i) const { return x * t[i]; }
+  DICE_OP_DEVICE R AddTo(R sum, R x, int, int i) const { return sum + x * t[i]; }
+  DICE_OP_DEVICE R Mix(R present, R absent, int, int i) const {  // for an infinite logit one term is infinite
     return Select(t[i] != R(0), present * t[i], R(0)) + Select(t[i] != R(1), absent * (R(1) - t[i]), R(0));
   }
 };
@@ -98,7 +92,7 @@ template <class R>
 struct Focal {
   R loss, slope;
   template <class Scalar>
-  DICE_OP_HD static Focal Of(R p, R log_p, Scalar gamma) {
+  DICE_OP_DEVICE static Focal Of(R p, R log_p, Scalar gamma) {
     if (gamma == Scalar(0)) return {-log_p, R(-1)};
     const R rest = Max(R(1) - p, R(0));
     const R weight = Exp(R(gamma) * Log(rest));
@@ -117,7 +111,7 @@ struct Norm {
 // The base of the activations whose Forward or Decide gives probabilities directly.
 struct Unscaled {
   template <class R>
-  DICE_OP_HD static R Scale(R x, const Norm<R>&) {
+  DICE_OP_DEVICE static R Scale(R x, const Norm<R>&) {
     return x;
   }
 };
@@ -128,7 +122,7 @@ struct Softmax {
   // z: the logits; e: the values that Scale turns into probabilities. The scale is applied later, so that it is
   // multiplied with the voxel's weight only once.
   template <class Classes, class R>
-  DICE_OP_HD static Norm<R> Forward(const Classes& k, const R* z, R* e) {
+  DICE_OP_DEVICE static Norm<R> Forward(const Classes& k, const R* z, R* e) {
     R top = z[0];
     DICE_OP_UNROLL
     for (int i = 1; i < k.size(); ++i) top = Max(top, z[i]);
@@ -144,26 +138,26 @@ struct Softmax {
     return {top, Reciprocal(total), total};
   }
   template <class R>
-  DICE_OP_HD static R Scale(R x, const Norm<R>& norm) {
+  DICE_OP_DEVICE static R Scale(R x, const Norm<R>& norm) {
     return x * norm.scale;
   }
   template <class R>
-  DICE_OP_HD static R Probability(R z, const Norm<R>& norm) {
+  DICE_OP_DEVICE static R Probability(R z, const Norm<R>& norm) {
     return ExpOfDifference(z, norm.top) * norm.scale;
   }
   template <class R>
-  DICE_OP_HD static R LogTotal(const Norm<R>& norm) {
+  DICE_OP_DEVICE static R LogTotal(const Norm<R>& norm) {
     return Log(norm.total * Reciprocal(ExpOfDifferenceToItself(norm.top)));
   }
   template <class R, class Scalar>
-  DICE_OP_HD static Focal<R> CategoricalTerm(R z, R p, const Norm<R>& norm, R log_total, Scalar gamma) {
+  DICE_OP_DEVICE static Focal<R> CategoricalTerm(R z, R p, const Norm<R>& norm, R log_total, Scalar gamma) {
     return Focal<R>::Of(p, (z - norm.top) - log_total, gamma);
   }
   // d: m dL/dlogits; g(i): dL/dp without the cross-entropy; h(i): p dL/dp of the cross-entropy. The derivative with
   // respect to the logits is p (g - sum p g) + h - p sum h.
   template <bool kCrossEntropy, class Classes, class R, class G, class H>
-  DICE_OP_HD static void Backward(const Classes& k, const R* e, const Norm<R>& norm, R m, const G& g, const H& h,
-                                  R* d) {
+  DICE_OP_DEVICE static void Backward(const Classes& k, const R* e, const Norm<R>& norm, R m, const G& g, const H& h,
+                                      R* d) {
     R dot = R(0), loss = R(0);
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
@@ -186,7 +180,7 @@ struct Softmax {
 template <class R>
 struct Logistic {
   R p, q, e;  // e = exp(-|z|)
-  DICE_OP_HD static Logistic Of(R z) {
+  DICE_OP_DEVICE static Logistic Of(R z) {
     const R e = Exp(-Abs(z));
     const R larger = Reciprocal(R(1) + e), smaller = e * larger;
     const auto negative = z < R(0);
@@ -198,7 +192,7 @@ struct Sigmoid : Unscaled {
   static constexpr bool kHard = false;
   static constexpr bool kBinary = true;  // every class has a cross-entropy term, whatever its label
   template <class Classes, class R>
-  DICE_OP_HD static Norm<R> Forward(const Classes& k, const R* z, R* p) {
+  DICE_OP_DEVICE static Norm<R> Forward(const Classes& k, const R* z, R* p) {
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       k.Prefetch(i);
@@ -207,7 +201,7 @@ struct Sigmoid : Unscaled {
     return {};
   }
   template <class R>
-  DICE_OP_HD static R Probability(R z, const Norm<R>&) {
+  DICE_OP_DEVICE static R Probability(R z, const Norm<R>&) {
     return Logistic<R>::Of(z).p;
   }
 };
@@ -219,7 +213,7 @@ struct Identity : Unscaled {
   // The cross-entropy replaces smaller probabilities by this one, as keras.losses do (backend epsilon).
   static constexpr double kEpsilon = 1e-7;
   template <class Classes, class R>
-  DICE_OP_HD static Norm<R> Forward(const Classes& k, const R* z, R* p) {
+  DICE_OP_DEVICE static Norm<R> Forward(const Classes& k, const R* z, R* p) {
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       k.Prefetch(i);
@@ -228,20 +222,20 @@ struct Identity : Unscaled {
     return {};
   }
   template <class R>
-  DICE_OP_HD static R Probability(R z, const Norm<R>&) {
+  DICE_OP_DEVICE static R Probability(R z, const Norm<R>&) {
     return z;
   }
   template <class R>
-  DICE_OP_HD static R LogTotal(const Norm<R>&) {
+  DICE_OP_DEVICE static R LogTotal(const Norm<R>&) {
     return R(0);
   }
   template <class R, class Scalar>
-  DICE_OP_HD static Focal<R> CategoricalTerm(R, R p, const Norm<R>&, R, Scalar gamma) {
+  DICE_OP_DEVICE static Focal<R> CategoricalTerm(R, R p, const Norm<R>&, R, Scalar gamma) {
     const R cut = Max(p, R(kEpsilon));
     return Focal<R>::Of(cut, Log(cut), gamma);
   }
   template <bool kCrossEntropy, class Classes, class R, class G, class H>
-  DICE_OP_HD static void Backward(const Classes& k, const R* p, const Norm<R>&, R m, const G& g, const H& h, R* d) {
+  DICE_OP_DEVICE static void Backward(const Classes& k, const R* p, const Norm<R>&, R m, const G& g, const H& h, R* d) {
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       R total = g(i);
@@ -258,7 +252,7 @@ struct Identity : Unscaled {
 struct Argmax : Unscaled {
   static constexpr bool kHard = true, kBinary = false;
   template <class Classes, class R, class Scalar>
-  DICE_OP_HD static void Decide(const Classes& k, const R* z, R* p, Scalar) {
+  DICE_OP_DEVICE static void Decide(const Classes& k, const R* z, R* p, Scalar) {
     R top = z[0], nan = R(0);
     DICE_OP_UNROLL
     for (int i = 1; i < k.size(); ++i) top = Max(top, z[i]);
@@ -281,7 +275,7 @@ struct Argmax : Unscaled {
 struct Threshold : Unscaled {
   static constexpr bool kHard = true, kBinary = false;
   template <class Classes, class R, class Scalar>
-  DICE_OP_HD static void Decide(const Classes& k, const R* z, R* p, Scalar threshold) {
+  DICE_OP_DEVICE static void Decide(const Classes& k, const R* z, R* p, Scalar threshold) {
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       p[i] = Select(z[i] > R(threshold), R(1), Select(z[i] != z[i], z[i], R(0)));
@@ -296,7 +290,7 @@ struct BinaryTerms {
   R present, absent;  // (1-p)^gamma (-log p),  p^gamma (-log(1-p))
   R d_present, d_absent;
   template <class Scalar>
-  DICE_OP_HD static BinaryTerms Of(R z, const Logistic<R>& s, Scalar gamma) {
+  DICE_OP_DEVICE static BinaryTerms Of(R z, const Logistic<R>& s, Scalar gamma) {
     const R tail = Log1p(s.e);
     const R not_log_p = Max(-z, R(0)) + tail;  // -log p
     const R not_log_q = Max(z, R(0)) + tail;   // -log(1-p)
@@ -310,7 +304,7 @@ struct BinaryTerms {
 
 // The mean of a binary term for present and absent classes, weighted by the label after smoothing.
 template <class Label, class R, class Scalar>
-DICE_OP_HD R MixSmoothed(const Label& label, R present, R absent, int c, int i, const Terms<Scalar>& terms) {
+DICE_OP_DEVICE R MixSmoothed(const Label& label, R present, R absent, int c, int i, const Terms<Scalar>& terms) {
   const R mixed = label.Mix(present, absent, c, i);
   return terms.spread == Scalar(0) ? mixed : R(terms.keep) * mixed + R(terms.spread) * (present + absent);
 }
@@ -318,8 +312,8 @@ DICE_OP_HD R MixSmoothed(const Label& label, R present, R absent, int c, int i, 
 // Calls fn(i, loss, slope) for every class i. loss is the cross-entropy that the voxel adds to class i. slope is the h
 // of Activation::Backward for a coefficient of 1; it is 0 if the terms are binary.
 template <class Activation, class Classes, class Label, class R, class Scalar, class Fn>
-DICE_OP_HD void CrossEntropy(const Classes& k, const R* z, const R* p, const Norm<R>& norm, const Label& label,
-                             const Terms<Scalar>& terms, Fn&& fn) {
+DICE_OP_DEVICE void CrossEntropy(const Classes& k, const R* z, const R* p, const Norm<R>& norm, const Label& label,
+                                 const Terms<Scalar>& terms, Fn&& fn) {
   if constexpr (Activation::kBinary) {
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
@@ -355,7 +349,7 @@ DICE_OP_HD void CrossEntropy(const Classes& k, const R* z, const R* p, const Nor
 
 // A voxel without weight may hold anything, even NaN. Its logits are replaced by zeros.
 template <class Classes, class R, class Scalar>
-DICE_OP_HD void ClearMasked(const Classes& k, R* z, R weight, const Terms<Scalar>& terms) {
+DICE_OP_DEVICE void ClearMasked(const Classes& k, R* z, R weight, const Terms<Scalar>& terms) {
   if (!terms.masked) return;
   const auto counts = weight != R(0);
   DICE_OP_UNROLL
@@ -365,7 +359,7 @@ DICE_OP_HD void ClearMasked(const Classes& k, R* z, R weight, const Terms<Scalar
 // Writes to p the values that Activation::Scale turns into probabilities. It may set the logits z to zero where a mask
 // says so. p may be the same array as z.
 template <class Activation, class Classes, class R, class Scalar>
-DICE_OP_HD Norm<R> Activate(const Classes& k, R* z, R* p, R m, const Terms<Scalar>& terms) {
+DICE_OP_DEVICE Norm<R> Activate(const Classes& k, R* z, R* p, R m, const Terms<Scalar>& terms) {
   ClearMasked(k, z, m, terms);
   if constexpr (Activation::kHard) {
     Activation::Decide(k, z, p, terms.threshold);
@@ -378,8 +372,8 @@ DICE_OP_HD Norm<R> Activate(const Classes& k, R* z, R* p, R m, const Terms<Scala
 // Adds the contribution of a voxel of weight `m` for the i-th class that is held, which is class c. p: from Activate;
 // weight: m after Activation::Scale.
 template <class Activation, class Label, class R, class Scalar>
-DICE_OP_HD void AddClass(const Label& label, int c, int i, R p, R m, R weight, const Norm<R>& norm,
-                         const Terms<Scalar>& terms, R* intersection, R* pred_sum, R* label_sum) {
+DICE_OP_DEVICE void AddClass(const Label& label, int c, int i, R p, R m, R weight, const Norm<R>& norm,
+                             const Terms<Scalar>& terms, R* intersection, R* pred_sum, R* label_sum) {
   const R mp = weight * p;
   *pred_sum = *pred_sum + (terms.squared ? mp * Activation::Scale(p, norm) : mp);
   if constexpr (!Label::kSingle) {
@@ -390,8 +384,8 @@ DICE_OP_HD void AddClass(const Label& label, int c, int i, R p, R m, R weight, c
 
 // Adds a voxel of weight `m` to the running sums. z: the logits, which are overwritten; p: scratch.
 template <class Activation, bool kCrossEntropy, class Classes, class Label, class R, class Scalar, class Accumulators>
-DICE_OP_HD void AddVoxel(const Classes& k, R* z, R* p, const Label& label, R m, const Terms<Scalar>& terms,
-                         Accumulators& sums) {
+DICE_OP_DEVICE void AddVoxel(const Classes& k, R* z, R* p, const Label& label, R m, const Terms<Scalar>& terms,
+                             Accumulators& sums) {
   const Norm<R> norm = Activate<Activation>(k, z, p, m, terms);
   const R weight = Activation::Scale(m, norm);
   DICE_OP_UNROLL
@@ -425,8 +419,8 @@ DICE_OP_HD void AddVoxel(const Classes& k, R* z, R* p, const Label& label, R m, 
 // classes held; e may be null if no cross-entropy is wanted. If the label is a SingleLabel, a is for all classes, and
 // so is e unless the activation is binary.
 template <class Activation, bool kCrossEntropy, class Classes, class Label, class R, class Scalar>
-DICE_OP_HD void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const Label& label, R m, const Terms<Scalar>& terms,
-                          const Scalar* a, const Scalar* b, const Scalar* e) {
+DICE_OP_DEVICE void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const Label& label, R m,
+                              const Terms<Scalar>& terms, const Scalar* a, const Scalar* b, const Scalar* e) {
   ClearMasked(k, z, m, terms);
   R a_t = R(0);  // the a of a single label
   if constexpr (Label::kSingle) {

@@ -1,8 +1,7 @@
 // Chooses the kernel for a problem. All kernels are in one source file: a wheel compresses the machine code of an
 // architecture as a whole, and kernels have much code in common.
-#include "cuda/kernels.h"
-// dispatch.h needs kernels.h before it
 #include "core/dispatch.h"
+#include "cuda/kernels.h"
 
 namespace dice_op {
 namespace {

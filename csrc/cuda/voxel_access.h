@@ -16,10 +16,9 @@
 
 #include "core/dice_op.h"
 #include "core/dtype.h"
+#include "core/voxel.h"
 #include "cuda/call.h"
 #include "cuda/device.h"
-// device.h defines what voxel.h needs
-#include "core/voxel.h"
 
 namespace dice_op {
 namespace {

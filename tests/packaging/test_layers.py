@@ -3,9 +3,11 @@
 import json
 import pathlib
 import re
+import subprocess
 
 import pytest
 
+from helpers.emulation import CXX, EMULATOR
 from helpers.paths import BUILD, CSRC
 
 # What each folder of csrc/ may include besides the standard library.
@@ -33,6 +35,15 @@ def test_each_layer_includes_only_what_it_may(layer):
         for header in re.findall(r"^#\s*include (\S+)", source.read_text(), re.MULTILINE):
             allowed = rf"({MAY_INCLUDE[layer]}|{SYSTEM_HEADER})"
             assert re.fullmatch(allowed, header), f"{source.name} includes {header}"
+
+
+@pytest.mark.parametrize("layer", ["core", "cpu", "cuda"])
+def test_each_header_can_be_included_alone(layer, tmp_path):
+    for header in CSRC.glob(f"{layer}/*.h"):
+        source = tmp_path / "alone.cc"
+        source.write_text(f'#include "{layer}/{header.name}"\n')
+        folders = [f"-I{CSRC}", f"-I{EMULATOR}"]  # The emulator takes the place of CUDA's headers.
+        subprocess.run([CXX, "-std=c++17", "-fsyntax-only", *folders, source], check=True)
 
 
 def test_only_the_op_is_compiled_with_tensorflow():
