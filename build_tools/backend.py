@@ -1,4 +1,4 @@
-"""setuptools' build backend, which here also asks pip for TensorFlow and for CUDA's compiler.
+"""setuptools' build backend, which here also asks pip for what pyproject.toml lists for a build.
 
 pip builds in an environment of its own, which holds only what the backend asks for. A build fits
 one minor version of TensorFlow. The environment variable DICE_OP_TENSORFLOW chooses it: a version
@@ -16,7 +16,8 @@ from setuptools.build_meta import *  # noqa: F403  (the hooks that stay as they 
 
 
 def _requirements():
-    needed = requirements.of_tensorflow(os.environ.get("DICE_OP_TENSORFLOW"))
+    needed = requirements.GROUPS["build"]
+    needed = needed + requirements.of_tensorflow(os.environ.get("DICE_OP_TENSORFLOW"))
     if os.environ.get("DICE_OP_CUDA") == "on" and not find_nvcc.of_machine():
         needed += requirements.GROUPS["cuda"]
     return needed

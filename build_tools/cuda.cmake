@@ -79,11 +79,16 @@ if(_archs STREQUAL "")
   endif()
 endif()
 if(_archs STREQUAL "all")
-  # All GPUs since Turing, as far as this nvcc knows them. GPUs of 8.6 and 8.9 run the code for 8.0.
-  set(_archs 75 80 90+PTX)
+  # The architectures of the wheels, as far as this nvcc knows them: those of the wheels for CUDA 13 since 12.8. Portable
+  # code for later GPUs is always wanted here.
+  file(STRINGS ${CMAKE_CURRENT_LIST_DIR}/wheels.toml _wheels REGEX "^archs = ")
+  list(GET _wheels 0 _archs)
   if(_cuda_version VERSION_GREATER_EQUAL 12.8)
-    set(_archs 75 80 90 100 120+PTX)
+    list(GET _wheels 1 _archs)
   endif()
+  string(REGEX MATCHALL "[0-9]+" _archs "${_archs}")
+  list(POP_BACK _archs _latest)
+  list(APPEND _archs ${_latest}+PTX)
 endif()
 list(SORT _archs COMPARE NATURAL)
 

@@ -13,10 +13,6 @@ import tensorflow as tf
 from dice_op import core
 from dice_op._types import Activation, DataFormat
 
-# The kernels have the same number, in csrc/core/voxel.h: where activation is "none", the
-# cross-entropy takes a probability below it for this one.
-PROBABILITY_EPSILON = 1e-7
-
 
 def dtype_of_sums(logits: tf.Tensor) -> tf.DType:
     return tf.float64 if logits.dtype == tf.float64 else tf.float32
@@ -102,7 +98,7 @@ def _cross_entropy(
         return t * focused(p, tf.math.log_sigmoid(x)) + (1 - t) * absent
     if activation == "softmax":
         return tf.math.multiply_no_nan(focused(p, tf.nn.log_softmax(x)), t)
-    p = tf.maximum(p, PROBABILITY_EPSILON)
+    p = tf.maximum(p, core.PROBABILITY_EPSILON)
     return t * focused(p, tf.math.log(p))
 
 

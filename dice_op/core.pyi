@@ -9,7 +9,7 @@ of classes; see dice_op.dice_sums for the formulas.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['DeviceArray', 'build_info', 'ffi_targets', 'ffi_workspace', 'gradient', 'label_kind', 'op_attributes', 'region_masks', 'scores', 'sums']
+__all__: list[str] = ['DeviceArray', 'PROBABILITY_EPSILON', 'build_info', 'ffi_targets', 'ffi_workspace', 'gradient', 'label_kind', 'op_attributes', 'region_masks', 'scores', 'sums']
 class DeviceArray:
     """
     A result on a CUDA device. Other libraries read it through __cuda_array_interface__
@@ -119,3 +119,4 @@ def sums(logits: typing.Any, labels: typing.Any, *, voxel_weight: typing.Any | N
     
     Raises: ValueError or TypeError, with a message that says which argument is wrong and what it must be.
     """
+PROBABILITY_EPSILON: float = 1e-07

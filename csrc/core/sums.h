@@ -24,6 +24,10 @@ constexpr SumInfo kSums[] = {
     {Sum::kCrossEntropy, "cross_entropy", true, true},  // sum m t (1-p)^gamma (-log p); sigmoid adds its mirror image
     {Sum::kWeightSum, "weight_sum", false, false},      // sum m
 };
+// If the predictions are already probabilities, the cross-entropy takes those below this number for this number, as
+// keras.losses do with their backend's epsilon.
+constexpr double kProbabilityEpsilon = 1e-7;
+
 constexpr int kSumCount = sizeof(kSums) / sizeof(kSums[0]);
 
 constexpr int CountClassSums() {

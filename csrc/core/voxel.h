@@ -210,8 +210,6 @@ struct Sigmoid : Unscaled {
 struct Identity : Unscaled {
   static constexpr bool kHard = false;
   static constexpr bool kBinary = false;
-  // The cross-entropy replaces smaller probabilities by this one, as keras.losses do (backend epsilon).
-  static constexpr double kEpsilon = 1e-7;
   template <class Classes, class R>
   DICE_OP_DEVICE static Norm<R> Forward(const Classes& k, const R* z, R* p) {
     DICE_OP_UNROLL
@@ -231,7 +229,7 @@ struct Identity : Unscaled {
   }
   template <class R, class Scalar>
   DICE_OP_DEVICE static Focal<R> CategoricalTerm(R, R p, const Norm<R>&, R, Scalar gamma) {
-    const R cut = Max(p, R(kEpsilon));
+    const R cut = Max(p, R(kProbabilityEpsilon));
     return Focal<R>::Of(cut, Log(cut), gamma);
   }
   template <bool kCrossEntropy, class Classes, class R, class G, class H>
@@ -239,7 +237,7 @@ struct Identity : Unscaled {
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       R total = g(i);
-      if constexpr (kCrossEntropy) total = total + Select(p[i] < R(kEpsilon), R(0), h(i) * Reciprocal(p[i]));
+      if constexpr (kCrossEntropy) total = total + Select(p[i] < R(kProbabilityEpsilon), R(0), h(i) * Reciprocal(p[i]));
       d[i] = m * total;
     }
   }

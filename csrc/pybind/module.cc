@@ -478,6 +478,7 @@ PYBIND11_MODULE(core, m) {
           "numpy", [](const DeviceArray& array) -> py::object { return array.ToNumpy(); },
           "Wait for the stream and return a copy on the host.");
 #endif
+  m.attr("PROBABILITY_EPSILON") = kProbabilityEpsilon;
   m.def("op_attributes", &OpAttributes,
         "Return the options of a call with their defaults. Their names and their order are those of the attributes\n"
         "of the TensorFlow op and of XLA's handlers.");
