@@ -35,6 +35,7 @@ def test_each_layer_includes_only_what_it_may(layer):
         for header in re.findall(r"^#\s*include (\S+)", source.read_text(), re.MULTILINE):
             allowed = rf"({MAY_INCLUDE[layer]}|{SYSTEM_HEADER})"
             assert re.fullmatch(allowed, header), f"{source.name} includes {header}"
+            assert not header.startswith("<cuda") or source.name == "device.h"
 
 
 @pytest.mark.parametrize("layer", ["core", "cpu", "cuda"])
