@@ -26,6 +26,7 @@ def sums(
     activation: Activation,
     data_format: DataFormat,
     squared_pred: bool,
+    soft_label: bool,
     with_cross_entropy: bool,
     focal_gamma: float,
     label_smoothing: float,
@@ -70,8 +71,9 @@ def sums(
 
     p = {"softmax": tf.nn.softmax, "sigmoid": tf.nn.sigmoid, "none": tf.identity}[activation](x)
     power = tf.square if squared_pred else tf.identity
+    soft = soft_label and labels.dtype.is_floating and not squared_pred
     result = [
-        tf.reduce_sum(m * p * t, 1),
+        tf.reduce_sum(m * (_least(p, t) if soft else p * t), 1),
         tf.reduce_sum(m * power(p), 1),
         tf.reduce_sum(m * power(t), 1),
     ]
@@ -100,6 +102,11 @@ def _cross_entropy(
         return tf.math.multiply_no_nan(focused(p, tf.nn.log_softmax(x)), t)
     p = tf.maximum(p, core.PROBABILITY_EPSILON)
     return t * focused(p, tf.math.log(p))
+
+
+def _least(p: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
+    """min(p, t). Where they are equal, the derivative with respect to either is one half."""
+    return (p + t - tf.abs(p - t)) / 2
 
 
 def _flat(x: tf.Tensor, data_format: DataFormat) -> tf.Tensor:

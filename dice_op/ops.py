@@ -41,7 +41,7 @@ class DiceSums(typing.NamedTuple):
     """
 
     intersection: tf.Tensor
-    """[N, C]: sum m p t."""
+    """[N, C]: sum m p t, or sum m min(p, t) (`soft_label`)."""
     pred_sum: tf.Tensor
     """[N, C]: sum m p, or sum m p^2 (`squared_pred`)."""
     label_sum: tf.Tensor
@@ -59,6 +59,7 @@ def dice_sums(
     *,
     activation: Activation | Prediction,
     squared_pred: bool = False,
+    soft_label: bool = False,
     voxel_weight: TensorLike | None = None,
     ignore_label: int | None = None,
     regions: Regions | None = None,
@@ -88,6 +89,10 @@ def dice_sums(
         0 for the others; `"threshold"` is 1 for every class whose logit is above `threshold`.
       squared_pred: Whether p and t are squared in `pred_sum` and `label_sum` (Milletari et al.,
         "V-Net", 2016).
+      soft_label: Whether min(p, t) replaces p t in `intersection` if `y_true` has a float type and
+        holds t itself (Wang et al., "Dice Semimetric Losses", 2023). For labels of 0 and 1 the two
+        are equal. For fractions a Dice loss is smallest at p = t only with `soft_label` or with
+        `squared_pred`; with both, p t stays. Where p = t, the derivative of min(p, t) is 1/2.
       voxel_weight: The weight of each voxel, `[N, spatial...]`, of any type. A voxel of weight 0
         does not count, whatever its logits are.
       ignore_label: Voxels with this class index do not count.
@@ -129,6 +134,7 @@ def dice_sums(
         "activation": activation,
         "data_format": data_format,
         "squared_pred": squared_pred,
+        "soft_label": soft_label,
         "with_cross_entropy": cross_entropy,
         "focal_gamma": focal_gamma,
         "label_smoothing": label_smoothing,

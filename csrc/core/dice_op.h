@@ -62,6 +62,8 @@ struct Problem {
   // Whether the kernels work with one label value per class instead of one index. The values are either in memory or
   // computed from the index.
   bool labels_per_class() const { return dense_labels || has_regions() || smoothed(); }
+  // Whether t may be a fraction.
+  bool soft_labels() const { return dense_labels && labels_dtype >= DType::kHalf; }
   // Whether some voxels may be left out.
   bool masked() const { return voxel_weight || options.ignore_label.given; }
   bool hard() const { return options.activation > Activation::kNone; }

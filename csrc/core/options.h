@@ -35,6 +35,7 @@ struct Options {
   Activation activation = Activation::kSoftmax;
   DataFormat data_format = DataFormat::kChannelsLast;
   bool squared_pred = false;     // the cardinalities are sum p^2 and sum t^2
+  bool soft_label = false;       // the intersection is sum min(p, t) if t may be a fraction
   bool cross_entropy = false;    // the cross-entropy is summed too
   double focal_gamma = 0.0;      // its focal exponent; 0 is plain cross-entropy
   double label_smoothing = 0.0;  // s: its labels are (1 - s) t + s / C, or (1 - s) t + s / 2 for sigmoid
@@ -70,6 +71,7 @@ inline constexpr auto kOptions = std::make_tuple(
     Option<Activation>{"activation", &Options::activation},                        //
     Option<DataFormat>{"data_format", &Options::data_format},                      //
     Option<bool>{"squared_pred", &Options::squared_pred},                          //
+    Option<bool>{"soft_label", &Options::soft_label},                              //
     Option<bool>{"cross_entropy", &Options::cross_entropy, "with_cross_entropy"},  // an output is named cross_entropy
     Option<double>{"focal_gamma", &Options::focal_gamma, 0, std::numeric_limits<double>::max(),
                    "finite and at least 0"},

@@ -18,7 +18,7 @@ struct SumInfo {
 
 // Sums per class come first. The dtype of all of them is Problem::sums_dtype().
 constexpr SumInfo kSums[] = {
-    {Sum::kIntersection, "intersection", true, true},   // sum m p t
+    {Sum::kIntersection, "intersection", true, true},   // sum m p t, or sum m min(p, t)
     {Sum::kPredSum, "pred_sum", true, true},            // sum m p, or sum m p^2
     {Sum::kLabelSum, "label_sum", true, false},         // sum m t, or sum m t^2
     {Sum::kCrossEntropy, "cross_entropy", true, true},  // sum m t (1-p)^gamma (-log p); sigmoid adds its mirror image

@@ -10,6 +10,7 @@ namespace dice_op {
 template <class Scalar>
 struct Terms {
   bool squared = false;        // the cardinalities use p^2 and t^2
+  bool soft = false;           // the intersection uses min(p, t), not p t
   bool masked = false;         // some voxels may have weight 0; they are left out, whatever they hold
   bool cross_entropy = false;  // is wanted; only asked if the template argument kCrossEntropy is true
   Scalar gamma = 0;            // focal exponent
@@ -19,12 +20,13 @@ struct Terms {
   Scalar threshold = 0;  // for the activation 'threshold'
 
   // Whether no option changes how a voxel is computed, apart from the cross-entropy.
-  bool plain() const { return !squared && !masked && gamma == 0 && keep == 1 && spread == 0; }
+  bool plain() const { return !squared && !soft && !masked && gamma == 0 && keep == 1 && spread == 0; }
 
   template <class Other>
   DICE_OP_INLINE Terms<Other> To() const {
     Terms<Other> terms;
     terms.squared = squared;
+    terms.soft = soft;
     terms.masked = masked;
     terms.cross_entropy = cross_entropy;
     terms.gamma = static_cast<Other>(gamma);
@@ -41,6 +43,7 @@ inline Terms<double> TermsOf(const Problem& problem) {
   const Options& options = problem.options;
   Terms<double> terms;
   terms.squared = options.squared_pred;
+  terms.soft = options.soft_label && problem.soft_labels() && !options.squared_pred;
   terms.masked = problem.masked();
   terms.cross_entropy = options.cross_entropy;
   if (options.cross_entropy) {

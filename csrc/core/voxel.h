@@ -79,6 +79,9 @@ struct DenseLabel {
   static constexpr bool kOneHot = false;
   static constexpr bool kSingle = false;
   const R* t;
+  // min(p, t), and its derivative with respect to p. Where p = t, this is the middle of the subgradients.
+  DICE_OP_DEVICE R Least(R p, int i) const { return Select(t[i] < p, t[i], p); }
+  DICE_OP_DEVICE R SlopeOfLeast(R p, int i) const { return Select(p < t[i], R(1), Select(t[i] < p, R(0), R(0.5))); }
   DICE_OP_DEVICE R Times(R x, int, int i) const { return x * t[i]; }
   DICE_OP_DEVICE R AddTo(R sum, R x, int, int i) const { return sum + x * t[i]; }
   DICE_OP_DEVICE R Mix(R present, R absent, int, int i) const {  // for an infinite logit one term is infinite
@@ -375,8 +378,14 @@ DICE_OP_DEVICE void AddClass(const Label& label, int c, int i, R p, R m, R weigh
   const R mp = weight * p;
   *pred_sum = *pred_sum + (terms.squared ? mp * Activation::Scale(p, norm) : mp);
   if constexpr (!Label::kSingle) {
-    *intersection = label.AddTo(*intersection, mp, c, i);
     *label_sum = label.AddTo(*label_sum, terms.squared ? label.Times(m, c, i) : m, c, i);
+    if constexpr (!Label::kOneHot) {
+      if (terms.soft) {
+        *intersection = *intersection + m * label.Least(Activation::Scale(p, norm), i);
+        return;
+      }
+    }
+    *intersection = label.AddTo(*intersection, mp, c, i);
   }
 }
 
@@ -427,6 +436,9 @@ DICE_OP_DEVICE void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const La
   // The part of dL/dp of class i that comes from intersection and cardinality.
   const auto direct = [&](int i, R p_i) {
     const R cardinality = terms.squared ? R(Scalar(2) * b[i]) * p_i : R(b[i]);
+    if constexpr (!Label::kOneHot) {
+      if (terms.soft) return cardinality + R(a[i]) * label.SlopeOfLeast(p_i, i);
+    }
     return label.AddTo(cardinality, Label::kSingle ? a_t : R(a[i]), k.Class(i), i);
   };
   if constexpr (Activation::kBinary) {  // the classes are independent

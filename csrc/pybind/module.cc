@@ -384,6 +384,7 @@ constexpr char kSumsDoc[] =
     "  activation: 'softmax', 'sigmoid', or 'none' if the logits are already probabilities. For scores, 'argmax'\n"
     "    gives 1 to the class of the largest logit, and 'threshold' gives 1 to each logit above `threshold`.\n"
     "  squared_pred: whether pred_sum and label_sum add up squares.\n"
+    "  soft_label: whether intersection adds up min(p, t) in place of p t, for soft labels.\n"
     "  voxel_weight: [N, spatial...], any dtype; voxels of weight 0 are left out.\n"
     "  ignore_label: voxels with this class index are left out.\n"
     "  cross_entropy: whether sum t (1-p)^gamma (-log p) is computed too, with gamma = focal_gamma and the labels t\n"

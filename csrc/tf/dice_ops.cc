@@ -71,6 +71,7 @@ absl::Status GradShape(InferenceContext* c) {
       .Attr("Tsums: {float, double}") /* double for double logits and for counts */                         \
       .Attr("data_format: {'channels_last', 'channels_first'} = 'channels_last'")                           \
       .Attr("squared_pred: bool = false")                                                                   \
+      .Attr("soft_label: bool = false")                                                                     \
       .Attr("with_cross_entropy: bool = false")                                                             \
       .Attr("focal_gamma: float = 0.0")                                                                     \
       .Attr("threshold: float = 0.0") /* of no use to the gradient */                                       \

@@ -24,6 +24,7 @@ class SumsOptions(typing.TypedDict, total=False):
     activation: Activation
     include_background: bool
     squared_pred: bool
+    soft_label: bool
     batch: bool
     ignore_label: int | None
     regions: Regions | None
@@ -54,6 +55,10 @@ class SumsLoss(keras.losses.Loss):
         softmax is an error where the loss can see it, as the last operation of the model.
       include_background: Whether class 0 counts. In a cross-entropy it always does.
       squared_pred: Whether p and t are squared in P and T (Milletari et al., "V-Net", 2016).
+      soft_label: Whether I is the sum of min(p, t), not of p t, for labels that are fractions (Wang
+        et al., "Dice Semimetric Losses", 2023). Without it the loss is not smallest where p = t,
+        unless `squared_pred` is given. It makes no difference for class indices, and for labels of
+        0 and 1.
       batch: Whether the sums are taken over the whole batch and not per sample, as nnU-Net's
         `batch_dice`, and over all replicas of a distribution strategy. Weights per sample then
         enter these sums. Each sample has the loss of the batch, so that the reduction should be a
@@ -85,6 +90,7 @@ class SumsLoss(keras.losses.Loss):
         "activation",
         "include_background",
         "squared_pred",
+        "soft_label",
         "batch",
         "ignore_label",
         "regions",
@@ -98,6 +104,7 @@ class SumsLoss(keras.losses.Loss):
         activation: Activation = "softmax",
         include_background: bool = True,
         squared_pred: bool = False,
+        soft_label: bool = False,
         batch: bool = False,
         ignore_label: int | None = None,
         regions: Regions | None = None,
@@ -113,6 +120,7 @@ class SumsLoss(keras.losses.Loss):
         self.activation = activation
         self.include_background = _checks.flag("include_background", include_background)
         self.squared_pred = _checks.flag("squared_pred", squared_pred)
+        self.soft_label = _checks.flag("soft_label", soft_label)
         self.batch = _checks.flag("batch", batch)
         self.ignore_label = _checks.label("ignore_label", ignore_label)
         self.regions = _checks.region_list(regions, include_background)
@@ -227,6 +235,7 @@ class SumsLoss(keras.losses.Loss):
             y_pred,
             activation=self.activation,
             squared_pred=self.squared_pred,
+            soft_label=self.soft_label,
             voxel_weight=voxel_weight,
             ignore_label=self.ignore_label,
             regions=self.regions,

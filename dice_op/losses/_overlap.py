@@ -148,9 +148,9 @@ class DiceLoss(OverlapLoss):
     Args:
       jaccard: Whether the loss is 1 - intersection over union (Jaccard, IoU) and not Dice.
       **options: `class_weight`, `smooth_nr`, `smooth_dr`, `average`, `absent` and `transform` are
-        those of `OverlapLoss`; `activation`, `include_background`, `squared_pred`, `batch`,
-        `ignore_label`, `regions`, `data_format`, `reduction`, `name` and `dtype` are those of
-        `SumsLoss`.
+        those of `OverlapLoss`; `activation`, `include_background`, `squared_pred`, `soft_label`,
+        `batch`, `ignore_label`, `regions`, `data_format`, `reduction`, `name` and `dtype` are those
+        of `SumsLoss`.
     """
 
     _arguments: tuple[str, ...] = ("jaccard",)

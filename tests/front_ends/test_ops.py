@@ -117,6 +117,20 @@ def test_first_and_second_order_gradients_agree_with_numeric_ones(
     assert_jacobians(lambda x: value_and_gradient(total, x)[1], [x], tolerance)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_soft_labels_agree_with_numeric_ones(activation, dtype):
+    x, t = make("soft", activation, "channels_last", dtype)
+
+    def total(x, t):
+        options = {"activation": activation, "soft_label": True, "cross_entropy": True}
+        return weighted_total(dice_op.dice_sums(t, x, **options))
+
+    tolerance = 5e-3 if dtype == "float32" else 1e-6
+    assert_jacobians(total, [x, t], tolerance)
+    assert_jacobians(lambda x: value_and_gradient(lambda x: total(x, t), x)[1], [x], tolerance)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("data_format", FORMATS)
 def test_gradients_of_dense_labels_and_weights_agree_with_numeric_ones(activation, data_format):
@@ -165,7 +179,7 @@ def test_composite_computes_what_the_kernels_compute(classes, labels, activation
     """composite.py computes the rare derivatives, so that it must be the same function as the
     kernels."""
     same = {"with_cross_entropy": True, "focal_gamma": 0.0, "label_smoothing": 0.0}
-    same = {**same, "squared_pred": False, "ignore_label": [], "regions": []}
+    same |= {"squared_pred": False, "soft_label": False, "ignore_label": [], "regions": []}
 
     def assert_same(x, y, data_format, **changes):
         attributes = {**same, "activation": activation, "data_format": data_format, **changes}
@@ -183,6 +197,7 @@ def test_composite_computes_what_the_kernels_compute(classes, labels, activation
         x, y = make(labels, activation, data_format, "float64", classes=classes)
         for gamma, smoothing in ((0.0, 0.0), (0.5, 0.25), (2.0, 0.0)):
             assert_same(x, y, data_format, focal_gamma=gamma, label_smoothing=smoothing)
+        assert_same(x, y, data_format, soft_label=True)
         if labels.startswith("index") and activation != "softmax":
             regions = [(0, 1), (1,), (1, 2), (3, 1)][:classes]
             assert_same(x, y, data_format, regions=regions)

@@ -95,6 +95,16 @@ def test_xla_gives_the_same_bits_as_eager_execution(options, dtype):
     assert_same_bits(inside, sums_and_gradient(y, x, **options))
 
 
+def test_xla_gives_the_same_bits_for_soft_labels():
+    x, _ = volume((2, 50, 41, 23), 3)
+    y = tf.random.stateless_uniform(x.shape, [1, 2])
+    options = {"activation": "softmax", "soft_label": True}
+    inside = jit(lambda y, x: sums_and_gradient(y, x, **options))(y, x)
+    assert_same_bits(inside, sums_and_gradient(y, x, **options))
+    product = sums_and_gradient(y, x, activation="softmax")
+    assert not np.array_equal(product[0], inside[0])
+
+
 @pytest.mark.parametrize("activation", ["argmax", "threshold"])
 def test_xla_gives_the_same_scores_as_eager_execution(activation):
     x, y = volume((2, 50, 41, 23), 3, "float16")

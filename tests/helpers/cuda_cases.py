@@ -68,7 +68,7 @@ class Cases:
             )
         )  # fmt: skip
         loss = options.get("cross_entropy", True)
-        of_reference = ("squared_pred", "focal_gamma", "label_smoothing", "threshold")
+        of_reference = ("squared_pred", "soft_label", "focal_gamma", "label_smoothing", "threshold")
         given = {k: v for k, v in options.items() if k in of_reference}
         given = {"activation": activation, **renamed(given)}
         wanted = dict(zip(NAMES, reference.sums(x, t, m, **given), strict=True))

@@ -118,14 +118,15 @@ def build_handlers(include, folder):
 
 
 def case(x, y, *, weight=None, coefficients, activation="softmax", data_format="channels_last",
-         squared_pred=False, cross_entropy=True, focal_gamma=0.0, label_smoothing=0.0,
-         threshold=0.0, ignore_label=None, regions=(), in_place=False, misalign=0):  # fmt: skip
+         squared_pred=False, soft_label=False, cross_entropy=True, focal_gamma=0.0,
+         label_smoothing=0.0, threshold=0.0, ignore_label=None, regions=(), in_place=False,
+         misalign=0):  # fmt: skip
     """One call. x: [N, V, C] or [N, C, V]; y: [N, V], or as x; coefficients: three of [N, C]."""
     n, *rest = x.shape
     planar = data_format == "channels_first"
     v, c = rest[::-1] if planar else rest
     header = np.array(
-        [n, v, c, ACTIVATIONS.index(activation), planar, squared_pred, cross_entropy]
+        [n, v, c, ACTIVATIONS.index(activation), planar, squared_pred, soft_label, cross_entropy]
         + [ignore_label is not None, ignore_label or 0, DTYPES.index(x.dtype.name)]
         + [DTYPES.index(y.dtype.name), y.ndim == 3]
         + [-1 if weight is None else DTYPES.index(weight.dtype.name), in_place, misalign]

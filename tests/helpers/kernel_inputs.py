@@ -38,5 +38,10 @@ def in_format(data_format, *arrays):
 
 
 def renamed(options):
-    names = {"squared_pred": "squared", "focal_gamma": "gamma", "label_smoothing": "smoothing"}
+    names = {
+        "squared_pred": "squared",
+        "soft_label": "soft",
+        "focal_gamma": "gamma",
+        "label_smoothing": "smoothing",
+    }
     return {names.get(k, k): v for k, v in options.items() if k != "ignore_label"}

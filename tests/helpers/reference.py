@@ -37,16 +37,24 @@ def _softplus(x):
     return np.where(x.real < 0, 0, x) + np.log1p(np.exp(-size))
 
 
-def voxel_terms(x, t, activation, squared=False, gamma=0.0, smoothing=0.0, threshold=0.0):
+def _least(p, t):
+    """min(p, t). Where they are equal, the derivative is one half."""
+    return np.where(p.real < t, p, np.where(p.real > t, t, (p + t) / 2))
+
+
+def voxel_terms(
+    x, t, activation, squared=False, soft=False, gamma=0.0, smoothing=0.0, threshold=0.0
+):
     """What each voxel adds to intersection, pred_sum, label_sum and cross_entropy: [..., C]
     each."""
+    both = _least if soft else np.multiply
     power = 2 if squared else 1
     classes = x.shape[-1]
     smooth_t = (1 - smoothing) * t + smoothing / (2 if activation == "sigmoid" else classes)
     if activation in ("argmax", "threshold"):
         largest = np.arange(classes) == x.argmax(-1)[..., None]
         p = (largest if activation == "argmax" else x > threshold).astype(float)
-        return p * t, p**power, t**power + 0 * p, 0 * p
+        return both(p, t), p**power, t**power + 0 * p, 0 * p
     if activation == "softmax":
         log_p = log_softmax(x)
         p = np.exp(log_p)
@@ -56,11 +64,11 @@ def voxel_terms(x, t, activation, squared=False, gamma=0.0, smoothing=0.0, thres
     else:
         p = x + 0
         cut = np.where(p.real < 1e-7, 1e-7, p)  # the smallest probability of the cross-entropy
-        return p * t, p**power, t**power + 0 * p, -smooth_t * (1 - cut) ** gamma * np.log(cut)
+        return both(p, t), p**power, t**power + 0 * p, -smooth_t * (1 - cut) ** gamma * np.log(cut)
     present = np.where(smooth_t != 0, -smooth_t * (1 - p) ** gamma * log_p, 0)
     if activation == "sigmoid":
         present = present + (1 - smooth_t) * p**gamma * _softplus(x)
-    return p * t, p**power, t**power + 0 * p, present
+    return both(p, t), p**power, t**power + 0 * p, present
 
 
 def sums(x, t, weight=None, **options):

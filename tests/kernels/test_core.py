@@ -104,6 +104,36 @@ def test_options_agree_with_the_reference(squared_pred, focal_gamma, activation,
         check(x, y, t, activation=activation, squared_pred=squared_pred, focal_gamma=focal_gamma)
 
 
+@pytest.mark.parametrize("label_kind", ["uint8", "dense uint8", "dense float32", "soft"])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
+@pytest.mark.parametrize("classes", [1, 2, 3, 4, 7, 14])
+def test_soft_labels_intersect_by_the_smaller_of_both(classes, activation, label_kind):
+    x, y, t = make((2, 100, classes), label_kind, activation)
+    check(x, y, t, activation=activation, soft_label=True)
+    check(x, y, t, activation=activation, soft_label=True, focal_gamma=2.0)
+    weight = np.random.default_rng(1).integers(0, 3, (2, 100)).astype(np.float32)
+    check(x, y, t, activation=activation, soft_label=True, weight=weight)
+
+
+def test_squares_need_no_smaller_of_both():
+    x, y, t = make((2, 100, 3), "soft", "softmax")
+    options = {"activation": "softmax", "squared_pred": True}
+    product, least = core.sums(x, y, **options), core.sums(x, y, soft_label=True, **options)
+    assert all(np.array_equal(product[name], least[name]) for name in product)
+
+
+def test_where_prediction_and_soft_label_are_equal_the_derivative_is_one_half():
+    p = np.float32([[[0.25, 0.5, 0.75, 0.0, 1.0]]])
+    t = np.float32([[[0.25, 0.6, 0.70, 0.0, 1.0]]])
+    one, zero = np.ones((1, 5), np.float32), np.zeros((1, 5), np.float32)
+    options = {"activation": "none", "soft_label": True}
+    assert np.array_equal(core.sums(p, t, **options)["intersection"], np.minimum(p, t)[0])
+    gradient = core.gradient(p, t, d_intersection=one, d_pred_sum=zero, **options)
+    assert gradient.tolist() == [[[0.5, 1, 0, 0.5, 0.5]]]
+    hard = core.gradient(p, t == 1, d_intersection=one, d_pred_sum=zero, **options)
+    assert hard.tolist() == [[[0, 0, 0, 0, 1]]]  # For labels of 0 and 1 in an integer type it is t.
+
+
 @pytest.mark.parametrize("label_kind", ["uint8", "soft"])
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
 @pytest.mark.parametrize("label_smoothing", [0.125, 1.0])

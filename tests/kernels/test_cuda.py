@@ -121,6 +121,8 @@ def option_cases(data_format):
                 dtype = ("float32", "bfloat16", "float32", "float64")[(i + c) % 4]
                 cases.add(shape, kind, dtype, **common)
                 cases.add(shape, kind, squared_pred=True, cross_entropy=False, **common)
+                if kind in ("soft", "dense float16", "dense int64"):
+                    cases.add(shape, kind, soft_label=True, cross_entropy=c == 3, **common)
                 cases.add(
                     shape, kind, weight=("float32", "uint8", "float16")[i % 3],
                     focal_gamma=(2.0, 0.5, 0.0)[(i + c) % 3], squared_pred=c == 6, **common,

@@ -31,6 +31,7 @@ from helpers.peers import (
     smp_loss,
     volume,
 )
+from helpers.tape import value_and_gradient
 
 if HAS_PEERS:
     import torch
@@ -92,6 +93,39 @@ def test_softmax_losses_conform_to_monai(form, volume_name):
         their_arguments["weight"] = torch.tensor(their_arguments["weight"])
     loss = getattr(monai, theirs)(softmax=True, to_onehot_y=True, **their_arguments)
     assert_conforms(of_ours(getattr(losses, ours)(**arguments), x, y), of_torch(loss, x, y))
+
+
+SOFT = {"soft_label": True}
+MONAI_SOFT = {
+    "Dice": (losses.DiceLoss(**SOFT), "DiceLoss", SOFT),
+    "Dice, batch": (losses.DiceLoss(batch=True, **SOFT), "DiceLoss", SOFT | {"batch": True}),
+    "Dice, squares": (
+        losses.DiceLoss(squared_pred=True, **SOFT), "DiceLoss", SOFT | {"squared_pred": True},
+    ),
+    "Jaccard": (losses.DiceLoss(jaccard=True, **SOFT), "DiceLoss", SOFT | {"jaccard": True}),
+    "Tversky": (
+        losses.TverskyLoss(alpha=0.3, beta=0.7, **SOFT),
+        "TverskyLoss",
+        SOFT | {"alpha": 0.3, "beta": 0.7},
+    ),
+    "generalized Dice": (
+        losses.GeneralizedDiceLoss(**SOFT, **SMALL), "GeneralizedDiceLoss", SOFT,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("volume_name", VOLUMES)
+@pytest.mark.parametrize("form", MONAI_SOFT)
+def test_losses_of_soft_labels_conform_to_monai(form, volume_name):
+    """The labels are spread over the classes, so that every voxel has fractions."""
+    ours, theirs, arguments = MONAI_SOFT[form]
+    x, y = volume(volume_name)
+    spread = np.random.default_rng(0).dirichlet(np.ones(CLASSES), y.shape)
+    t = (0.75 * (y[..., None] == np.arange(CLASSES)) + 0.25 * spread).astype(np.float32)
+    loss = getattr(monai, theirs)(softmax=True, **arguments)
+    of_monai = of_torch(lambda x, _: loss(x, torch.tensor(np.moveaxis(t, -1, 1)).double()), x, y)
+    value, gradient = value_and_gradient(lambda x: ours(t, x), tf.constant(x))
+    assert_conforms((value.numpy(), gradient.numpy()), of_monai)
 
 
 MONAI_SIGMOID = {

@@ -111,6 +111,46 @@ def test_each_form_is_what_people_write_in_numpy(form, data_format, labels):
     np.testing.assert_allclose(compiled(x), value, rtol=1e-6)
 
 
+SOFT = {
+    "Dice": (DiceLoss(soft_label=True), mean_dice),
+    "Jaccard": (DiceLoss(soft_label=True, jaccard=True), lambda *s: jaccard(*s).mean()),
+    "Tversky": (
+        losses.TverskyLoss(soft_label=True, alpha=0.3, beta=0.7),
+        lambda *s: (1 - score(*s, 0.3, 0.7)).mean(),
+    ),
+    "generalized Dice": (
+        losses.GeneralizedDiceLoss(soft_label=True),
+        lambda *s: generalized(*s, 2).mean(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOFT)
+def test_losses_of_soft_labels_are_what_people_write_in_numpy(name):
+    loss, of_sums = SOFT[name]
+    x, _ = make()
+    t = np.random.default_rng(1).dirichlet(np.ones(SHAPE[-1]), SHAPE[:-1]).astype(np.float32)
+    options = {"activation": "softmax", "soft": True}
+    expected, gradient = reference.loss_and_gradient(flat(x), flat(t), of_sums, **options)
+    value, found = value_and_gradient(lambda x: loss(t, x), tf.constant(x))
+    assert abs(float(value) - expected) <= 1e-6
+    reference.assert_gradient(found, gradient.reshape(x.shape))
+
+
+@pytest.mark.parametrize("options", [{"soft_label": True}, {"squared_pred": True}], ids=str)
+def test_the_loss_of_soft_labels_is_smallest_where_they_are_predicted(options):
+    """With neither option it is not: labels of 0 and 1 are then better than the right ones."""
+    t = np.random.default_rng(0).random((1, 50, 1)).astype(np.float32)
+    rounded = np.round(t)
+
+    def loss(p, **options):
+        return float(DiceLoss(activation="none", **options)(t, p))
+
+    assert loss(rounded) < loss(t) - 0.05
+    assert loss(t, **options) <= 1e-6
+    assert loss(rounded, **options) > 0.05
+
+
 def score(i, p, t, alpha=0.5, beta=0.5):
     return (i + 1e-5) / (i + alpha * (p - i) + beta * (t - i) + 1e-5)
 

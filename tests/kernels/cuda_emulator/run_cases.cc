@@ -21,7 +21,7 @@ namespace {
 
 struct Header {
   int64_t batch, voxels, classes;
-  int64_t activation, planar, squared_pred, cross_entropy, has_ignore_label, ignore_label;
+  int64_t activation, planar, squared_pred, soft_label, cross_entropy, has_ignore_label, ignore_label;
   int64_t logits_dtype, labels_dtype, dense_labels, weight_dtype;  // weight_dtype < 0: no weight
   int64_t in_place;                                                // the gradient takes the logits' memory
   int64_t misalign;                                                // bytes by which the arrays miss 16-byte alignment
@@ -62,6 +62,7 @@ void Run(const Header& header, FILE* in, FILE* out) {
   options.activation = static_cast<Activation>(header.activation);
   options.data_format = header.planar ? DataFormat::kChannelsFirst : DataFormat::kChannelsLast;
   options.squared_pred = header.squared_pred;
+  options.soft_label = header.soft_label;
   options.cross_entropy = header.cross_entropy;
   options.focal_gamma = header.focal_gamma;
   options.label_smoothing = header.label_smoothing;
