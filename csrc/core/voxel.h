@@ -156,26 +156,33 @@ struct Softmax {
   DICE_OP_DEVICE static Focal<R> CategoricalTerm(R z, R p, const Norm<R>& norm, R log_total, Scalar gamma) {
     return Focal<R>::Of(p, (z - norm.top) - log_total, gamma);
   }
-  // d: m dL/dlogits; g(i): dL/dp without the cross-entropy; h(i): p dL/dp of the cross-entropy. The derivative with
-  // respect to the logits is p (g - sum p g) + h - p sum h.
+  // d: m dL/dlogits; g(i): dL/dp without the cross-entropy; h(i): p dL/dp of the cross-entropy. With u = p g + h, the
+  // derivative with respect to the logits is u - p sum u.
+  //
+  // If one p is near 1, this subtraction leaves little of its derivative but the rounding error of the sum. The
+  // derivatives of a voxel add up to zero, and those of small p are exact. So what they do add up to is that error, and
+  // it is taken off by the same subtraction.
   template <bool kCrossEntropy, class Classes, class R, class G, class H>
   DICE_OP_DEVICE static void Backward(const Classes& k, const R* e, const Norm<R>& norm, R m, const G& g, const H& h,
                                       R* d) {
-    R dot = R(0), loss = R(0);
+    R sum = R(0);
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
-      dot = dot + e[i] * g(i);
-      if constexpr (kCrossEntropy) loss = loss + h(i);
+      d[i] = e[i] * g(i);
+      if constexpr (kCrossEntropy) d[i] = d[i] + norm.total * h(i);
+      sum = sum + d[i];
     }
-    dot = norm.scale * k.Sum(dot);
-    if constexpr (kCrossEntropy) loss = k.Sum(loss);
+    sum = norm.scale * k.Sum(sum);
+    R error = R(0);
+    DICE_OP_UNROLL
+    for (int i = 0; i < k.size(); ++i) {
+      d[i] = d[i] - sum * e[i];
+      error = error + d[i];
+    }
+    error = norm.scale * k.Sum(error);
     const R weight = m * norm.scale;
     DICE_OP_UNROLL
-    for (int i = 0; i < k.size(); ++i) {
-      R total = weight * e[i] * (g(i) - dot);
-      if constexpr (kCrossEntropy) total = total + m * (h(i) - norm.scale * e[i] * loss);
-      d[i] = total;
-    }
+    for (int i = 0; i < k.size(); ++i) d[i] = weight * (d[i] - error * e[i]);
   }
 };
 
