@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks import measuring, report
+from benchmarks import cpu, machine, report
 from benchmarks.cases import Case, cube
 from helpers.paths import BENCHMARKS, ROOT
 
@@ -68,27 +68,27 @@ class SharedMachine:
     ],
 )
 def test_a_disturbed_measurement_is_repeated(paces, attempt, pace, monkeypatch):
-    monkeypatch.setattr(measuring, "PATIENCE", 0.0 if min(paces) > 1.1 else 60.0)
-    monkeypatch.setattr(measuring.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(machine, "PATIENCE", 0.0 if min(paces) > 1.1 else 60.0)
+    monkeypatch.setattr(machine.time, "sleep", lambda seconds: None)
     attempts = iter(range(1, 100))
-    result = measuring.undisturbed(SharedMachine(*paces), lambda: {"attempt": next(attempts)})
+    result = machine.undisturbed(SharedMachine(*paces), lambda: {"attempt": next(attempts)})
     assert result == {"attempt": attempt, "pace": pace}
 
 
 def test_a_failure_is_final_but_replaces_no_result(monkeypatch):
-    monkeypatch.setattr(measuring, "PATIENCE", 0.0)
+    monkeypatch.setattr(machine, "PATIENCE", 0.0)
     outcomes = iter([{"seconds": 1}, {"failed": "no memory"}, {"failed": "never asked"}])
-    result = measuring.undisturbed(SharedMachine(2), lambda: next(outcomes))
+    result = machine.undisturbed(SharedMachine(2), lambda: next(outcomes))
     assert result == {"seconds": 1, "pace": 2}
-    assert measuring.undisturbed(SharedMachine(2), lambda: {"failed": "x"}) == {"failed": "x"}
+    assert machine.undisturbed(SharedMachine(2), lambda: {"failed": "x"}) == {"failed": "x"}
 
 
 def test_the_machine_tells_its_pace_and_limits(monkeypatch):
-    monkeypatch.setattr(measuring, "CALIBRATION", 0.05)
-    machine = measuring.Machine()
-    assert 1e-4 < machine.pace() and machine.near_its_fastest(machine.fastest)
-    assert not machine.near_its_fastest(machine.fastest / measuring.UNDISTURBED * 1.01)
-    limits = machine.limits(megabytes=8, repeats=3)
+    monkeypatch.setattr(machine, "CALIBRATION", 0.05)
+    watched = machine.Machine()
+    assert 1e-4 < watched.pace() and watched.near_its_fastest(watched.fastest)
+    assert not watched.near_its_fastest(watched.fastest / machine.UNDISTURBED * 1.01)
+    limits = watched.limits(megabytes=8, repeats=3)
     assert limits["threads"] >= 1 and limits["read"] > 1e8 and limits["copy"] > 1e8
 
 
@@ -116,7 +116,7 @@ def test_contenders_compute_the_loss_in_question(case):
     contenders = ["dice_op.core", "dice_op, XLA", "vectorised"]
     if case == cube(12, 3):
         contenders += ["multi-class snippet, eager", "keras.losses.Dice"]
-    for result in measuring.compare(case, contenders, seconds=0.01, machine=SteadyMachine()):
+    for result in cpu.compare(case, contenders, seconds=0.01, machine=SteadyMachine()):
         assert "failed" not in result, result
         precise = result["contender"].startswith("dice_op") or case.dtype == "float32"
         assert result["error"] <= (1e-5 if precise else 1e-2) and not result["wrong"]
