@@ -111,7 +111,7 @@ def times(framework, runs):
         try:
             result["graph"] = time_graph(framework, runs)
         except Exception as error:  # Some contenders do not work in a graph.
-            result["graph"] = {"error": short(error)}
+            result["graph"] = {"failed": short(error)}
     return result
 
 
@@ -189,6 +189,6 @@ def follow(plan, deadline, name, facts, measure_part, line, catching=Exception):
         try:
             result |= measure_part(part)
         except catching as error:
-            result["error"] = short(error)
+            result["failed"] = short(error)
         result["seconds_spent"] = round(time.monotonic() - start, 1)
         emit(result, line(result))
