@@ -7,6 +7,7 @@ line of JSON, which the process that started it reads.
 
 import functools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -64,6 +65,9 @@ class Framework:
         """A context that gives a function which launches all runs, recorded in a graph."""
         raise NotImplementedError
 
+    def forget(self):
+        """Gives memory back that the framework keeps, before the next contender."""
+
     def repeats(self, seconds):
         """How often to repeat a sample whose calls take this long."""
         fitting = int(self.longest / max(seconds * self.calls_per_sample, 1e-9))
@@ -88,6 +92,7 @@ def summary(samples):
 def time_calls(framework, runs):
     """Times calls that are launched one by one. `runs` has a call for each set of arguments."""
     warm_up = max(framework.calls_to_warm_up, min(len(runs), framework.most))
+    warm_up = math.ceil(warm_up / framework.calls_per_sample)
     once = statistics.median(framework.samples(runs, warm_up))
     result = summary(framework.samples(runs, framework.repeats(once)))
     if framework.calls_per_sample > 1:

@@ -119,6 +119,7 @@ def worker(module, *arguments, installed=True):
     path = [folder, ROOT, ROOT / "tests", ROOT / "examples"]
     path += filter(None, [os.environ.get("PYTHONPATH")])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    environment["PYTHONIOENCODING"] = "utf-8"
     return [sys.executable, "-m", module, *arguments], folder, environment
 
 
@@ -129,8 +130,8 @@ def run_worker(command, seconds, record, folder=ROOT, environment=None):
     """
     try:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            cwd=folder, env=environment,
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+            errors="replace", cwd=folder, env=environment,
         )  # fmt: skip
     except OSError as error:
         return f"{error.strerror}: {error.filename}", ""

@@ -21,7 +21,7 @@ from benchmarks.gpu import report
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.frameworks import Jax, PyTorch
 from benchmarks.gpu.volume import RepeatedVolume
-from benchmarks.measuring import emit, follow, measure
+from benchmarks.measuring import follow, measure
 
 FRAMEWORKS = {"torch": PyTorch, "jax": Jax}
 
@@ -215,7 +215,6 @@ def main():
     # Otherwise JAX would take nearly all memory at its first use.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     framework = FRAMEWORKS[arguments.framework](Device())
-    emit({"kind": "versions", **framework.versions()})
     parts = plan(arguments.framework, arguments.quick)
     measure_one = functools.partial(measure_part, framework)
     follow(parts, deadline, "contenders", facts, measure_one, report.line)

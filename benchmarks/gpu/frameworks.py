@@ -34,13 +34,6 @@ class PyTorch(OnGpu):
         if self.place == "cuda" and not torch.cuda.is_available():
             raise SystemExit("PyTorch sees no GPU")
 
-    def versions(self):
-        with contextlib.suppress(ImportError):
-            import triton
-
-            return {"torch": self.torch.__version__, "triton": triton.__version__}
-        return {"torch": self.torch.__version__, "triton": None}
-
     def arguments(self, volume):
         torch = self.torch
 
@@ -133,9 +126,6 @@ class Jax(OnGpu):
         if jax.default_backend() != self.platform:
             raise SystemExit("JAX sees no GPU")
 
-    def versions(self):
-        return {"jax": self.jax.__version__}
-
     def arguments(self, volume):
         jax, jnp = self.jax, self.jax.numpy
 
@@ -167,6 +157,3 @@ class Jax(OnGpu):
             self.jax.block_until_ready(result)
             samples.append((time.perf_counter() - start) / self.calls_per_sample)
         return samples
-
-    def forget(self):
-        pass

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import cpu, machine, report
 from benchmarks.cases import Case, cube
+from benchmarks.contenders import CONTENDERS
 from helpers.paths import BENCHMARKS, ROOT
 
 RECORD = BENCHMARKS / "results" / "cpu.json"
@@ -32,6 +33,16 @@ def test_the_record_is_complete_and_was_made_from_a_commit(record):
     assert set(report.README_CASES) <= names and len(names) > 20
     ours = [r for r in record["results"] if r["contender"] in ("dice_op", "dice_op, XLA")]
     assert not any("failed" in r or r["wrong"] for r in ours)
+
+
+def test_the_record_says_what_is_true_of_the_contenders(record):
+    for result in record["results"]:
+        assert {"ours", "same_loss", "snippet", "simd_level"} <= set(result)
+        if contender := CONTENDERS.get(result["contender"]):  # There may be fewer of them now.
+            assert contender.facts().items() <= result.items()
+        case = Case.from_json(result["case"])
+        assert result["name"] == str(case)
+        assert result.get("logits_bytes", case.logits_bytes) == case.logits_bytes
 
 
 class SteadyMachine:
@@ -118,7 +129,7 @@ def test_contenders_compute_the_loss_in_question(case):
         contenders += ["multi-class snippet, eager", "keras.losses.Dice"]
     for result in cpu.compare(case, contenders, seconds=0.01, machine=SteadyMachine()):
         assert "failed" not in result, result
-        precise = result["contender"].startswith("dice_op") or case.dtype == "float32"
+        precise = result["ours"] or case.dtype == "float32"
         assert result["error"] <= (1e-5 if precise else 1e-2) and not result["wrong"]
         assert result["seconds"] > 0 and result["repeats"] >= 3
         moved = case.logits_bytes + case.labels_bytes

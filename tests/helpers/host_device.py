@@ -177,9 +177,6 @@ class NumpyOnHost(OnGpu):
 
     most = 5
 
-    def versions(self):
-        return {"numpy": np.__version__}
-
     def arguments(self, volume):
         repeats = np.arange(volume.case.voxels) % volume.period
         return volume.stored[repeats][None], volume.labels[repeats][None]
@@ -195,9 +192,6 @@ class NumpyOnHost(OnGpu):
 
     def samples(self, runs, repeats):
         return seconds_of(runs, repeats)
-
-    def forget(self):
-        pass
 
 
 def seconds_of(runs, repeats):
