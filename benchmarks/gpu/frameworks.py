@@ -26,12 +26,12 @@ class PyTorch(OnGpu):
     has_graphs = True
     place = "cuda"
 
-    def __init__(self, device):
+    def __init__(self, device, cuda=None):
         import torch
 
         super().__init__(device)
-        self.torch = torch
-        if self.place == "cuda" and not torch.cuda.is_available():
+        self.torch, self.cuda = torch, cuda or torch.cuda
+        if not self.cuda.is_available():
             raise SystemExit("PyTorch sees no GPU")
 
     def arguments(self, volume):
@@ -54,59 +54,47 @@ class PyTorch(OnGpu):
     def peak(self, step, arguments):
         out = arguments[2]
         out.view(self.torch.uint8).fill_(0xFF)  # These bytes are NaN.
-        before = self.start_of_memory()
+        self.cuda.synchronize()
+        self.cuda.reset_peak_memory_stats()
+        self.device.pool_peak(reset=True)
+        before = self.cuda.memory_allocated()
         loss, gradient = step(*arguments)
-        extra = self.peak_of_memory() - before
+        self.cuda.synchronize()
+        extra = self.cuda.max_memory_allocated() - before + self.device.pool_peak()
         if gradient is out:  # Its memory was allocated before the measurement.
             extra += out.numel() * out.element_size()
         return (loss, gradient), extra
-
-    def start_of_memory(self):
-        """Returns the bytes in use. Peaks count from now on."""
-        cuda = self.torch.cuda
-        cuda.synchronize()
-        cuda.reset_peak_memory_stats()
-        self.device.pool_peak(reset=True)
-        return cuda.memory_allocated()
-
-    def peak_of_memory(self):
-        """Returns the most bytes in use since the start, of PyTorch and of dice_op.core."""
-        self.torch.cuda.synchronize()
-        return self.torch.cuda.max_memory_allocated() + self.device.pool_peak()
 
     def rows(self, gradient, start, count):
         return gradient[0, start : start + count].double().cpu().numpy()
 
     def samples(self, runs, repeats):
-        cuda = self.torch.cuda
-        cuda.synchronize()
-        events = [cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        self.cuda.synchronize()
+        events = [self.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
         for i in range(repeats):
             events[i].record()
             runs[i % len(runs)]()
         events[repeats].record()
-        cuda.synchronize()
+        self.cuda.synchronize()
         return [a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:], strict=False)]
 
     @contextlib.contextmanager
     def graph(self, runs):
-        cuda = self.torch.cuda
-        side = cuda.Stream()
-        side.wait_stream(cuda.current_stream())
-        with cuda.stream(side):
+        side = self.cuda.Stream()
+        side.wait_stream(self.cuda.current_stream())
+        with self.cuda.stream(side):
             for run in runs[:3]:
                 run()
-        cuda.current_stream().wait_stream(side)
-        cuda.synchronize()
-        graph = cuda.CUDAGraph()
-        with cuda.graph(graph):
+        self.cuda.current_stream().wait_stream(side)
+        self.cuda.synchronize()
+        graph = self.cuda.CUDAGraph()
+        with self.cuda.graph(graph):
             for run in runs:
                 run()
         yield graph.replay
 
     def forget(self):
-        """Gives the memory back that PyTorch keeps, for the next contender."""
-        self.torch.cuda.empty_cache()
+        self.cuda.empty_cache()
 
 
 class Jax(OnGpu):

@@ -8,6 +8,7 @@ would. What is timed on it means nothing.
 import contextlib
 import ctypes
 import time
+from unittest import mock
 
 import numpy as np
 
@@ -191,17 +192,65 @@ class NumpyOnHost(OnGpu):
         return gradient[0, start : start + count]
 
     def samples(self, runs, repeats):
-        return seconds_of(runs, repeats)
+        samples = []
+        for i in range(repeats):
+            start = time.perf_counter()
+            runs[i % len(runs)]()
+            samples.append(time.perf_counter() - start)
+        return samples
 
 
-def seconds_of(runs, repeats):
-    """The seconds that each call takes."""
-    samples = []
-    for i in range(repeats):
-        start = time.perf_counter()
-        runs[i % len(runs)]()
-        samples.append(time.perf_counter() - start)
-    return samples
+class HostCuda:
+    """What the harness calls of torch.cuda. Work is never delayed."""
+
+    Stream = mock.Mock
+
+    def __init__(self):
+        self.capturing = False
+
+    def is_available(self):
+        return True
+
+    def synchronize(self):
+        assert not self.capturing, "a capture ends by this on a GPU"
+
+    def current_stream(self):
+        return mock.Mock()
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
+    def reset_peak_memory_stats(self):
+        pass
+
+    def memory_allocated(self):
+        return 5
+
+    def max_memory_allocated(self):
+        return 6
+
+    def empty_cache(self):
+        pass
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    class CUDAGraph:
+        def replay(self):
+            time.sleep(1e-6)
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        self.capturing = True
+        yield
+        self.capturing = False
 
 
 class PyTorchOnHost(PyTorch):
@@ -210,21 +259,8 @@ class PyTorchOnHost(PyTorch):
     place = "cpu"
     most = 5
 
-    def start_of_memory(self):
-        return 0
-
-    def peak_of_memory(self):
-        return 1
-
-    def samples(self, runs, repeats):
-        return seconds_of(runs, repeats)
-
-    @contextlib.contextmanager
-    def graph(self, runs):
-        yield lambda: [run() for run in runs]
-
-    def forget(self):
-        pass
+    def __init__(self, device):
+        super().__init__(device, HostCuda())
 
 
 class JaxOnHost(Jax):
