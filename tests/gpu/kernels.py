@@ -137,7 +137,7 @@ class Checker:
         self.record(what, error <= tolerance, f"{kind}: error {error:.2e}, allowed {tolerance:.2e}")
 
     def expected_of(self, call):
-        """Returns the reference of a call. Cases that share one get the same object."""
+        """Returns the reference of a call. Calls that share one get the same object."""
         return self.expected(
             call.classes, call.dtype, call.activation, call.labels.startswith("dense"),
             bool(call.weight), call.ignore_label, call.squared_pred, call.focal_gamma,
