@@ -294,8 +294,8 @@ def readme_part(record):
                 else ["–"] * 3
             )
         rows.append(cells)
-    head = ["", *(f"{h}{c}" for c in README_CASES for h in ("", "× dice_op, ", "memory, "))]
-    head = [h if h.startswith(("×", "memory")) or not h else f"{h}, time" for h in head]
+    columns = ("time", "relative to `dice_op`", "memory")
+    head = ["", *(f"{case}: {column}" for case in README_CASES for column in columns)]
     return "\n".join([BEGIN, "", _about(record["machine"]), "", *table(head, rows), END])
 
 
