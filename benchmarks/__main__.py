@@ -22,11 +22,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import measuring, report
+from benchmarks import report
 from benchmarks.cases import CASES
 from benchmarks.contenders import CONTENDERS
+from benchmarks.cpu import compare
+from benchmarks.machine import Machine
+from benchmarks.measuring import ROOT, in_new_process
 
-RECORD = measuring.ROOT / "benchmarks" / "results" / "cpu.json"
+RECORD = ROOT / "benchmarks" / "results" / "cpu.json"
 LARGE = 1 << 30  # bytes of logits; above this, only dice_op is measured
 
 
@@ -35,7 +38,7 @@ def machine():
     from dice_op import core
 
     def run(*command):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=measuring.ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         return done.stdout.strip()
 
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
@@ -82,7 +85,7 @@ def main():
         report.write(json.loads(RECORD.read_text()), RECORD)
         return
     whole = not arguments.only and arguments.contenders == list(CONTENDERS)
-    watched = measuring.Machine()
+    watched = Machine()
     about = machine() | watched.limits()
     print(
         f"{about['processor']}, {about['threads']} threads, {about['simd_level']}: reads "
@@ -94,18 +97,19 @@ def main():
             print(f"{case}: left out, because there is too little memory", flush=True)
             continue
         print(f"{case}: {case.logits_bytes / 1e6:.0f} MB of logits", flush=True)
-        names = [
-            name
-            for name in arguments.contenders
-            if CONTENDERS[name].applies(case)
-            and (case.logits_bytes <= LARGE or CONTENDERS[name].ours)
+        contenders = [
+            title
+            for title in arguments.contenders
+            if CONTENDERS[title].applies(case)
+            and not CONTENDERS[title].why_not(case)
+            and (case.logits_bytes <= LARGE or CONTENDERS[title].ours)
         ]
-        for result in measuring.compare(case, names, arguments.seconds, machine=watched):
+        for result in compare(case, contenders, arguments.seconds, machine=watched):
             results.append(result)
             print("  " + report.line(result), flush=True)
     if whole:
         RECORD.parent.mkdir(exist_ok=True)
-        overhead = measuring.in_new_process("benchmarks.overhead")
+        overhead = in_new_process("benchmarks.overhead")
         record = {"machine": about, "results": results, "overhead": overhead}
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
         report.write(record, RECORD)

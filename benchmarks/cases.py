@@ -1,4 +1,4 @@
-"""The volumes that are measured, and their names."""
+"""The volumes that are measured on a CPU and on a GPU, and how their elements are stored."""
 
 import dataclasses
 import math
@@ -6,11 +6,42 @@ import math
 import numpy as np
 
 SMOOTH = 1e-5
+# The types in which NumPy stores elements. NumPy has no bfloat16, and stores its bits.
+STORED = {"bfloat16": np.dtype(np.uint16)} | {
+    name: np.dtype(name)
+    for name in ("float16", "float32", "float64", "uint8", "int16", "int32", "int64")
+}
+
+
+# --- elements -------------------------------------------------------------------------------------
+
+
+def itemsize(dtype):
+    """The bytes of one element."""
+    return STORED[dtype].itemsize
+
+
+def encode(values, dtype):
+    """Converts values to the form in which `dtype` is stored."""
+    if dtype != "bfloat16":
+        return np.ascontiguousarray(values, STORED[dtype])
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # round to nearest even
+
+
+def decode(stored, dtype):
+    """Converts what `encode` returned to float64."""
+    if dtype == "bfloat16":
+        stored = (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float64)
+
+
+# --- volumes --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Random logits `[batch, D, H, W, classes]`, and labels."""
+    """Logits `[batch, D, H, W, classes]`, and labels."""
 
     shape: tuple  # (D, H, W)
     classes: int
@@ -18,19 +49,28 @@ class Case:
     dtype: str = "float32"
     labels: str = "uint8"  # class indices, or "one-hot" for floats
     data_format: str = "channels_last"
+    cross_entropy: bool = False  # whether the sum for a cross-entropy is computed as well
 
     def __str__(self):
         extra = [f"N={self.batch}"] * (self.batch > 1) + [self.dtype] * (self.dtype != "float32")
         extra += [self.labels] * (self.labels != "uint8")
         extra += [self.data_format] * (self.data_format != "channels_last")
+        extra += ["with cross-entropy"] * self.cross_entropy
         cube = len(set(self.shape)) == 1
         size = f"{self.shape[0]}" if cube else "x".join(map(str, self.shape))
         return " ".join([f"{size}{'³' if cube else ''} × {self.classes}", *extra])
 
     @classmethod
     def from_json(cls, fields):
-        """Makes a case from what `dataclasses.asdict` gave. JSON has turned tuples into lists."""
+        """Makes a case from what `dataclasses.asdict` gave. JSON has turned tuples into lists.
+
+        A record may be older than some of the fields, which then have their defaults.
+        """
         return cls(**{**fields, "shape": tuple(fields["shape"])})
+
+    def facts(self):
+        """What a record says about the case."""
+        return {"case": dataclasses.asdict(self), "name": str(self)}
 
     @property
     def plain(self):
@@ -43,14 +83,16 @@ class Case:
 
     @property
     def logits_bytes(self):
-        return self.voxels * self.classes * np.dtype(self.dtype).itemsize
+        return self.voxels * self.classes * itemsize(self.dtype)
 
     @property
     def labels_bytes(self):
-        return self.voxels * (4 * self.classes if self.labels == "one-hot" else 1)
+        if self.labels == "one-hot":
+            return self.voxels * self.classes * itemsize("float32")
+        return self.voxels * itemsize(self.labels)
 
     def make(self, labels=None):
-        """Makes logits, and labels if none are given, in the layout of a model."""
+        """Makes random logits, and labels if none are given, in the layout of a model."""
         rng = np.random.default_rng(0)
         shape = (self.batch, *self.shape)
         x = rng.standard_normal((*shape, self.classes), dtype=np.float32).astype(self.dtype)

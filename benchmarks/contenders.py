@@ -1,8 +1,9 @@
 """The contenders: dice_op and other ways to compute a Dice loss and its gradient.
 
-A contender makes, for a `Case`, a function from logits and labels to loss and gradient. It is
-written as its users would write it, with softmax (or sigmoid for one class), one-hot labels where
-it needs them, and the mean over the classes.
+`Contender` is the type of all of them. The others in this file run on a CPU; those that run on a
+GPU are in gpu/contenders.py. A contender makes, for a `Case`, a function from logits and labels to
+loss and gradient. It is written as its users would write it, with softmax (or sigmoid for one
+class), one-hot labels where it needs them, and the mean over the classes.
 """
 
 import dataclasses
@@ -10,37 +11,58 @@ import functools
 import importlib.util
 from collections.abc import Callable
 
+from benchmarks.cases import SMOOTH
+
 IN_PLACE = "dice_op.core, in place"
 LEVELS = ("portable", "x86-64-v3", "x86-64-v4")
-SMOOTH = 1e-5
 EPSILON = 1e-6  # The snippets use this value.
-
-
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """One way to compute the loss, and what the harness must know about it."""
-
-    make_step: Callable  # takes a `Case`, and returns the function from logits and labels
-    applies: Callable  # takes a `Case`, and says whether it can be computed and is worth the time
-    arrays: str = "tensorflow"  # the type of its logits and labels; or "numpy", "torch"
-    same_loss: bool = True  # whether it computes the mean of 1 - dice over the classes
-    ours: bool = False
-    simd_level: str | None = None  # the level of the CPU kernels that it forces
-
-
-def same_loss(name):
-    """Whether this contender computes the mean of 1 - dice over the classes.
-
-    The name may come from a record that is older than the contenders here.
-    """
-    return name not in CONTENDERS or CONTENDERS[name].same_loss
-
-
-# --- which cases ----------------------------------------------------------------------------------
 
 
 def _every(case):
     return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One way to compute the loss, and what the harness and the reports must know about it."""
+
+    title: str
+    make_step: Callable  # takes a `Case`, and returns the function from logits and labels
+    applies: Callable = _every  # takes a `Case`, and says whether it is worth the time
+    framework: str = "tensorflow"  # whose arrays it takes; or "numpy", "torch", "jax"
+    same_loss: bool = True  # whether it computes the mean of 1 - dice over the classes
+    ours: bool = False
+    snippet: bool = False  # whether it is code as people copy it into their programs
+    simd_level: str | None = None  # the level of the CPU kernels that it forces
+    needs: tuple = ()  # the modules that must be installed besides the framework
+    most_classes: int | None = None
+    later: int = 0  # how many volumes of a plan come before it, because it takes long to compile
+
+    def why_not(self, case):
+        """Says why it cannot compute this case. An empty string means that it can."""
+        for module in self.needs:
+            if importlib.util.find_spec(module) is None:
+                return f"{module} is not installed"
+        if self.most_classes is not None and case.classes > self.most_classes:
+            return f"written for at most {self.most_classes} classes"
+        return ""
+
+    def environment(self):
+        """The variables that its process has besides the usual ones."""
+        return {"DICE_OP_SIMD": self.simd_level} if self.simd_level else {}
+
+    def facts(self):
+        """What a record says about the contender. The reports know no contender by its title."""
+        facts = ("ours", "same_loss", "snippet", "simd_level")
+        return {"contender": self.title} | {fact: getattr(self, fact) for fact in facts}
+
+
+def by_title(*contenders):
+    """Maps titles to contenders."""
+    return {contender.title: contender for contender in contenders}
+
+
+# --- which cases ----------------------------------------------------------------------------------
 
 
 def _plain(case):
@@ -61,7 +83,7 @@ def _binary_snippet_cases(case):
 
 def _monai_cases(case):
     # MONAI always gets channels first, so a case with another layout would measure the same.
-    return case.plain and all(importlib.util.find_spec(m) for m in ("monai", "torch"))
+    return case.plain
 
 
 def _compiled_monai_cases(case):
@@ -78,11 +100,14 @@ def _dice_op(case):
     return dice_op.losses.DiceLoss(activation=activation, data_format=case.data_format)
 
 
-def _kernels(case, in_place=False):
+def _kernels(case, in_place=False, simd_level=None):
     """The kernels without TensorFlow. In place, the gradient replaces the logits."""
     import numpy as np
 
     from dice_op import core
+
+    if simd_level and core.build_info()["simd_level"] != simd_level:
+        raise RuntimeError(f"this processor, or this build, has no {simd_level}")
 
     options = {"activation": "softmax" if case.classes > 1 else "sigmoid"}
     options["data_format"] = case.data_format
@@ -231,17 +256,19 @@ def _ordered(case):
     return [w / sum(weights) for w in weights]
 
 
-def _ours(make_step, applies=_plain, **about):
-    return Contender(make_step, applies, ours=True, **about)
+def _ours(title, make_step, applies=_plain, **about):
+    return Contender(title, make_step, applies, ours=True, **about)
 
 
-def _kernels_in_place(level=None):
-    make_step = functools.partial(_kernels, in_place=True)
-    return _ours(make_step, _in_place_cases, arrays="numpy", simd_level=level)
+def _kernels_in_place(title, level=None):
+    make_step = functools.partial(_kernels, in_place=True, simd_level=level)
+    return _ours(title, make_step, _in_place_cases, framework="numpy", simd_level=level)
 
 
-def _snippet(make_loss, applies=_snippet_cases, same_loss=True, **options):
-    return Contender(_in_tensorflow(make_loss, **options), applies, same_loss=same_loss)
+def _snippets(title, make_loss, applies=_snippet_cases, same_loss=True):
+    for words, eager in (("", False), (", eager", True)):
+        make_step = _in_tensorflow(make_loss, eager=eager)
+        yield Contender(title + words, make_step, applies, same_loss=same_loss, snippet=True)
 
 
 def _weighted_loss(case):
@@ -252,22 +279,24 @@ def _mean_loss(case):
     return _by_class(case, _equal(case))
 
 
-CONTENDERS = {
-    "dice_op": _ours(_in_tensorflow(_dice_op), _every),
-    "dice_op, XLA": _ours(_in_tensorflow(_dice_op, jit_compile=True), _every),
-    "dice_op, eager": _ours(_in_tensorflow(_dice_op, eager=True)),
-    "dice_op.core": _ours(_kernels, arrays="numpy"),
-    IN_PLACE: _kernels_in_place(),
-    **{f"dice_op.core, {level}": _kernels_in_place(level) for level in LEVELS},
-    "vectorised": Contender(_in_tensorflow(_vectorised), _plain),
-    "vectorised, XLA": Contender(_in_tensorflow(_vectorised, jit_compile=True), _every),
-    "keras.losses.Dice": Contender(_in_tensorflow(_keras), _plain),
-    "binary snippet": _snippet(_binary, _binary_snippet_cases),
-    "binary snippet, eager": _snippet(_binary, _binary_snippet_cases, eager=True),
-    "weighted snippet": _snippet(_weighted_loss, same_loss=False),
-    "weighted snippet, eager": _snippet(_weighted_loss, same_loss=False, eager=True),
-    "multi-class snippet": _snippet(_mean_loss),
-    "multi-class snippet, eager": _snippet(_mean_loss, eager=True),
-    "monai": Contender(_monai(compiled=False), _monai_cases, arrays="torch"),
-    "monai, torch.compile": Contender(_monai(compiled=True), _compiled_monai_cases, arrays="torch"),
-}
+def _monai_contender(title, applies, compiled):
+    needs = ("monai", "torch")
+    return Contender(title, _monai(compiled), applies, framework="torch", needs=needs)
+
+
+CONTENDERS = by_title(
+    _ours("dice_op", _in_tensorflow(_dice_op), _every),
+    _ours("dice_op, XLA", _in_tensorflow(_dice_op, jit_compile=True), _every),
+    _ours("dice_op, eager", _in_tensorflow(_dice_op, eager=True)),
+    _ours("dice_op.core", _kernels, framework="numpy"),
+    _kernels_in_place(IN_PLACE),
+    *(_kernels_in_place(f"dice_op.core, {level}", level) for level in LEVELS),
+    Contender("vectorised", _in_tensorflow(_vectorised), _plain),
+    Contender("vectorised, XLA", _in_tensorflow(_vectorised, jit_compile=True)),
+    Contender("keras.losses.Dice", _in_tensorflow(_keras), _plain),
+    *_snippets("binary snippet", _binary, _binary_snippet_cases),
+    *_snippets("weighted snippet", _weighted_loss, same_loss=False),
+    *_snippets("multi-class snippet", _mean_loss),
+    _monai_contender("monai", _monai_cases, compiled=False),
+    _monai_contender("monai, torch.compile", _compiled_monai_cases, compiled=True),
+)

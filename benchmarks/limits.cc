@@ -1,6 +1,6 @@
 // Measures what memory allows: how fast `threads` threads read an array, and how fast they read one array while they
 // write another. It also measures how fast they compute, which shows whether other programs use the processors.
-// measuring.py compiles this file for the machine's own processor, and calls it through ctypes.
+// machine.py compiles this file for the machine's own processor, and calls it through ctypes.
 #include <atomic>
 #include <chrono>
 #include <cstdint>

@@ -1,138 +1,167 @@
-"""Measures a contender's time and memory on a case, and the limits of the machine.
+"""The harness: measures what a contender takes for a volume, on any device, in any framework.
 
-    python -m benchmarks.measuring '{"contender": ..., "case": ..., "seconds": ..., "labels": ...}'
-
-measures in a process that does nothing else, and prints one line of JSON.
+A `Framework` says how arrays are made, how the clock is read, and how the peak of memory is found.
+cpu.py has those of a CPU, and gpu/ those of a GPU. A process that measures prints each result as a
+line of JSON, which the process that started it reads.
 """
 
-import contextlib
-import ctypes
-import dataclasses
 import functools
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
-import sysconfig
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.cases import Case
-from benchmarks.contenders import CONTENDERS
-
 ROOT = Path(__file__).resolve().parent.parent
-WARM_UP_SHAPES = ((8, 8, 8), (16, 16, 16))
-TOO_SLOW = 2.0  # seconds; a call that takes longer is made only three times
-# Sums over millions of voxels in single precision are not exact. But the loss is near 1, and an
-# error above this means that the contender computes another loss.
-MAX_ERROR = 1e-2
-# Other programs may use the processors too. A measurement is repeated if the processors ran below
-# this share of the highest speed in this run, before it or after it.
-UNDISTURBED = 0.93
-CALIBRATION = 3.0  # seconds
-ATTEMPTS = 4
-PATIENCE = 5.0  # how many seconds each attempt waits for a quiet moment
+RESULT = "RECORD "  # begins the line of a result
+WORDS = "SAY "  # begins a line that gpu_check.py shows to its user
+LEAST_CALLS_OF_A_GRAPH = 8
 
 
-# --- memory ---------------------------------------------------------------------------------------
+class Framework:
+    """What the harness must know about a framework on a device.
 
-
-def memory(field):
-    """Returns a field of /proc/self/status in bytes: VmRSS, resident memory, or VmHWM, its peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {field}")
-
-
-def reset_peak():
-    """Resets the peak of the resident memory. Returns False if the system does not allow it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def give_back_free_memory():
-    """Gives free memory back to the system.
-
-    Otherwise, later allocations could reuse it, and the peak would not show them.
+    Its arguments are those of a contender's step: logits, labels, and, where the framework can
+    write a gradient into memory that exists, this memory.
     """
-    with contextlib.suppress(OSError, AttributeError):  # Only glibc has malloc_trim.
-        ctypes.CDLL(None).malloc_trim(0)
+
+    least, most = 5, 50  # how often a call is timed
+    longest = 4.0  # how many seconds this may take; slow calls are repeated less often
+    calls_to_warm_up = 5
+    calls_per_sample = 1  # how many calls are between two readings of the clock
+    has_graphs = False  # whether calls can be recorded and launched together
+    times_wrong_results = False
+
+    def sets_of(self, case):
+        """How many sets of arguments are needed so that no cache keeps them between calls."""
+        return 1
+
+    def arguments(self, volume):
+        """Makes a set of arguments."""
+        raise NotImplementedError
+
+    def ready(self, step, case, arguments):
+        """Traces, compiles and warms up. Returns the step as it is called from now on."""
+        raise NotImplementedError
+
+    def peak(self, step, arguments):
+        """Calls the step. Returns (loss, gradient), and the peak of extra bytes or None."""
+        raise NotImplementedError
+
+    def rows(self, gradient, start, count):
+        """Returns some voxels of a gradient, in float64 `[count, C]` on the host."""
+        raise NotImplementedError
+
+    def samples(self, runs, repeats):
+        """Calls the runs in turn, and returns the seconds that each sample took, per call."""
+        raise NotImplementedError
+
+    def graph(self, runs):
+        """A context that gives a function which launches all runs, recorded in a graph."""
+        raise NotImplementedError
+
+    def forget(self):
+        """Gives memory back that the framework keeps, before the next contender."""
+
+    def repeats(self, seconds):
+        """How often to repeat a sample whose calls take this long."""
+        fitting = int(self.longest / max(seconds * self.calls_per_sample, 1e-9))
+        return max(self.least, min(self.most, fitting))
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+def summary(samples):
+    """Returns the median and the spread of times in seconds."""
+    lower, _, upper = statistics.quantiles(samples, n=4)
+    p10, p90 = np.percentile(samples, (10, 90))
+    return {
+        "seconds": statistics.median(samples),
+        "quartiles": [lower, upper],
+        "p10_p90": [float(p10), float(p90)],
+        "repeats": len(samples),
+    }
+
+
+def time_calls(framework, runs):
+    """Times calls that are launched one by one. `runs` has a call for each set of arguments."""
+    warm_up = max(framework.calls_to_warm_up, min(len(runs), framework.most))
+    warm_up = math.ceil(warm_up / framework.calls_per_sample)
+    once = statistics.median(framework.samples(runs, warm_up))
+    result = summary(framework.samples(runs, framework.repeats(once)))
+    if framework.calls_per_sample > 1:
+        result["calls_per_sample"] = framework.calls_per_sample
+    return result
+
+
+def time_graph(framework, runs):
+    """Times calls in one graph, which uses all sets of arguments in turn. A sample is a replay."""
+    calls = max(len(runs), LEAST_CALLS_OF_A_GRAPH)
+    with framework.graph([runs[i % len(runs)] for i in range(calls)]) as replay:
+        once = statistics.median(framework.samples([replay], 3))
+        samples = framework.samples([replay], framework.repeats(once))
+    return summary([seconds / calls for seconds in samples]) | {"calls_per_sample": calls}
+
+
+def times(framework, runs):
+    """Times calls that are launched one by one, and under `graph` as a graph, if there is one."""
+    result = time_calls(framework, runs)
+    if framework.has_graphs:
+        try:
+            result["graph"] = time_graph(framework, runs)
+        except Exception as error:  # Some contenders do not work in a graph.
+            result["graph"] = {"failed": short(error)}
+    return result
 
 
 # --- one contender --------------------------------------------------------------------------------
 
 
-def tensors(contender, x, y):
-    """Converts logits and labels to the type that the contender takes."""
-    if contender.arrays == "torch":
-        import torch
+def measure(framework, contender, case, volume):
+    """Compares a contender's results with those in float64, and measures its memory and time."""
+    sets = [framework.arguments(volume) for _ in range(framework.sets_of(case))]
+    step = framework.ready(contender.make_step(case), case, sets[0])
+    (loss, gradient), extra = framework.peak(step, sets[0])
+    result = {"loss": float(loss), "extra_bytes": extra, "logits_bytes": case.logits_bytes}
+    result |= volume.errors(result["loss"], functools.partial(framework.rows, gradient))
+    del gradient  # This frees its memory.
+    result["wrong"] = contender.same_loss and result["wrong"]
+    if result["wrong"] and not framework.times_wrong_results:
+        return result
+    return result | times(framework, [functools.partial(step, *arguments) for arguments in sets])
 
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        x = torch.tensor(np.ascontiguousarray(np.moveaxis(x, -1, 1))).requires_grad_()
-        return x, torch.tensor(y[:, None])
-    if contender.arrays == "numpy":
-        return x, y
-    import tensorflow as tf
 
-    return tf.constant(x), tf.constant(y)
+# --- processes ------------------------------------------------------------------------------------
 
 
-def measure(contender, case, seconds, labels=None):
-    """Returns the loss, the peak of extra memory in the first call, and the times of later calls.
+def short(error):
+    """The type of an exception and the beginning of its message."""
+    return f"{type(error).__name__}: {error}"[:400]
 
-    labels: the labels to use in place of the case's own, `[batch, spatial...]`.
-    """
-    contender = CONTENDERS[contender]
-    if level := contender.simd_level:
-        from dice_op import core
 
-        if core.build_info()["simd_level"] != level:
-            raise RuntimeError(f"this processor, or this build, has no {level}")
-    step = contender.make_step(case)
-    # Small volumes come first. Tracing, compiling and starting threads take memory that does not
-    # belong to the loss. There are two shapes because the second may cause a second compilation.
-    small = [dataclasses.replace(case, shape=shape) for shape in WARM_UP_SHAPES]
-    for volume in small:
-        step(*tensors(contender, *volume.make()))
-    logits, labels = tensors(contender, *case.make(labels))
-    step(*tensors(contender, *small[0].make()))  # TensorFlow frees NumPy's arrays one call late.
+def emit(result, words=None):
+    """Prints a result for the process that started this one, and words for its user."""
+    print(RESULT + json.dumps(result), flush=True)
+    if words:
+        say(words)
 
-    # Only the first call shows the peak, because the allocator keeps its memory for later calls.
-    give_back_free_memory()
-    resident = memory("VmRSS")
-    can_measure = reset_peak()
-    loss = float(step(logits, labels)[0])
-    extra = memory("VmHWM") - resident if can_measure else None
 
-    step(logits, labels)
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < 3 or (time.perf_counter() < end and len(times) < 200):
-        start = time.perf_counter()
-        float(step(logits, labels)[0])
-        times.append(time.perf_counter() - start)
-        if times[0] > TOO_SLOW and len(times) == 3:
-            break
-    quartiles = statistics.quantiles(times, n=4)
-    return {
-        "loss": loss,
-        "seconds": statistics.median(times),
-        "quartiles": [quartiles[0], quartiles[2]],
-        "repeats": len(times),
-        "extra_bytes": extra,
-        "logits_bytes": case.logits_bytes,
-    }
+def say(words):
+    """Prints a line that gpu_check.py shows."""
+    print(WORDS + words, flush=True)
 
 
 def in_new_process(module, *arguments, **variables):
-    """Runs a module in a new process. Returns the JSON that it prints, or its error as a text."""
+    """Runs a module in a new process. Returns the result that it emits, or its error as a text.
+
+    variables: what the environment has besides.
+    """
     command = [sys.executable, "-m", module, *arguments]
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3"}
     environment = {**quiet, **os.environ, "PYTHONPATH": str(ROOT), **variables}
@@ -140,148 +169,31 @@ def in_new_process(module, *arguments, **variables):
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         return lines[-1] if lines else f"exit {done.returncode}"
-    return json.loads(done.stdout.splitlines()[-1])
+    results = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
+    return json.loads(results[-1].removeprefix(RESULT))
 
 
-def disturbed(pace, fastest):
-    """Whether other programs used the processors.
+def follow(plan, deadline, name, facts, measure_part, line, catching=Exception):
+    """Measures the parts of a plan in their order, and emits a result for each.
 
-    The same arithmetic took `pace` seconds now, and `fastest` seconds when the machine was quiet.
+    Args:
+      deadline: no part begins after this time of the monotonic clock.
+      name: the name of the plan, for the record of what was left out.
+      facts: what a result says about a part besides what was measured.
+      line: describes a result in words.
+      catching: the exceptions that become a result, so that the next part is measured.
     """
-    return fastest < UNDISTURBED * pace
-
-
-def undisturbed(machine, measurement):
-    """Repeats a measurement until the machine is quiet before it and after it.
-
-    Returns what the measurement returned, with `pace`, the slower of the `Machine`'s paces before
-    and after it. If the machine is never quiet, this is the attempt with the fastest pace of the
-    machine, whatever its own time. A failure is not repeated.
-    """
-    best = None
-    for _ in range(ATTEMPTS):
-        end = time.perf_counter() + PATIENCE
-        while not machine.near_its_fastest(before := machine.pace()) and time.perf_counter() < end:
-            time.sleep(0.25)
-        result = measurement()
-        if "failed" in result:
-            return best or result
-        result["pace"] = max(before, machine.pace())
-        if best is None or result["pace"] < best["pace"]:
-            best = result
-        if machine.near_its_fastest(result["pace"]):
-            break
-    return best
-
-
-def compare(case, contenders, seconds=2.0, labels=None, machine=None):
-    """Measures each contender in a new process, and yields a dict for each.
-
-    A dict has `contender`, `name` and `case`. After a failure it has `failed`, the reason.
-    Otherwise it has what `measure` returns, `error`, the difference from the loss in double
-    precision, and `wrong`, which says whether the contender computes another loss.
-
-    With a `Machine`, `undisturbed` repeats the measurement. Then there are also `pace`; `limits`,
-    the mean of the limits before and after; and `of_limit`, the time divided by the least time that
-    these limits allow.
-    """
-    expected = case.loss(labels)
-    with tempfile.TemporaryDirectory() as folder:
-        file = None
-        if labels is not None:
-            file = Path(folder) / "labels.npy"
-            np.save(file, labels)
-        for contender in contenders:
-            job = {"contender": contender, "case": dataclasses.asdict(case), "seconds": seconds}
-            job["labels"] = file and str(file)
-            about = CONTENDERS[contender]
-            level = {"DICE_OP_SIMD": about.simd_level} if about.simd_level else {}
-
-            def measurement(job=job, level=level):
-                before = machine.limits() if machine else None
-                result = in_new_process("benchmarks.measuring", json.dumps(job), **level)
-                if isinstance(result, str):
-                    return {"failed": result}
-                if machine:
-                    both = before, machine.limits()
-                    result["limits"] = {k: statistics.mean(m[k] for m in both) for k in before}
-                    result["of_limit"] = result["seconds"] / bound_of(case, result["limits"])
-                return result
-
-            result = undisturbed(machine, measurement) if machine else measurement()
-            if "failed" not in result:
-                result["error"] = abs(result["loss"] - expected)
-                result["wrong"] = about.same_loss and not result["error"] <= MAX_ERROR
-            yield result | {
-                "contender": contender,
-                "case": dataclasses.asdict(case),
-                "name": str(case),
-            }
-
-
-# --- the machine ----------------------------------------------------------------------------------
-
-
-@functools.cache
-def _limits_library():
-    compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
-    command = [compiler, "-O3", "-march=native", "-Wno-psabi", "-std=c++17", "-shared", "-fPIC"]
-    source = Path(__file__).with_name("limits.cc")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "limits.so"
-        subprocess.run([*command, "-pthread", source, "-o", file], check=True)
-        library = ctypes.CDLL(str(file))
-    library.Seconds.restype = library.ComputeSeconds.restype = ctypes.c_double
-    library.Seconds.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return library
-
-
-class Machine:
-    """Measures what all processors of this process together can do at the moment."""
-
-    def __init__(self):
-        self.threads = len(os.sched_getaffinity(0))
-        self.fastest = float("inf")
-        end = time.perf_counter() + CALIBRATION
-        while time.perf_counter() < end:
-            self.pace()
-
-    def pace(self, repeats=9):
-        """Measures how many seconds a fixed piece of arithmetic takes."""
-        compute = _limits_library().ComputeSeconds
-        seconds = statistics.median(compute(self.threads) for _ in range(repeats))
-        self.fastest = min(self.fastest, seconds)
-        return seconds
-
-    def near_its_fastest(self, pace):
-        return not disturbed(pace, self.fastest)
-
-    def limits(self, megabytes=256, repeats=9):
-        """Measures the bytes per second of reading, and of reading and writing equal amounts."""
-        seconds = _limits_library().Seconds
-        size = megabytes << 20
-        arrays = [np.ones(size + 64, np.uint8) for _ in range(2)]
-        source, target = (a.ctypes.data + -a.ctypes.data % 64 for a in arrays)
-
-        def median(to, moved):
-            times = (seconds(source, to, size, self.threads) for _ in range(repeats))
-            return moved / statistics.median(times)
-
-        return {
-            "threads": self.threads,
-            "read": median(None, size),
-            "copy": median(target, 2 * size),
-        }
-
-
-def bound_of(case, limits):
-    """The least seconds for one read for the sums, and one read and one write for the gradient."""
-    read = case.logits_bytes + case.labels_bytes
-    return read / limits["read"] + (read + case.logits_bytes) / limits["copy"]
-
-
-if __name__ == "__main__":
-    wanted = json.loads(sys.argv[1])
-    volume = np.load(wanted["labels"]) if wanted["labels"] else None
-    wanted_case = Case.from_json(wanted["case"])
-    print(json.dumps(measure(wanted["contender"], wanted_case, wanted["seconds"], volume)))
+    for number, part in enumerate(plan):
+        start = time.monotonic()
+        if start > deadline:
+            left = [facts(part)["name"] for part in plan[number:]]
+            emit({"kind": "left_out", "step": name, "what": left})
+            say(f"{len(left)} of {len(plan)} parts left out for want of time")
+            return
+        result = facts(part)
+        try:
+            result |= measure_part(part)
+        except catching as error:
+            result["failed"] = short(error)
+        result["seconds_spent"] = round(time.monotonic() - start, 1)
+        emit(result, line(result))

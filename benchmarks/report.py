@@ -4,9 +4,8 @@ import re
 import statistics
 
 from benchmarks.cases import CASES, Case, cube
-from benchmarks.contenders import IN_PLACE, same_loss
-from benchmarks.gpu_report import table
-from benchmarks.measuring import UNDISTURBED, disturbed
+from benchmarks.contenders import IN_PLACE
+from benchmarks.machine import UNDISTURBED, disturbed
 
 # The contenders in README.md and in the plots.
 SHOWN = (
@@ -21,6 +20,16 @@ SHOWN = (
 )
 README_CASES = ("160³ × 4", "128³ × 14")
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+
+
+def table(head, rows):
+    """Returns a table as lines of Markdown."""
+    return [
+        "| " + " | ".join(head) + " |",
+        "|---" * len(head) + "|",
+        *("| " + " | ".join(map(str, row)) + " |" for row in rows),
+        "",
+    ]
 
 
 def _milliseconds(result):
@@ -68,7 +77,7 @@ def line(result):
         return f"{result['contender']}: failed: {result['failed'][:150]}"
     low, high = (1e3 * q for q in result["quartiles"])
     limit = f", {result['of_limit']:.2f} x limit" if "of_limit" in result else ""
-    wrong = "WRONG by " if result["wrong"] else "error " if same_loss(result["contender"]) else ""
+    wrong = "WRONG by " if result["wrong"] else "error " if result["same_loss"] else ""
     return (
         f"{result['contender']:28}{_milliseconds(result):>10} ({low:.3g} to {high:.3g}){limit}, "
         f"memory {_memory(result)} x logits" + (f", {wrong}{result['error']:.1e}" if wrong else "")
@@ -79,7 +88,7 @@ def _row(result, note):
     if "failed" in result:
         return [result["contender"], "failed", "", "", "", ""]
     wrong = f" wrong by {result['error']:.1g}" if result["wrong"] else f"{result['error']:.0e}"
-    error = wrong if same_loss(result["contender"]) else "another loss"
+    error = wrong if result["same_loss"] else "another loss"
     low, high = (1e3 * q for q in result["quartiles"])
     return [
         result["contender"],
@@ -118,10 +127,10 @@ def _claims(record):
         if (case, "dice_op, XLA") not in by:
             continue
         best = min(("dice_op", "dice_op, XLA"), key=lambda name: seconds(case, name))
-        peers = {c for n, c in by if n == case and not c.startswith("dice_op")}
-        peers = [p for p in peers if same_loss(p) and not by[case, p]["wrong"]]
+        others = {c: r for (n, c), r in by.items() if n == case and not r["ours"]}
+        peers = [p for p, r in others.items() if r["same_loss"] and not r["wrong"]]
         fastest = min(peers, key=lambda name: seconds(case, name))
-        snippets = [p for p in peers if p.endswith(("snippet", "snippet, eager"))]
+        snippets = [p for p in peers if others[p]["snippet"]]
         snippet = min(snippets, key=lambda name: seconds(case, name))
         lines.append(
             f"- {case}: {best} takes {by[case, best]['of_limit']:.2f} times the limit. The fastest "
@@ -155,10 +164,9 @@ def _claims(record):
     )
     for case in README_CASES:
         # The record may be older than CONTENDERS and have other levels.
-        measured = [c for name, c in by if name == case]
-        levels = [c for c in measured if re.fullmatch(r"dice_op\.core, (portable|x86-.*)", c)]
+        levels = [r for (name, _), r in by.items() if name == case and r["simd_level"]]
         if levels:
-            times = (f"{c.split(', ')[1]} {_milliseconds(by[case, c])}" for c in levels)
+            times = (f"{r['simd_level']} {_milliseconds(r)}" for r in levels)
             lines.append(f"- Instruction sets, {case}: {', '.join(times)}.")
     return [*lines, ""]
 
@@ -272,22 +280,22 @@ def readme_part(record):
     by, notes = _by_name(record), _notes(record)
     rows = []
     for name in SHOWN:
-        cells = [f"`{name}`" if name.startswith("dice_op") else name]
-        for case in README_CASES:
-            result = by.get((case, name))
-            ours = by[case, "dice_op"]
+        results = [by.get((case, name)) for case in README_CASES]
+        ours = any(r and r["ours"] for r in results)
+        cells = [f"`{name}`" if ours else name]
+        for case, result in zip(README_CASES, results, strict=True):
             cells += (
                 [
                     _milliseconds(result) + notes.get((case, name), ""),
-                    f"{result['seconds'] / ours['seconds']:.1f}",
+                    f"{result['seconds'] / by[case, 'dice_op']['seconds']:.1f}",
                     _memory(result),
                 ]
                 if result
                 else ["–"] * 3
             )
         rows.append(cells)
-    head = ["", *(f"{h}{c}" for c in README_CASES for h in ("", "× dice_op, ", "memory, "))]
-    head = [h if h.startswith(("×", "memory")) or not h else f"{h}, time" for h in head]
+    columns = ("time", "relative to `dice_op`", "memory")
+    head = ["", *(f"{case}: {column}" for case in README_CASES for column in columns)]
     return "\n".join([BEGIN, "", _about(record["machine"]), "", *table(head, rows), END])
 
 

@@ -1,6 +1,6 @@
 """Shows where Dice losses break: prints a table of dice_op, MONAI and Keras on hard cases.
 
-    python benchmarks/stability.py
+    python -m benchmarks.stability
 
 It needs MONAI and PyTorch. The table shows the norm of each gradient divided by the norm of the
 exact gradient, which is computed in double precision. 1 is right; with 0 the network does not

@@ -22,12 +22,13 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS, BUILD = ROOT / "benchmarks", ROOT / "build" / "gpu"
-sys.path.append(str(BENCHMARKS))
+import find_nvcc
 
-import find_nvcc  # noqa: E402
-import gpu_report  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "gpu"
+INSTALL = BUILD / "install"
+# How lines begin that workers print for this program (benchmarks/measuring.py).
+RESULT, WORDS = "RECORD ", "SAY "
 
 # The steps and their weights. A step may use its share, by weight, of the time that is left for it
 # and for the steps after it.
@@ -96,7 +97,6 @@ class Record:
         """Adds a result of a worker."""
         self.data["results"].append(result)
         self.write()
-        print("  " + gpu_report.line(result), flush=True)
 
     def step(self, name, status, start, **details):
         """Adds how a step ended; `status` is "passed", "failed" or "skipped"."""
@@ -107,15 +107,31 @@ class Record:
         print(f"{name}: {status} after {seconds} s{': ' if reason else ''}{reason}", flush=True)
 
 
-def run_worker(command, seconds, record):
+def worker(module, *arguments, installed=True):
+    """Returns how a worker starts: its command, its folder, and its environment.
+
+    With `python -m`, the folder in which it starts comes first on the path. So a worker imports the
+    dice_op that is built for this GPU, and not the one of the source folder; or, if `installed` is
+    False, the other way round. The rest comes from the repository: benchmarks, the modules of
+    tests/, and examples/jax_dice.py.
+    """
+    folder = INSTALL if installed else ROOT
+    path = [folder, ROOT, ROOT / "tests", ROOT / "examples"]
+    path += filter(None, [os.environ.get("PYTHONPATH")])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    environment["PYTHONIOENCODING"] = "utf-8"
+    return [sys.executable, "-m", module, *arguments], folder, environment
+
+
+def run_worker(command, seconds, record, folder=ROOT, environment=None):
     """Runs a worker and adds its results as they come.
 
     Returns its exit status, or a text that says why it has none, and the end of its log.
     """
     try:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            cwd=ROOT,
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+            errors="replace", cwd=folder, env=environment,
         )  # fmt: skip
     except OSError as error:
         return f"{error.strerror}: {error.filename}", ""
@@ -130,12 +146,13 @@ def run_worker(command, seconds, record):
     log = []
     try:
         for text in process.stdout:
-            if text.startswith("RECORD "):
-                record.add(json.loads(text.removeprefix("RECORD ")))
-            else:
-                log = [*log[-40:], text.rstrip()]
-                if text.startswith("  FAILED"):
-                    print(text, end="", flush=True)
+            if text.startswith(RESULT):
+                record.add(json.loads(text.removeprefix(RESULT)))
+                continue
+            if text.startswith(WORDS):
+                text = "  " + text.removeprefix(WORDS)
+                print(text, end="", flush=True)
+            log = [*log[-40:], text.rstrip()]
         status = process.wait()
     finally:
         timer.cancel()
@@ -169,10 +186,9 @@ def gpu_facts():
 
 
 def build(arch, seconds, record, start):
-    """Builds the module, and the library that gpu_device.py loads, for this GPU only."""
+    """Builds the module, and the library that benchmarks/gpu/device.py loads, for this GPU only."""
     cmake = shutil.which("cmake") or str(Path(sys.executable).with_name("cmake"))
     nvcc = nvcc_path()
-    install = BUILD / "install"
     configure = [
         cmake,
         "-S",
@@ -195,13 +211,13 @@ def build(arch, seconds, record, start):
     ]
     # The nvcc that pip installs does not look in the folder where pip puts CUDA's runtime.
     library += [f"-L{Path(nvcc).resolve().parent.parent / 'lib'}"]
-    library += [str(BENCHMARKS / "gpu_device.cu"), "-o", str(BUILD / "libgpu_device.so")]
+    library += ["benchmarks/gpu/device.cu", "-o", str(BUILD / "libgpu_device.so")]
     jobs = str(os.cpu_count() or 1)
     took = {}
     for what, command in (
         ("configure", configure),
         ("compile", [cmake, "--build", str(BUILD), "--parallel", jobs]),
-        ("install", [cmake, "--install", str(BUILD), "--prefix", str(install)]),
+        ("install", [cmake, "--install", str(BUILD), "--prefix", str(INSTALL)]),
         ("measuring library", [nvcc, *library]),
     ):
         print(f"  {what}", flush=True)
@@ -213,7 +229,7 @@ def build(arch, seconds, record, start):
             record.step("build", "failed", start, reason=f"{what}: {status}", log=log, took=took)
             return False
     no_binaries = shutil.ignore_patterns("*.so", "__pycache__")
-    shutil.copytree(ROOT / "dice_op", install / "dice_op", ignore=no_binaries, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "dice_op", INSTALL / "dice_op", ignore=no_binaries, dirs_exist_ok=True)
     record.step("build", "passed", start, took=took)
     return True
 
@@ -229,9 +245,9 @@ def run_sanitizer(seconds, record, start):
     results, end = {}, start + seconds
     for i, kind in enumerate(SANITIZERS):
         share = (end - time.monotonic()) / (len(SANITIZERS) - i)
-        command = [tool, "--tool", kind, "--error-exitcode", "99", sys.executable]
-        command += [str(BENCHMARKS / "gpu_cases.py"), "few", "--seconds", str(share * 0.8)]
-        status, log = run_worker(command, max(1, share), record)
+        command, *where = worker("gpu.kernels", "few", "--seconds", str(share * 0.8))
+        command = [tool, "--tool", kind, "--error-exitcode", "99", *command]
+        status, log = run_worker(command, max(1, share), record, *where)
         errors = re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", log)
         found = [int(a or b) for a, b in errors]
         if status == 0:
@@ -251,24 +267,24 @@ def run_sanitizer(seconds, record, start):
 def run_step(name, arguments, seconds, record, start):
     """Runs a step that consists of one worker or two."""
     programs = {
-        "check": [["gpu_cases.py", "all"]],
-        "tensorflow": [["gpu_cases.py", "tensorflow"]],
-        "measure": [["gpu_timing.py"]],
-        "contenders": [["gpu_contenders.py", "torch"], ["gpu_contenders.py", "jax"]],
+        "check": [["gpu.kernels", "all"]],
+        "tensorflow": [["gpu.tensorflow_ops"]],
+        "measure": [["benchmarks.gpu.kernels"]],
+        "contenders": [["benchmarks.gpu.contenders", kind] for kind in ("torch", "jax")],
     }[name]
     ends = []
-    for i, (program, *command) in enumerate(programs):
+    for i, program in enumerate(programs):
         left = start + seconds - time.monotonic()
         share = left * 0.75 if i + 1 < len(programs) else left
-        command = [sys.executable, str(BENCHMARKS / program), *command]
-        command += ["--seconds", str(share * 0.85)]
-        command += ["--quick"] * (arguments.quick and name in ("measure", "contenders"))
+        options = [] if name == "tensorflow" else ["--seconds", str(share * 0.85)]
+        options += ["--quick"] * (arguments.quick and name in ("measure", "contenders"))
+        how = worker(*program, *options, installed=name != "tensorflow")
         before = len(record.data["results"])
-        status, log = run_worker(command, max(1, share), record)
-        wrong = [r for r in record.data["results"][before:] if r.get("passed") is False]
+        status, log = run_worker(how[0], max(1, share), record, *how[1:])
+        wrong = [r for r in record.data["results"][before:] if r.get("wrong")]
         wrong += [f for r in record.data["results"][before:] for f in r.get("failures", ())]
         if name == "contenders":  # The step records what others compute, and judges only dice_op.
-            wrong = [r for r in wrong if isinstance(r, dict) and r["name"] == "dice_op"]
+            wrong = [r for r in wrong if isinstance(r, dict) and r["ours"]]
         ends.append({"status": status, "wrong": len(wrong)} | ({"log": log} if status else {}))
     crashed = any(end["status"] != 0 for end in ends)
     failed = any(end["wrong"] for end in ends) or (crashed and name not in ("contenders",))
@@ -281,6 +297,12 @@ def run_step(name, arguments, seconds, record, start):
     if name == "tensorflow" and (why := record.data["results"][-1:]) and "skipped" in why[0]:
         status, reason = "skipped", why[0]["skipped"]
     record.step(name, status, start, workers=ends, reason=reason)
+
+
+def render(path):
+    """Writes the table and plot of a record, and prints them. Returns the exit status."""
+    command = [sys.executable, "-m", "benchmarks.gpu.report", str(path.resolve())]
+    return subprocess.run(command, cwd=ROOT).returncode
 
 
 def parse_arguments():
@@ -328,8 +350,7 @@ def main():
     """Runs the steps in order, each with its share of the time, and returns the exit status."""
     arguments = parse_arguments()
     if arguments.render:
-        print("\n".join(map(str, gpu_report.render(arguments.render))))
-        return 0
+        return render(arguments.render)
     gpu = gpu_facts()
     if gpu is None:
         print("gpu_check: there is no GPU here (nvidia-smi names none)", file=sys.stderr)
@@ -356,9 +377,8 @@ def main():
             run_step(name, arguments, seconds, record, start)
     record.data["gpu_afterwards"] = gpu_facts()
     record.write()
-    written = gpu_report.render(record.path)
-    print(written[0].read_text())
-    print("\n".join(str(path) for path in (record.path, *written)))
+    print(record.path, flush=True)
+    render(record.path)
     return 1 if any(s["status"] == "failed" for s in record.data["steps"].values()) else 0
 
 

@@ -22,7 +22,7 @@ from matplotlib.patches import Patch, Rectangle
 from nilearn import datasets
 
 sys.path.append(str(Path(__file__).parent.parent))
-from benchmarks import measuring, report  # noqa: E402
+from benchmarks import cpu, report  # noqa: E402
 from benchmarks.cases import Case  # noqa: E402
 
 
@@ -300,7 +300,7 @@ def compare_losses(labels, seconds):
     """Measures time, memory and error of the loss and its gradient, beside plain TensorFlow."""
     results = {}
     names = ("dice_op", "dice_op, XLA", "vectorised", "vectorised, XLA")
-    for result in measuring.compare(Case(labels.shape, 3), names, seconds, labels[None]):
+    for result in cpu.compare(Case(labels.shape, 3), names, seconds, labels[None]):
         print("  " + report.line(result), flush=True)
         if result.get("wrong", True):
             raise SystemExit("This result differs from the loss in double precision.")

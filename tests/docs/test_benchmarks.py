@@ -6,8 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks import measuring, report
+from benchmarks import cpu, machine, report
 from benchmarks.cases import Case, cube
+from benchmarks.contenders import CONTENDERS
 from helpers.paths import BENCHMARKS, ROOT
 
 RECORD = BENCHMARKS / "results" / "cpu.json"
@@ -32,6 +33,16 @@ def test_the_record_is_complete_and_was_made_from_a_commit(record):
     assert set(report.README_CASES) <= names and len(names) > 20
     ours = [r for r in record["results"] if r["contender"] in ("dice_op", "dice_op, XLA")]
     assert not any("failed" in r or r["wrong"] for r in ours)
+
+
+def test_the_record_says_what_is_true_of_the_contenders(record):
+    for result in record["results"]:
+        assert {"ours", "same_loss", "snippet", "simd_level"} <= set(result)
+        if contender := CONTENDERS.get(result["contender"]):  # There may be fewer of them now.
+            assert contender.facts().items() <= result.items()
+        case = Case.from_json(result["case"])
+        assert result["name"] == str(case)
+        assert result.get("logits_bytes", case.logits_bytes) == case.logits_bytes
 
 
 class SteadyMachine:
@@ -68,27 +79,27 @@ class SharedMachine:
     ],
 )
 def test_a_disturbed_measurement_is_repeated(paces, attempt, pace, monkeypatch):
-    monkeypatch.setattr(measuring, "PATIENCE", 0.0 if min(paces) > 1.1 else 60.0)
-    monkeypatch.setattr(measuring.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(machine, "PATIENCE", 0.0 if min(paces) > 1.1 else 60.0)
+    monkeypatch.setattr(machine.time, "sleep", lambda seconds: None)
     attempts = iter(range(1, 100))
-    result = measuring.undisturbed(SharedMachine(*paces), lambda: {"attempt": next(attempts)})
+    result = machine.undisturbed(SharedMachine(*paces), lambda: {"attempt": next(attempts)})
     assert result == {"attempt": attempt, "pace": pace}
 
 
 def test_a_failure_is_final_but_replaces_no_result(monkeypatch):
-    monkeypatch.setattr(measuring, "PATIENCE", 0.0)
+    monkeypatch.setattr(machine, "PATIENCE", 0.0)
     outcomes = iter([{"seconds": 1}, {"failed": "no memory"}, {"failed": "never asked"}])
-    result = measuring.undisturbed(SharedMachine(2), lambda: next(outcomes))
+    result = machine.undisturbed(SharedMachine(2), lambda: next(outcomes))
     assert result == {"seconds": 1, "pace": 2}
-    assert measuring.undisturbed(SharedMachine(2), lambda: {"failed": "x"}) == {"failed": "x"}
+    assert machine.undisturbed(SharedMachine(2), lambda: {"failed": "x"}) == {"failed": "x"}
 
 
 def test_the_machine_tells_its_pace_and_limits(monkeypatch):
-    monkeypatch.setattr(measuring, "CALIBRATION", 0.05)
-    machine = measuring.Machine()
-    assert 1e-4 < machine.pace() and machine.near_its_fastest(machine.fastest)
-    assert not machine.near_its_fastest(machine.fastest / measuring.UNDISTURBED * 1.01)
-    limits = machine.limits(megabytes=8, repeats=3)
+    monkeypatch.setattr(machine, "CALIBRATION", 0.05)
+    watched = machine.Machine()
+    assert 1e-4 < watched.pace() and watched.near_its_fastest(watched.fastest)
+    assert not watched.near_its_fastest(watched.fastest / machine.UNDISTURBED * 1.01)
+    limits = watched.limits(megabytes=8, repeats=3)
     assert limits["threads"] >= 1 and limits["read"] > 1e8 and limits["copy"] > 1e8
 
 
@@ -116,9 +127,9 @@ def test_contenders_compute_the_loss_in_question(case):
     contenders = ["dice_op.core", "dice_op, XLA", "vectorised"]
     if case == cube(12, 3):
         contenders += ["multi-class snippet, eager", "keras.losses.Dice"]
-    for result in measuring.compare(case, contenders, seconds=0.01, machine=SteadyMachine()):
+    for result in cpu.compare(case, contenders, seconds=0.01, machine=SteadyMachine()):
         assert "failed" not in result, result
-        precise = result["contender"].startswith("dice_op") or case.dtype == "float32"
+        precise = result["ours"] or case.dtype == "float32"
         assert result["error"] <= (1e-5 if precise else 1e-2) and not result["wrong"]
         assert result["seconds"] > 0 and result["repeats"] >= 3
         moved = case.logits_bytes + case.labels_bytes

@@ -1049,7 +1049,7 @@ def test_monai_unified_focal_loss_has_an_exponent_for_the_foreground_alone(volum
         assert_conforms(of_ours(of_class, x, y), expected)
 
 
-# The page's second half: what benchmarks/stability.py prints.
+# The page's second half: what `python -m benchmarks.stability` prints.
 
 of_stability = functools.partial(Row, "Where the others stop")
 SIZES = {"10³": 10, "46³": 46, "100³": 100, "216³": 216}

@@ -1,57 +1,32 @@
-"""Uses a GPU without a framework, through the library that is compiled from gpu_device.cu.
+"""Uses a GPU without a framework, through the library that is compiled from device.cu.
 
-It makes arrays that `dice_op.core` takes through DLPack, times calls, and measures how fast the GPU
-copies and reads. All work goes to one stream, `Device.stream`.
+It makes arrays that `dice_op.core` takes through DLPack, reads the GPU's clock, and measures how
+fast the GPU copies and reads. All work goes to one stream, `Device.stream`.
 """
 
+import contextlib
 import ctypes
 import functools
 import math
-import time
-from pathlib import Path
 
 import numpy as np
 
-SOURCE = Path(__file__).with_suffix(".cu")
-REPEATS = 50  # how often a call is timed after the warm-up
-LONGEST = 4.0  # how many seconds one measurement may take; slow calls are repeated less often
-# Each dtype has a type code and bits of DLPack, and a type in which NumPy stores it. NumPy has no
-# bfloat16, and stores its bits.
-DTYPES = {
-    "float16": (2, 16, np.float16),
-    "bfloat16": (4, 16, np.uint16),
-    "float32": (2, 32, np.float32),
-    "float64": (2, 64, np.float64),
-    "uint8": (1, 8, np.uint8),
-    "int16": (0, 16, np.int16),
-    "int32": (0, 32, np.int32),
-    "int64": (0, 64, np.int64),
+from benchmarks.cases import STORED, itemsize
+from benchmarks.measuring import ROOT, Framework, time_calls
+
+LIBRARY = ROOT / "build" / "gpu" / "libgpu_device.so"
+CUDA = 2  # as DLPack numbers the kinds of memory
+# The code and the bits of each dtype in DLPack.
+DLPACK = {
+    "float16": (2, 16),
+    "bfloat16": (4, 16),
+    "float32": (2, 32),
+    "float64": (2, 64),
+    "uint8": (1, 8),
+    "int16": (0, 16),
+    "int32": (0, 32),
+    "int64": (0, 64),
 }
-
-
-def repeats_of(seconds):
-    """How often to repeat a call that takes this long."""
-    return max(5, min(REPEATS, int(LONGEST / max(seconds, 1e-9))))
-
-
-def itemsize(dtype):
-    """The bytes of one element."""
-    return np.dtype(DTYPES[dtype][2]).itemsize
-
-
-def encode(values, dtype):
-    """Converts values to the form in which `dtype` is stored."""
-    if dtype != "bfloat16":
-        return np.ascontiguousarray(values, DTYPES[dtype][2])
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # round to nearest even
-
-
-def decode(stored, dtype):
-    """Converts what `encode` returned to float64."""
-    if dtype == "bfloat16":
-        stored = (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float64)
 
 
 class _Tensor(ctypes.Structure):
@@ -84,16 +59,18 @@ class Array:
         self.device, self.shape, self.dtype = device, tuple(map(int, shape)), dtype
         self.pointer, self.owner = pointer, owner
         self.nbytes = math.prod(self.shape) * itemsize(dtype)
-        code, bits, _ = DTYPES[dtype]
+        code, bits = DLPACK[dtype]
         dims = (ctypes.c_int64 * len(self.shape))(*self.shape)
-        self._tensor = _Tensor(pointer, 2, 0, len(self.shape), code, bits, 1, dims, None, 0)
+        self._tensor = _Tensor(
+            pointer, device.memory_kind, 0, len(self.shape), code, bits, 1, dims, None, 0
+        )  # fmt: skip
 
     def __dlpack__(self, **_):
         # There is no deleter, because this object owns the memory and outlives the call.
         return _new_capsule(ctypes.addressof(self._tensor), _CAPSULE_NAME, None)
 
     def __dlpack_device__(self):
-        return 2, 0
+        return self.device.memory_kind, 0
 
     def __del__(self):
         if self.owner is None:
@@ -106,7 +83,7 @@ class Array:
     def numpy(self, start=0, count=None):
         """Copies to the host, as stored. `start` and `count` are rows of the first axis."""
         shape = (self.shape[0] - start if count is None else count, *self.shape[1:])
-        result = np.empty(shape, DTYPES[self.dtype][2])
+        result = np.empty(shape, STORED[self.dtype])
         offset = start * math.prod(self.shape[1:]) * itemsize(self.dtype)
         address = ctypes.c_void_p(result.ctypes.data)
         source = ctypes.c_void_p(self.pointer + offset)
@@ -122,13 +99,26 @@ class DeviceError(RuntimeError):
     """A call of CUDA failed."""
 
 
-class Device:
-    """The first GPU that CUDA reports."""
+def load_library():
+    """Loads the library that gpu_check.py has compiled."""
+    library = ctypes.CDLL(str(LIBRARY))
+    library.gpu_error.restype = ctypes.c_char_p
+    library.gpu_stream.restype = ctypes.c_uint64
+    return library
 
-    def __init__(self, library):
-        self._library = ctypes.CDLL(str(library))
-        self._library.gpu_error.restype = ctypes.c_char_p
-        self._library.gpu_stream.restype = ctypes.c_uint64
+
+class Device(Framework):
+    """The first GPU that CUDA reports.
+
+    The harness reads its clock and records its graphs. Its arrays are made here, one by one,
+    because the kernels alone take other arguments than a contender.
+    """
+
+    memory_kind = CUDA
+    has_graphs = True
+
+    def __init__(self, library=None):
+        self._library = library or load_library()
         about = (ctypes.c_int * 5)()
         self.call("open", about)
         self.multiprocessors, self.l2_bytes, self.arch, self.driver, self.runtime = about
@@ -136,7 +126,7 @@ class Device:
         self._events = []
 
     def call(self, name, *arguments):
-        """Calls a function of gpu_device.cu, and raises DeviceError with CUDA's message."""
+        """Calls a function of device.cu, and raises DeviceError with CUDA's message."""
         error = getattr(self._library, f"gpu_{name}")(*arguments)
         if error:
             raise DeviceError(f"{name}: {self._library.gpu_error(error).decode()}")
@@ -195,9 +185,12 @@ class Device:
         )  # fmt: skip
         return count.value
 
-    def rotation(self, bytes_of_a_set):
-        """How many sets of buffers are needed so that the L2 cache cannot hold them."""
-        return max(1, math.ceil(4 * self.l2_bytes / bytes_of_a_set))
+    def sets_of(self, case):
+        """How many logits, labels and gradients are needed so that the L2 cache cannot hold them.
+
+        The calls use them in turn.
+        """
+        return max(1, math.ceil(4 * self.l2_bytes / (2 * case.logits_bytes + case.labels_bytes)))
 
     def _events_for(self, count):
         """Returns at least this many events. They are made once and used again."""
@@ -207,8 +200,8 @@ class Device:
             self._events.append(event)
         return self._events
 
-    def _samples(self, runs, repeats):
-        """Returns the milliseconds between the events before and after each run."""
+    def samples(self, runs, repeats):
+        """Returns the seconds between the events before and after each run."""
         events = self._events_for(repeats + 1)
         self.synchronize()
         for i in range(repeats):
@@ -219,47 +212,27 @@ class Device:
         elapsed, samples = ctypes.c_float(), []
         for a, b in zip(events[:repeats], events[1 : repeats + 1], strict=True):
             self.call("elapsed", a, b, ctypes.byref(elapsed))
-            samples.append(elapsed.value)
+            samples.append(elapsed.value / 1e3)
         return samples
 
-    def time(self, runs):
-        """Times calls that are launched one by one. `runs` has a call for each buffer set."""
-        for run in runs[:3]:
-            run()
-        start = time.perf_counter()
-        warm = max(5, min(len(runs), REPEATS))
-        once = sum(self._samples(runs, warm)) / warm / 1e3
-        repeats = repeats_of(once)
-        result = summary(self._samples(runs, repeats))
-        self.synchronize()
-        result["seconds_spent"] = round(time.perf_counter() - start, 3)
-        return result
-
-    def time_graph(self, runs):
-        """Times calls in one CUDA graph that uses all buffer sets in turn. A sample is a replay."""
+    @contextlib.contextmanager
+    def graph(self, runs):
+        """Records calls in a CUDA graph, and gives a function that launches it."""
         for run in runs[:3]:
             run()
         self.synchronize()
-        calls = max(len(runs), 8)
         graph = ctypes.c_void_p()
         self.call("capture")
         try:
-            for i in range(calls):
-                runs[i % len(runs)]()
+            for run in runs:
+                run()
         finally:  # After an error too, the capture must end.
             self.call("end_capture", ctypes.byref(graph))
         try:
-
-            def replay():
-                self.call("replay", graph)
-
-            once = sum(self._samples([replay], 3)) / 3e3
-            repeats = repeats_of(once)
-            samples = [s / calls for s in self._samples([replay], repeats)]
+            yield functools.partial(self.call, "replay", graph)
         finally:
             self.synchronize()
             self.call("drop_graph", graph)
-        return {**summary(samples), "calls_per_sample": calls}
 
     def yardsticks(self):
         """Measures the bytes per second of copying (read and written) and of reading."""
@@ -275,8 +248,9 @@ class Device:
                 ("copy", 2 * size, (target, source, words, blocks)),
                 ("read", size, (source, words, blocks)),
             ):
-                result = self.time([functools.partial(self.call, f"{name}_words", *arguments)])
-                rate = moved / result["median_ms"] * 1e3
+                copy_or_read = functools.partial(self.call, f"{name}_words", *arguments)
+                result = time_calls(self, [copy_or_read])
+                rate = moved / result["seconds"]
                 if name not in best or rate > best[name]["bytes_per_second"]:
                     best[name] = {
                         "bytes_per_second": rate,
@@ -285,14 +259,3 @@ class Device:
                         **result,
                     }
         return best
-
-
-def summary(samples):
-    """Returns the median and spread of times in milliseconds."""
-    p10, median, p90 = np.percentile(samples, (10, 50, 90))
-    return {
-        "median_ms": float(median),
-        "p10_ms": float(p10),
-        "p90_ms": float(p90),
-        "repeats": len(samples),
-    }

@@ -1,28 +1,26 @@
-"""Writes a record of build_tools/gpu_check.py as text, Markdown tables and a plot."""
+"""Writes a record of build_tools/gpu_check.py as text, Markdown tables and a plot.
+
+python -m benchmarks.gpu.report FILE    writes beside the record, and prints what it wrote
+"""
 
 import json
 import os
+import sys
+from pathlib import Path
 
-TITLES = {
-    "dice_op": "dice_op",
-    "dice_op_jax": "dice_op in JAX's jit",
-    "triton": "Triton kernels",
-    "compiled": "torch.compile, MONAI's form",
-    "jax": "JAX, jit",
-    "nnunet": "PyTorch eager, nnU-Net's form",
-    "monai": "PyTorch eager, MONAI's form",
-}
-MODES = ("launches", "graph")
+from benchmarks.cases import Case
+from benchmarks.report import table
+
+HOW = ("launched", "graph")  # launched one by one, or as a graph
 
 
-def _volume(result):
-    loss = " +CE" if result.get("cross_entropy") else ""
-    return f"{result['edge']}³ × {result['classes']} {result['dtype']}{loss}"
+def _timed(result, how):
+    return result if how == "launched" else result.get("graph", {})
 
 
-def _microseconds(result, mode):
-    timed = result.get(mode, {})
-    return f"{1e3 * timed['median_ms']:.1f}" if "median_ms" in timed else "–"
+def _microseconds(result, how):
+    timed = _timed(result, how)
+    return f"{1e6 * timed['seconds']:.1f}" if "seconds" in timed else "–"
 
 
 def line(result):
@@ -36,38 +34,51 @@ def line(result):
     if kind == "kernels" and "pair" in result:
         parts = [
             f"{part} {_microseconds(result[part], 'graph')} µs "
-            f"({100 * result[part]['graph'].get('of_copy', 0):.0f} %)"
+            f"({_percent(result[part], 'graph', 'of_copy')})"
             for part in ("forward", "backward", "pair")
         ]
-        return f"{_volume(result)}: {', '.join(parts)} of the copy rate, as a graph"
-    if kind == "contender" and "launches" in result:
-        times = " / ".join(_microseconds(result, mode) for mode in MODES)
-        return f"{TITLES[result['name']]}, {_volume(result)}: {times} µs launched / as a graph"
+        return f"{result['name']}: {', '.join(parts)} of the copy rate, as a graph"
+    if kind == "contender" and "seconds" in result:
+        times = " / ".join(_microseconds(result, how) for how in HOW)
+        return f"{result['contender']}, {result['name']}: {times} µs launched / as a graph"
     if kind in ("checks", "few_checks"):
         return f"{result['count']} checks, {len(result['failures'])} failed"
     return json.dumps(result)[:300]
 
 
-def table(head, rows):
-    """Returns a table as lines of Markdown."""
-    return [
-        "| " + " | ".join(head) + " |",
-        "|---" * len(head) + "|",
-        *("| " + " | ".join(map(str, row)) + " |" for row in rows),
-        "",
-    ]
-
-
-def _percent(result, mode, of):
-    timed = result.get(mode, {})
+def _percent(result, how, of):
+    timed = _timed(result, how)
     return f"{100 * timed[of]:.0f} %" if of in timed else "–"
 
 
 def _spread(result):
-    timed = result.get("graph", {})
-    if "p10_ms" not in timed:
-        return "–"
-    return f"{1e3 * timed['p10_ms']:.1f} – {1e3 * timed['p90_ms']:.1f}"
+    low_and_high = _timed(result, "graph").get("p10_p90")
+    return " – ".join(f"{1e6 * t:.1f}" for t in low_and_high) if low_and_high else "–"
+
+
+def _best(result):
+    """The seconds of the faster way to launch it, or None if it was not timed."""
+    times = [_timed(result, how).get("seconds") for how in HOW]
+    return min((t for t in times if t), default=None)
+
+
+def _volume(result):
+    case = result["case"]
+    return case["classes"], case["dtype"], case["shape"][0]
+
+
+def _contenders(results):
+    """The titles of the contenders as they were measured, but ours first."""
+    ours = {r["contender"]: r["ours"] for r in results}
+    return sorted(ours, key=lambda title: not ours[title])
+
+
+def _remark(result):
+    """What a reader must know about a result that is missing or wrong."""
+    if result.get("wrong"):
+        return f"differs: loss {result['error']}, gradient {result['gradient_error']}"
+    why = result.get("failed") or result.get("graph", {}).get("failed", "")
+    return " ".join(str(why).split()).replace("|", "/")[:120]
 
 
 def markdown(record):
@@ -99,14 +110,11 @@ def markdown(record):
     for result in (r for r in results if r["kind"] == "yardsticks"):
         text += ["## Kernels", "", f"This GPU, in the same process: {line(result)}.", ""]
     measured = [r for r in results if r["kind"] == "kernels"]
-    measured.sort(key=lambda r: (r.get("classes", 0), r.get("dtype", ""), r.get("edge", 0)))
     rows = []
-    for r in measured:
-        if "pair" not in r:
-            continue
-        cells = [_volume(r)]
+    for r in sorted((r for r in measured if "pair" in r), key=_volume):
+        cells = [r["name"]]
         for part in ("forward", "backward", "pair"):
-            cells += [_microseconds(r[part], mode) for mode in MODES]
+            cells += [_microseconds(r[part], how) for how in HOW]
             cells.append(_percent(r[part], "graph", "of_read" if part == "forward" else "of_copy"))
         rows.append((*cells, _spread(r["pair"]), f"{r['pair']['host_us']:.0f}"))
     if rows:
@@ -115,22 +123,18 @@ def markdown(record):
             head += [f"{part}, launched µs", "graph µs", f"of {of} rate"]
         text += table((*head, "pair, p10 – p90 µs", "host µs a pair"), rows)
     contenders = [r for r in results if r["kind"] == "contender"]
-    volumes = sorted({(r["classes"], r["dtype"], r["edge"]) for r in contenders})
+    titles = _contenders(contenders)
     rows = []
-    for volume in volumes:
-        here = [r for r in contenders if (r["classes"], r["dtype"], r["edge"]) == volume]
-        ours = next((_best(r) for r in here if r["name"] == "dice_op"), None)
-        for r in sorted(here, key=lambda r: [*TITLES].index(r["name"])):
+    for volume in sorted({_volume(r) for r in contenders}):
+        here = [r for r in contenders if _volume(r) == volume]
+        here.sort(key=lambda r: titles.index(r["contender"]))
+        ours = next((_best(r) for r in here if r["ours"]), None)
+        for r in here:
             best = _best(r)
-            logits = r["edge"] ** 3 * r["classes"] * {"float32": 4, "bfloat16": 2}[r["dtype"]]
-            memory = f"{r['peak_extra_bytes'] / logits:.2f}" if "peak_extra_bytes" in r else "–"
+            memory = f"{r['extra_bytes'] / r['logits_bytes']:.2f}" if "extra_bytes" in r else "–"
             ratio = f"{best / ours:.2f}" if best and ours else "–"
-            why = r.get("error") or r.get("graph", {}).get("error", "")
-            if r.get("passed") is False:
-                why = f"differs: loss {r['loss_error']}, gradient {r['gradient_error']}"
-            times = [_microseconds(r, mode) for mode in MODES]
-            why = " ".join(str(why).split()).replace("|", "/")[:120]
-            rows.append((_volume(r), TITLES[r["name"]], *times, ratio, memory, why))
+            times = [_microseconds(r, how) for how in HOW]
+            rows.append((r["name"], r["contender"], *times, ratio, memory, _remark(r)))
     if rows:
         text += ["## Loss and gradient, with others", ""]
         text += table(
@@ -144,11 +148,6 @@ def markdown(record):
     return "\n".join(text)
 
 
-def _best(result):
-    times = [result.get(mode, {}).get("median_ms") for mode in MODES]
-    return min((t for t in times if t), default=None)
-
-
 def plot(record, path):
     """Plots the time of loss and gradient, with a panel for each class count and dtype."""
     import matplotlib
@@ -158,33 +157,33 @@ def plot(record, path):
 
     contenders = [r for r in record["results"] if r["kind"] == "contender" and _best(r)]
     pairs = [r for r in record["results"] if r["kind"] == "kernels" and "pair" in r]
-    pairs = [r for r in pairs if not r["cross_entropy"]]
+    pairs = [r for r in pairs if not Case.from_json(r["case"]).cross_entropy]
     panels = [(c, d) for c in (4, 14) for d in ("float32", "bfloat16")]
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
     for (classes, dtype), axis in zip(panels, axes.flat, strict=True):
 
         def draw(title, results, time_of, axis=axis, panel=(classes, dtype), **style):
             points = sorted(
-                (r["edge"], 1e3 * time_of(r))
+                (_volume(r)[2], 1e6 * time_of(r))
                 for r in results
-                if (r["classes"], r["dtype"]) == panel and time_of(r)
+                if _volume(r)[:2] == panel and time_of(r)
             )
             if points:
                 axis.plot(*zip(*points, strict=True), marker=".", label=title, **style)
 
-        for name, title in TITLES.items():
-            draw(title, [r for r in contenders if r["name"] == name], _best)
+        for title in _contenders(contenders):
+            draw(title, [r for r in contenders if r["contender"] == title], _best)
         draw("dice_op, kernels alone", pairs, lambda r: _best(r["pair"]), color="black")
         copy = next((r["copy"] for r in record["results"] if r["kind"] == "yardsticks"), None)
         if copy:
             draw(
                 "their bytes at the copy rate", pairs, color="gray", linestyle=":",
-                time_of=lambda r, copy=copy: r["bytes"]["pair"] / copy["bytes_per_second"] * 1e3,
+                time_of=lambda r, copy=copy: r["bytes"]["pair"] / copy["bytes_per_second"],
             )  # fmt: skip
         axis.set(title=f"{classes} classes, {dtype}", xlabel="edge of the volume", ylabel="µs")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        edges = sorted({r["edge"] for r in (*pairs, *contenders)})
+        edges = sorted({_volume(r)[2] for r in (*pairs, *contenders)})
         axis.set_xticks(edges, [str(edge) for edge in edges])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
@@ -206,3 +205,14 @@ def render(path):
     except ImportError:
         return [table]
     return [table, path.with_suffix(".png")]
+
+
+def main():
+    for written in render(Path(sys.argv[1])):
+        if written.suffix == ".md":
+            print(written.read_text())
+        print(written)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-// Lets gpu_device.py use a GPU without a framework: its memory, events and graphs. It also measures how fast the GPU
+// Lets device.py use a GPU without a framework: its memory, events and graphs. It also measures how fast the GPU
 // copies and reads 16-byte words, with which the kernels are compared.
 //
 // All work goes to one stream. Functions return 0, or a cudaError_t for which gpu_error returns a message.

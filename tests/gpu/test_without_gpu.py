@@ -1,0 +1,479 @@
+"""What runs on a GPU, tried without one: each part on a stand-in, and gpu_check.py around them."""
+
+import functools
+import importlib
+import importlib.util
+import json
+import math
+import os
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from benchmarks import measuring
+from benchmarks.cases import cube, decode, encode
+from benchmarks.contenders import Contender
+from benchmarks.gpu import contenders, kernels, report
+from benchmarks.gpu.device import DeviceError
+from benchmarks.gpu.volume import RepeatedVolume
+from gpu import kernels as checks
+from helpers import host_device, reference
+from helpers.host_device import HostCore, HostDevice, WrongCore
+from helpers.paths import BENCHMARKS, BUILD_TOOLS, ROOT
+
+YARDSTICKS = {name: {"bytes_per_second": 1e12} for name in ("copy", "read")}
+
+
+@pytest.fixture(scope="module")
+def device():
+    return HostDevice()
+
+
+@pytest.fixture
+def gpu_check(monkeypatch):
+    """The program, as a module."""
+    monkeypatch.syspath_prepend(BUILD_TOOLS)
+    module = importlib.import_module("gpu_check")
+    yield module
+    del sys.modules["gpu_check"]
+
+
+# --- cases and plans ------------------------------------------------------------------------------
+
+
+def test_every_module_can_be_imported_and_needs_no_tensorflow(run_python):
+    names = {path.stem for path in (BENCHMARKS / "gpu").glob("*.py")}
+    names -= {"__init__", "triton_kernels"}  # The latter needs Triton when it is imported.
+    assert {"contenders", "device", "frameworks", "kernels", "report", "volume"} <= names
+    code = f"""
+        import importlib, sys
+        for name in {sorted(names)}:
+            importlib.import_module("benchmarks.gpu." + name)
+        import gpu.kernels, gpu.tensorflow_ops
+        print(*{{"tensorflow", "keras", "torch", "jax"}} & set(sys.modules))
+    """
+    assert run_python(code, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}").split() == []
+
+
+def test_the_kernels_are_measured_in_the_order_of_importance():
+    quick = [str(case) for case in kernels.plan(quick=True)]
+    assert quick[:3] == ["256³ × 4", "256³ × 4 bfloat16", "256³ × 14"] and len(quick) == 12
+    whole = [str(case) for case in kernels.plan(quick=False)]
+    assert whole[:8] == [
+        f"{edge}³ × {classes}{dtype}"
+        for edge in (192, 256)
+        for classes in (4, 14)
+        for dtype in ("", " bfloat16")
+    ]
+    # Seven edges and three dtypes; of seven counts of classes, two have a cross-entropy as well.
+    assert len(set(whole)) == len(whole) == 7 * 3 * (7 + 2)
+    assert whole[-1].endswith("float16") and "512³ × 104" in whole
+
+
+def test_contenders_are_measured_in_the_order_of_importance():
+    quick = [(c.title, str(case)) for c, case in contenders.plan("torch", quick=True)]
+    assert [title for title, _ in quick[:4]] == [
+        "dice_op",
+        "Triton kernels",
+        "PyTorch eager, nnU-Net's form",
+        "PyTorch eager, MONAI's form",
+    ]
+    assert {case for _, case in quick[:4]} == {"256³ × 4"} and len(quick) == 5 * 8
+    # What takes long to compile comes three volumes later.
+    compiled = [number for number, (title, _) in enumerate(quick) if "compile" in title]
+    assert quick[compiled[0]][1] == "256³ × 4" and 12 <= compiled[0] < 20
+    whole = contenders.plan("jax", quick=False)
+    assert [c.title for c, _ in whole[:2]] == ["dice_op in JAX's jit", "JAX, jit"]
+    assert len(whole) == 2 * 32 and str(whole[-1][1]) == "512³ × 104 bfloat16"
+
+
+def test_a_contender_says_why_it_cannot_be_measured(device):
+    (triton,) = (c for c in contenders.CONTENDERS.values() if "triton" in c.needs)
+    if importlib.util.find_spec("triton") is None:
+        result = contenders.measure_part(None, (triton, cube(8, 4)))
+        assert result == {"failed": "triton is not installed"}
+    few = Contender("few", None, most_classes=16)
+    assert few.why_not(cube(8, 17)) == "written for at most 16 classes" and not few.why_not(
+        cube(8, 16)
+    )
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def test_bfloat16_is_stored_as_others_store_it():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    values = np.concatenate([np.random.default_rng(0).normal(size=1000), [0, -0.0, 1e-30, 3e38]])
+    stored = encode(values, "bfloat16")
+    wanted = values.astype(np.float32).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(stored, wanted.view(np.uint16))
+    np.testing.assert_array_equal(decode(stored, "bfloat16"), wanted.astype(np.float64))
+
+
+@pytest.mark.parametrize(
+    "case", [cube(18, 3), cube(9, 20, dtype="bfloat16"), cube(5, 1), cube(17, 4)], ids=str
+)
+def test_the_results_of_a_volume_that_repeats_voxels_are_those_of_the_whole(case):
+    volume = RepeatedVolume(case)
+    repeats = np.arange(case.voxels) % volume.period
+    x, t = volume.x[:, repeats], volume.t[:, repeats]
+    options = {"activation": volume.activation}
+    for got, wanted in zip(volume.sums(), reference.sums(x, t, **options), strict=True):
+        assert reference.relative_error(got, wanted) < 1e-12
+    loss, gradient = reference.loss_and_gradient(x, t, reference.mean_dice, **options)
+    assert abs(volume.dice()[0] - loss) < 1e-12
+    rows = functools.partial(lambda start, count: gradient[0, start : start + count])
+    errors = volume.errors(loss, rows)
+    assert errors["gradient_error"] < 1e-10 and not errors["wrong"]
+    assert volume.errors(loss + 0.1, rows)["wrong"]
+    assert volume.errors(math.nan, rows)["wrong"]
+    gradient[0, min(volume.period, case.voxels) // 2] = np.nan
+    assert volume.errors(loss, rows)["wrong"]
+
+
+# --- the kernels alone, and their checks ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        cube(8, 4),
+        cube(20, 14, dtype="bfloat16", cross_entropy=True),
+        cube(17, 1),
+        cube(9, 104, dtype="float16"),
+    ],
+    ids=str,
+)
+def test_the_kernels_are_checked_and_timed(case, device):
+    result = kernels.facts(case) | kernels.measure(HostCore(), device, YARDSTICKS, case)
+    assert not result["wrong"] and result["sums_error"] > 0
+    for part in kernels.PARTS:
+        timed = result[part]
+        assert timed["seconds"] > 0 and timed["graph"]["seconds"] > 0 and timed["host_us"] > 0
+        rate = timed["bytes_per_second"] * timed["seconds"]
+        assert math.isclose(rate, result["bytes"][part]) and timed["of_copy"] > 0
+    assert str(case) in report.line(result) and "of the copy rate" in report.line(result)
+
+
+def test_wrong_kernels_are_noticed_and_not_timed(device):
+    result = kernels.measure(WrongCore(), device, YARDSTICKS, cube(20, 4))
+    assert result["wrong"] and "pair" not in result
+    assert 5e-5 < result["sums_error"] < 2e-4 and result["gradient_error"] > 1e-2
+
+
+def test_yardsticks_and_errors_of_a_device():
+    device = HostDevice()
+    device.library.free = 1 << 20
+    yardsticks = device.yardsticks()
+    assert yardsticks["copy"]["bytes"] == 2 * yardsticks["read"]["bytes"] == 1 << 18
+    assert "TB/s" in report.line({"kind": "yardsticks", **yardsticks})
+    with pytest.raises(DeviceError, match="allocate: out of memory"):
+        device.empty((1 << 21,), "uint8")
+    assert "too little memory" in kernels.measure(None, device, None, cube(8, 4))["skipped"]
+
+
+def test_all_kinds_of_checks_pass_where_the_kernels_are_right(device):
+    checker = checks.Checker(HostCore(), device)
+    result = checks.check(checker, math.inf, few=True)
+    assert result["kind"] == "few_checks" and result["count"] > 100 and not result["left_out"]
+    for call in checks.option_calls((1, 3)):
+        checker.check(call)
+    for call in [call for call in checks.regime_calls() if call.voxels < 2000][::20]:
+        checker.check(call)
+    device.library.free = 1 << 32
+    for part in (
+        functools.partial(checker.same_bits, 2),
+        checker.bad_labels,
+        checker.bad_predictions,
+        checker.refusals,
+        functools.partial(checker.huge, 4, 1000),
+    ):
+        before = checker.count
+        assert part() is None and checker.count > before
+    assert not checker.failures
+    # One voxel in the middle of the sums that ought to be NaN would be noticed.
+    assert not checks.only_second_is_nan({"a": np.array([[1.0], [np.nan], [np.nan]])})
+
+
+def test_checks_fail_where_the_kernels_are_wrong(device, capsys):
+    checker = checks.Checker(WrongCore(), device)
+    checker.check(checks.Call(300, 4))
+    assert len(checker.failures) == 6  # the five sums, and the gradient
+    assert capsys.readouterr().out.count("SAY FAILED V=300 C=4") == 6
+
+    class Careless(HostCore):
+        def sums(self, *args, **options):
+            sums = super().sums(*args, **options)
+            return {n: host_device.Result(np.nan_to_num(v.values)) for n, v in sums.items()}
+
+    checker = checks.Checker(Careless(), device)
+    checker.bad_labels()
+    checker.bad_predictions()
+    assert len(checker.failures) == checker.count > 100
+
+
+def test_what_a_deadline_leaves_is_said(device, capsys):
+    result = checks.check(checks.Checker(HostCore(), device), -math.inf, few=True)
+    assert result["count"] == 0 and "no time left" in result["left_out"][0]
+    cases = kernels.plan(quick=True)
+    measuring.follow(cases, -math.inf, "measure", kernels.facts, None, report.line)
+    text = capsys.readouterr().out.splitlines()[0].removeprefix(measuring.RESULT)
+    left = {"kind": "left_out", "step": "measure", "what": [str(case) for case in cases]}
+    assert json.loads(text) == left
+
+
+# --- contenders -----------------------------------------------------------------------------------
+
+
+def one_measurement(framework, title, case):
+    contender = contenders.CONTENDERS[title]
+    result = contenders.measure_part(framework, (contender, case))
+    assert not result["wrong"] and result["error"] < 1e-5 and result["seconds"] > 0
+    assert result["gradient_error"] < (1e-5 if case.dtype == "float32" else 1e-2)
+    assert result["extra_bytes"] > 0
+    return contenders.facts((contender, case)) | result
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", [cube(12, 4), cube(17, 14, dtype="bfloat16")], ids=str)
+def test_contenders_in_pytorch_compute_the_loss_in_question(case, device):
+    pytest.importorskip("torch")
+    framework = host_device.PyTorchOnHost(device)
+    for title, contender in contenders.CONTENDERS.items():
+        if contender.framework == "torch" and not contender.needs and not contender.later:
+            result = one_measurement(framework, title, case)
+            assert result["graph"]["seconds"] > 0
+            assert f"{title}, {case}: " in report.line(result)
+
+
+@pytest.mark.full
+def test_contenders_in_jax_compute_the_loss_in_question(run_python):
+    pytest.importorskip("jax")
+    code = """
+        from benchmarks.cases import cube
+        from helpers import host_device
+        from test_without_gpu import contenders, one_measurement
+        framework = host_device.JaxOnHost(host_device.HostDevice())
+        for title, contender in contenders.CONTENDERS.items():
+            if contender.framework == "jax":
+                for case in cube(12, 4), cube(17, 14, dtype="bfloat16"):
+                    result = one_measurement(framework, title, case)
+                    assert result["calls_per_sample"] == 10 and "graph" not in result
+                    print(title)
+    """
+    path = [ROOT, ROOT / "tests", ROOT / "tests" / "gpu", ROOT / "examples"]
+    printed = run_python(code, PYTHONPATH=":".join(map(str, path)), JAX_PLATFORMS="cpu")
+    assert printed.split("\n")[::2] == ["dice_op in JAX's jit", "JAX, jit", ""]
+
+
+class Numbers(measuring.Framework):
+    """A framework whose arrays are numbers, and whose clock goes one second a call."""
+
+    has_graphs = True
+
+    def arguments(self, volume):
+        return (volume,)
+
+    def ready(self, step, case, arguments):
+        return step
+
+    def peak(self, step, arguments):
+        return step(*arguments), 7
+
+    def samples(self, runs, repeats):
+        return [float(run() is None or 1) for run in (runs[:1] * repeats)]
+
+    def graph(self, runs):
+        raise RuntimeError("cannot be recorded")
+
+
+class OneNumber:
+    def errors(self, loss, rows):
+        return {"error": abs(loss - 1), "wrong": loss != 1}
+
+
+@pytest.mark.parametrize("same_loss, timed", [(True, False), (False, True)])
+def test_the_harness_times_no_wrong_result(same_loss, timed):
+    contender = Contender("two", lambda case: lambda x: (2.0, None), same_loss=same_loss)
+    result = measuring.measure(Numbers(), contender, cube(8, 4), OneNumber())
+    assert result["wrong"] == (not timed) and ("seconds" in result) == timed
+    right = Contender("one", lambda case: lambda x: (1.0, None))
+    result = measuring.measure(Numbers(), right, cube(8, 4), OneNumber())
+    assert result["seconds"] == 1 and result["repeats"] == 5 and result["extra_bytes"] == 7
+    assert result["graph"] == {"failed": "RuntimeError: cannot be recorded"}
+
+
+# --- gpu_check.py ---------------------------------------------------------------------------------
+
+
+def test_a_worker_imports_what_was_built_for_the_gpu(gpu_check, tmp_path, monkeypatch):
+    """And not the package of the source folder, though that holds all else that it imports."""
+    (tmp_path / "dice_op").mkdir()
+    (tmp_path / "dice_op" / "__init__.py").write_text("")
+    (tmp_path / "looks.py").write_text(
+        "import dice_op, benchmarks, gpu.kernels, helpers, importlib.util, sys\n"
+        "found = [dice_op, benchmarks, gpu.kernels, helpers]\n"
+        "print(*(module.__file__ for module in found), sys.argv[1:])\n"
+        "print(importlib.util.find_spec('jax_dice').origin)\n"
+    )
+    monkeypatch.setattr(gpu_check, "INSTALL", tmp_path)
+    command, folder, environment = gpu_check.worker("looks", "--seconds", "3")
+    record = None
+    status, log = gpu_check.run_worker(command, 60, record, folder, environment)
+    assert status == 0, log
+    wanted = [tmp_path / "dice_op", BENCHMARKS]
+    wanted = [f"{folder / '__init__.py'}" for folder in wanted]
+    wanted += [str(ROOT / "tests" / "gpu" / "kernels.py")]
+    wanted += [str(ROOT / "tests" / "helpers" / "__init__.py")]
+    wanted += ["['--seconds', '3']", str(ROOT / "examples" / "jax_dice.py")]
+    assert log.replace("\n", " ") == " ".join(wanted)
+    _, folder, environment = gpu_check.worker("gpu.tensorflow_ops", installed=False)
+    assert folder == ROOT and str(tmp_path) not in environment["PYTHONPATH"]
+
+
+# A worker of gpu_check.py, but on the stand-in and with little to do. It takes dice_op from the
+# source folder, because nothing is built for a GPU.
+STAND_IN = """
+    import importlib, sys
+    import dice_op
+    from benchmarks.cases import cube
+    from benchmarks.contenders import CONTENDERS
+    from benchmarks.gpu import contenders, kernels
+    from gpu import kernels as checks
+    from helpers import host_device
+
+    core, name, sys.argv = sys.argv[1], sys.argv[2], sys.argv[2:]
+    worker = importlib.import_module(name)
+    worker.Device = host_device.HostDevice
+    if worker is not contenders:
+        dice_op.core = getattr(host_device, core)()
+    kernels.plan = lambda quick: [cube(8, 4), cube(8, 14, dtype="bfloat16")]
+    computing = CONTENDERS["dice_op.core"], contenders.CONTENDERS["Triton kernels"]
+    contenders.plan = lambda framework, quick: [(c, cube(8, 17)) for c in computing]
+    contenders.FRAMEWORKS = dict.fromkeys(("torch", "jax"), host_device.NumpyOnHost)
+    few = [*checks.few_calls()][::4]
+    checks.few_calls = checks.option_calls = lambda: few
+    checks.regime_calls = lambda: ()
+    checks.Checker.same_bits = lambda self: None
+    sys.exit(worker.main())
+"""
+GPU = {
+    "name": "NVIDIA H200", "driver_version": "580.1", "compute_cap": "9.0",
+    "clocks.sm": "345 MHz", "clocks.max.sm": "1980 MHz",
+}  # fmt: skip
+
+
+@pytest.fixture
+def on_the_stand_in(gpu_check, tmp_path, monkeypatch):
+    """Runs gpu_check.py with workers on the stand-in. Returns the exit status and the record."""
+
+    def run(core, *arguments):
+        start_of = gpu_check.worker
+
+        def worker(module, *words, installed=True):
+            *_, environment = start_of(module, *words, installed=installed)
+            code = textwrap.dedent(STAND_IN)
+            return [sys.executable, "-c", code, core, module, *words], ROOT, environment
+
+        monkeypatch.setattr(gpu_check, "worker", worker)
+        monkeypatch.setattr(gpu_check, "gpu_facts", lambda: GPU)
+        monkeypatch.setattr(gpu_check, "nvcc_path", lambda: str(tmp_path / "nvcc"))
+        monkeypatch.setattr(gpu_check, "SANITIZERS", ("memcheck",))
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        sanitizer = tmp_path / "compute-sanitizer"
+        sanitizer.write_text('#!/bin/sh\nshift 4; exec "$@"\n')
+        sanitizer.chmod(0o755)
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), *arguments])
+        status = gpu_check.main()
+        (path,) = tmp_path.glob("*.json")
+        return status, path, json.loads(path.read_text())
+
+    return run
+
+
+def test_gpu_check_records_what_workers_find(on_the_stand_in, gpu_check, monkeypatch, capfd):
+    steps = "check,sanitizer,measure,contenders"
+    status, path, record = on_the_stand_in("HostCore", "--quick", "--steps", steps)
+    assert status == 0, capfd.readouterr().out
+    assert {name: step["status"] for name, step in record["steps"].items()} == dict.fromkeys(
+        steps.split(","), "passed"
+    )
+    kinds = [result["kind"] for result in record["results"]]
+    measured = ["yardsticks", "kernels", "kernels", "yardsticks_again"]
+    assert kinds == ["checks", "few_checks", *measured, *["contender"] * 4]
+    printed = capfd.readouterr().out
+    assert "8³ × 14 bfloat16: forward" in printed and " checks, 0 failed" in printed
+    # What is written says it all, and can be written again.
+    text = path.with_suffix(".md").read_text()
+    assert text in printed and str(path.with_suffix(".md")) in printed
+    for words in (
+        "# NVIDIA H200, ", "| check | passed |", "- memcheck: no errors", " checks, 0 failed",
+        "This GPU, in the same process: copy ", "| 8³ × 4 | ", "| 8³ × 14 bfloat16 | ",
+        "| 8³ × 17 | dice_op.core | ", "| 8³ × 17 | Triton kernels | – | – | – | – | ",
+    ):  # fmt: skip
+        assert words in text, words
+    if importlib.util.find_spec("matplotlib"):
+        assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    path.with_suffix(".md").unlink()
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--render", str(path)])
+    assert gpu_check.main() == 0 and path.with_suffix(".md").read_text() == text
+
+
+def test_gpu_check_fails_if_a_result_is_wrong(on_the_stand_in, capfd):
+    steps = "sanitizer,measure"
+    status, _, record = on_the_stand_in("WrongCore", "--steps", steps)
+    assert status == 1
+    assert {name: step["status"] for name, step in record["steps"].items()} == dict.fromkeys(
+        steps.split(","), "failed"
+    )
+    assert "  FAILED V=" in capfd.readouterr().out
+    assert all(result["wrong"] for result in record["results"] if result["kind"] == "kernels")
+
+
+def test_a_record_of_a_gpu_becomes_a_table_and_a_plot(tmp_path):
+    """The ratios are to the first contender of ours, and what is wrong or missing says why."""
+
+    def timed(seconds):
+        return {"seconds": seconds, "p10_p90": [seconds / 2, 2 * seconds], "of_copy": 0.9}
+
+    def contender(title, case, ours=False, **measured):
+        facts = Contender(title, None, ours=ours).facts()
+        result = {"error": 0.0, "gradient_error": 0.0, "wrong": False, "extra_bytes": 1 << 20}
+        result |= {"logits_bytes": case.logits_bytes} | measured
+        return {"kind": "contender", **facts, **case.facts(), **result}
+
+    case = cube(64, 4)
+    part = {**timed(2e-5), "graph": {**timed(1e-5), "of_read": 0.8}, "host_us": 5.0}
+    results = [
+        {"kind": "yardsticks", **{name: timed(1) | v for name, v in YARDSTICKS.items()}},
+        {**kernels.facts(case), **dict.fromkeys(kernels.PARTS, part), "wrong": False,
+         "bytes": kernels.bytes_of(case)},
+        {**kernels.facts(cube(512, 104)), "skipped": "the GPU has too little memory"},
+        contender("slow", case, **timed(6e-5)),
+        contender("ours", case, True, **timed(3e-5), graph=timed(2e-5)),
+        contender("other", case, wrong=True, error=0.5),
+        {"kind": "left_out", "step": "contenders", "what": ["256³ × 4"]},
+    ]  # fmt: skip
+    record = {
+        "date": "2026-11-29T00:00:00", "gpu": GPU, "nvcc": "13.0", "commit": "abc", "dirty": False,
+        "packages": {"numpy": "2"}, "arguments": ["--quick"], "results": results,
+        "steps": {"measure": {"status": "passed", "seconds": 1}},
+    }  # fmt: skip
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record))
+    written = report.render(path)
+    text = written[0].read_text()
+    lines = text.splitlines()
+    rows = [line for line in lines if line.startswith("| 64³ × 4 |")]
+    kernel = "20.0 | 10.0 | 80 % | 20.0 | 10.0 | 90 % | 20.0 | 10.0 | 90 % | 5.0 – 20.0 | 5 |"
+    assert rows == [
+        f"| 64³ × 4 | {kernel}",
+        "| 64³ × 4 | ours | 30.0 | 20.0 | 1.00 | 0.25 |  |",
+        "| 64³ × 4 | slow | 60.0 | – | 3.00 | 0.25 |  |",
+        "| 64³ × 4 | other | – | – | – | 0.25 | differs: loss 0.5, gradient 0.0 |",
+    ]
+    assert lines[-1] == "- contenders: 1 of its parts"
+    if importlib.util.find_spec("matplotlib"):
+        assert written[1].read_bytes().startswith(b"\x89PNG")
