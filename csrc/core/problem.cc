@@ -230,6 +230,21 @@ Error MakeProblem(const Dims& logits, const Dims& labels, const std::optional<Di
   return {};
 }
 
+bool HasFractions(const Problem& problem) {
+  if (!problem.soft_labels()) return false;
+  constexpr int64_t kMost = 4096;
+  return WithType(problem.labels_dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const T* const labels = static_cast<const T*>(problem.labels);
+    const int64_t count = problem.logits_count();
+    for (int64_t i = 0; i < count; i += 1 + count / kMost) {
+      const double label = FromStorage<T, double>(labels[i]);
+      if (label > 0 && label < 1) return true;
+    }
+    return false;
+  });
+}
+
 Error CheckGradient(const Problem& problem) {
   if (!problem.hard()) return {};
   return InvalidArgument("activation '" + ToAttribute(problem.options.activation) +

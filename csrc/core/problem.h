@@ -46,6 +46,9 @@ Error ErrorOf(const BadValue& bad, const Problem& problem, const CopyToHost& cop
 // Does the same for a value in a predicted label map on the host.
 Error ErrorOfPrediction(const BadValue& bad, const Problem& problem, const void* prediction, DType dtype);
 
+// Whether labels on the host that may be fractions are some, judged by a few thousand of them.
+bool HasFractions(const Problem& problem);
+
 bool IsFloat(DType dtype);
 const char* Name(DType dtype);
 std::string Show(const Dims& dims);

@@ -1,6 +1,8 @@
 // The ops' kernels. They check their inputs, allocate their outputs and call the library.
 #include <algorithm>
+#include <atomic>
 #include <functional>
+#include <mutex>
 #include <optional>
 #include <utility>
 
@@ -123,6 +125,19 @@ class ThreadPool final : public cpu::PoolParallelFor {
   const tensorflow::DeviceBase::CpuWorkerThreads& workers_;
 };
 
+// Warns once in a process. Only its first calls are looked at, because looking takes time.
+void WarnOfFractions(const Problem& problem) {
+  static std::atomic<int> looks{0};
+  static std::once_flag warned;
+  constexpr int kMost = 16;
+  if (problem.options.soft_label || problem.options.squared_pred || !problem.soft_labels()) return;
+  if (looks >= kMost || looks++ >= kMost || !HasFractions(problem)) return;
+  std::call_once(warned, [] {
+    LOG(WARNING) << "dice_op: labels (y_true) are fractions. A Dice loss of them is not smallest where the prediction "
+                    "equals them, unless soft_label=True or squared_pred=True is given to the loss.";
+  });
+}
+
 class DiceSumsCpu final : public DiceSumsKernel {
  public:
   using DiceSumsKernel::DiceSumsKernel;
@@ -131,6 +146,7 @@ class DiceSumsCpu final : public DiceSumsKernel {
   absl::Status Run(OpKernelContext* context, const Problem& problem, const Sums& sums) override {
     Tensor workspace;
     TF_RETURN_IF_ERROR(Allocate(context, cpu::DiceSumsWorkspace(problem), &workspace));
+    WarnOfFractions(problem);
     return ToStatus(cpu::DiceSums(problem, sums, workspace.data(), ThreadPool(context)));
   }
 };

@@ -38,6 +38,7 @@ from helpers.peers import (
     of_torch,
     sm_loss,
     smp_loss,
+    soft_labels,
     spatial,
     volume,
 )
@@ -562,6 +563,24 @@ def test_monai_dice_without_reduction_is_equal(batch, volume_name):
 
     weighted = of_ours(lambda y, x: tf.reduce_sum(ours(y, x) * weight), x, y)
     assert_conforms(weighted, of_torch(of_theirs, x, y))
+
+
+@pytest.mark.parametrize("volume_name", SOME)
+@pytest.mark.parametrize("name", ["DiceLoss", "TverskyLoss", "GeneralizedDiceLoss"])
+@runs(in_monai("`soft_label=True` of `DiceLoss`, `TverskyLoss` and `GeneralizedDiceLoss`"))
+def test_monai_soft_labels_are_equal(name, volume_name):
+    x, y = volume(volume_name)
+    row = in_monai("`soft_label=True` of `DiceLoss`, `TverskyLoss` and `GeneralizedDiceLoss`")
+    ours = written(row, name + "({})")
+    theirs = getattr(monai, name)(softmax=True, soft_label=True)
+    t = soft_labels(y)
+
+    def of_theirs(x, y):
+        return theirs(x, torch.tensor(np.moveaxis(t, -1, 1)).to(x.dtype))
+
+    if name == "GeneralizedDiceLoss":
+        ours = changed(ours, smooth_nr=1e-5, smooth_dr=1e-5)  # MONAI's
+    assert_conforms(of_ours(lambda y, x: ours(t, x), x, y), of_torch(of_theirs, x, y))
 
 
 def of_masked(loss, x, y, mask):

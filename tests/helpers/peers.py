@@ -66,6 +66,12 @@ def volume(name, classes=CLASSES):
     return x.astype(np.float32), y
 
 
+def soft_labels(y):
+    """Labels of each class in which every voxel has fractions, but most of its own class."""
+    spread = np.random.default_rng(0).dirichlet(np.ones(CLASSES), y.shape)
+    return (0.75 * (y[..., None] == np.arange(CLASSES)) + 0.25 * spread).astype(np.float32)
+
+
 def of_ours(loss, x, y):
     y = tf.constant(y, tf.uint8)
     value, gradient = value_and_gradient(lambda x: loss(y, x), tf.constant(x))
