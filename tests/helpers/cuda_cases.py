@@ -7,7 +7,7 @@ import numpy as np
 
 from dice_op import core
 from helpers import emulation, reference
-from helpers.kernel_inputs import NAMES, in_format, make, renamed
+from helpers.kernel_inputs import NAMES, in_format, make, renamed, sure
 
 EPSILON = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-24, "float64": 2**-53}
 REGIONS = {1: [(1,)], 3: [(1, 2, 3), (2, 3), (3,)], 6: [(c, c + 1) for c in range(6)]}
@@ -33,11 +33,14 @@ class Cases:
         seed=0,
         ignore_none=None,
         regions=None,
+        gap=0,
         **options,
     ):
-        """Adds a call. ignore: a label that some voxels get; ignore_none: one that no voxel has."""
+        """Adds a call. ignore: a label that some voxels get; ignore_none: one that no voxel has;
+        gap: how much larger the largest logit of each voxel becomes."""
         n, v, c = shape
         x, y, t = make(shape, label_kind, activation, seed)
+        x = sure(x, gap) if gap else x
         if activation == "argmax":
             x = np.round(x)  # There are ties then.
         if regions:

@@ -30,6 +30,19 @@ def make(shape, label_kind="uint8", activation="softmax", seed=0):
     return x, index.astype(label_kind), t
 
 
+def sure(x, gap, seed=0):
+    """The same logits [N, V, C], but the largest of each voxel is larger by `gap`.
+
+    Half of the voxels have it in their own largest class, and half in another one.
+    """
+    rng = np.random.default_rng(seed)
+    largest = np.where(
+        rng.random(x.shape[:2]) < 0.5, x.argmax(-1), rng.integers(0, x.shape[2], x.shape[:2])
+    )
+    at = largest[..., None] == np.arange(x.shape[2])
+    return np.where(at, x.max(-1, keepdims=True) + gap, x).astype(x.dtype)
+
+
 def in_format(data_format, *arrays):
     """Arrays of shape [N, V, C] laid out as asked; those of rank 2 stay as they are."""
     if data_format == "channels_last":

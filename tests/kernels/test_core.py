@@ -13,7 +13,7 @@ import pytest
 
 from dice_op import core
 from helpers import reference
-from helpers.kernel_inputs import FORMATS, NAMES, REGIONS, in_format, make, renamed
+from helpers.kernel_inputs import FORMATS, NAMES, REGIONS, in_format, make, renamed, sure
 
 # Shapes (N, V, C), each with the part of the CPU kernels that it reaches.
 REGIMES = {
@@ -113,6 +113,38 @@ def test_soft_labels_intersect_by_the_smaller_of_both(classes, activation, label
     check(x, y, t, activation=activation, soft_label=True, focal_gamma=2.0)
     weight = np.random.default_rng(1).integers(0, 3, (2, 100)).astype(np.float32)
     check(x, y, t, activation=activation, soft_label=True, weight=weight)
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("label_kind", ["uint8", "dense float32", "soft"])
+@pytest.mark.parametrize("classes", [2, 3, 4, 14, 40, 104])
+def test_the_gradient_is_exact_where_the_softmax_is_sure(classes, label_kind, data_format):
+    """Below a gap of 20 the reference is exact itself: its own p (1 - p) loses digits later."""
+    for gap in (5, 10, 15, 18):
+        x, y, t = make((2, 100, classes), label_kind)
+        check(sure(x, gap), y, t, activation="softmax", data_format=data_format, tolerance=5e-7)
+
+
+def gradient_of_sure_voxels(x, t, a, b):
+    """Of sum a p t + b p in float64, without a difference of numbers that are nearly equal: with
+    the probabilities q of the other classes than the largest, k, it is p (g - g_k - sum q (g -
+    g_k))."""
+    p = reference.softmax(x.astype(np.float64))
+    g = a[:, None] * t + b[:, None]
+    g = g - np.take_along_axis(g, p.argmax(-1)[..., None], -1)
+    return p * (g - (p * g).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("gap", [15, 20, 30, 50, 70])
+@pytest.mark.parametrize("classes", [2, 4, 14])
+def test_the_gradient_is_exact_however_sure_the_softmax_is(classes, gap):
+    x, y, t = make((2, 100, classes))
+    x = sure(x, gap)
+    a, b = np.random.default_rng(1).normal(size=(2, 2, classes)).astype(np.float32)
+    gradient = core.gradient(x, y, d_intersection=a, d_pred_sum=b)
+    wanted = gradient_of_sure_voxels(x, t, a, b)
+    reference.assert_gradient(gradient, wanted, 5e-6)
+    assert np.all(np.abs(gradient.sum(-1)) <= 1e-6 * np.abs(wanted).max(-1))
 
 
 def test_squares_need_no_smaller_of_both():
