@@ -123,6 +123,8 @@ def few_cases(small=False):
     cases.add((1, 100, 4), misalign=8)
     cases.add((2, v // 4 + 1, 3), weight="float32", focal_gamma=2.0)
     cases.add((2, v // 4 + 1, 4), "soft", data_format="channels_first")
+    cases.add((2, v // 8 + 1, 4), "soft", soft_label=True)
+    cases.add((1, v // 8 + 1, 4), gap=15, cross_entropy=False)
     cases.add((1, v // 16 + 1, 50), weight="uint8", data_format="channels_first", in_place=True)
     cases.add((2, v // 4 + 1, 3), label_smoothing=0.25, weight="uint8")
     cases.add((2, v // 8 + 1, 4), activation="argmax", cross_entropy=False)

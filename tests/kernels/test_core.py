@@ -144,7 +144,6 @@ def test_the_gradient_is_exact_however_sure_the_softmax_is(classes, gap):
     gradient = core.gradient(x, y, d_intersection=a, d_pred_sum=b)
     wanted = gradient_of_sure_voxels(x, t, a, b)
     reference.assert_gradient(gradient, wanted, 5e-6)
-    assert np.all(np.abs(gradient.sum(-1)) <= 1e-6 * np.abs(wanted).max(-1))
 
 
 def test_squares_need_no_smaller_of_both():

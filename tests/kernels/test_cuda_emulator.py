@@ -242,6 +242,18 @@ KERNEL_BUGS = {
         "z[i] == top",
         "plain",
     ),
+    "gradient: the error of a sure voxel stays": (
+        "../core/voxel.h",
+        "weight * (d[i] - error * e[i])",
+        "weight * d[i]",
+        "plain",
+    ),
+    "soft labels: the derivative of the product": (
+        "../core/voxel.h",
+        "if (terms.soft) return cardinality",
+        "if (false) return cardinality",
+        "plain",
+    ),
     "smoothing: none for the absent classes": (
         "../core/voxel.h",
         "k.Class(i), i) + R(terms.spread);",
