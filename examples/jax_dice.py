@@ -6,6 +6,7 @@ It needs JAX and `dice_op.core`, but not TensorFlow. csrc/core/dice_op.h describ
 results of the two calls.
 """
 
+import functools
 import math
 
 import jax
@@ -19,33 +20,27 @@ for platform, handlers in core.ffi_targets().items():
         jax.ffi.register_ffi_target(name, handler, platform=platform)
 
 
-def _attributes(
-    activation="softmax",
-    data_format="channels_last",
-    squared_pred=False,
-    cross_entropy=False,
-    focal_gamma=0.0,
-    label_smoothing=0.0,
-    threshold=0.0,
-    ignore_label=None,
-    regions=(),
-):
+def attributes_of(cross_entropy=False, ignore_label=None, regions=(), **options):
+    """Returns the options of `core.sums` as attributes of a call, with defaults for those left out.
+
+    The calls take each number as float64, and each list as int64.
+    """
+    options["with_cross_entropy"] = cross_entropy
+    options["ignore_label"] = [] if ignore_label is None else [ignore_label]
+    options["regions"] = core.region_masks(regions)
+    defaults = core.op_attributes()
+    if unknown := options.keys() - defaults.keys():
+        raise TypeError(f"there is no option {', '.join(sorted(unknown))}")
+    types = {float: np.float64, list: functools.partial(np.array, dtype=np.int64)}
     return {
-        "activation": activation,
-        "data_format": data_format,
-        "squared_pred": squared_pred,
-        "with_cross_entropy": cross_entropy,
-        "focal_gamma": np.float64(focal_gamma),
-        "label_smoothing": np.float64(label_smoothing),
-        "threshold": np.float64(threshold),
-        "ignore_label": np.array([] if ignore_label is None else [ignore_label], np.int64),
-        "regions": np.array(core.region_masks(regions), np.int64),
+        name: types.get(type(default), type(default))(options.get(name, default))
+        for name, default in defaults.items()
     }
 
 
 def dice_sums(logits, labels, *voxel_weight, **options):
     """Returns intersection, pred_sum, label_sum, cross_entropy `[N, C]` and weight_sum `[N]`."""
-    attributes = _attributes(**options)
+    attributes = attributes_of(**options)
     last = attributes["data_format"] == "channels_last"
     n, c = logits.shape[0], logits.shape[-1 if last else 1]
     voxels = math.prod(logits.shape[1:-1] if last else logits.shape[2:])
@@ -67,7 +62,7 @@ def dice_sums_grad(logits, labels, *rest, **options):
     """
     result = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
     call = jax.ffi.ffi_call("dice_op_sums_grad", result, vmap_method="sequential")
-    return call(logits, labels, *rest, **_attributes(**options))
+    return call(logits, labels, *rest, **attributes_of(**options))
 
 
 def formula(intersection, pred_sum, label_sum, smooth=1e-5):

@@ -27,7 +27,7 @@ SETUP = f"""
     import ml_dtypes
     import numpy as np
     from dice_op import core
-    from jax_dice import dice_loss, dice_sums, dice_sums_grad, formula
+    from jax_dice import attributes_of, dice_loss, dice_sums, dice_sums_grad, formula
     rng = np.random.default_rng(0)
 """
 
@@ -128,11 +128,7 @@ ERRORS = """
     def raw(results, ignore_label=()):
         call = jax.ffi.ffi_call("dice_op_sums", results)
         return call(
-            x, y, activation="softmax", data_format="channels_last", squared_pred=False,
-            with_cross_entropy=False, focal_gamma=np.float64(0),
-            label_smoothing=np.float64(0), threshold=np.float64(0),
-            ignore_label=np.array(ignore_label, np.int64),
-            regions=np.array([], np.int64),
+            x, y, **{**attributes_of(), "ignore_label": np.array(ignore_label, np.int64)}
         )
 
     results = [jax.ShapeDtypeStruct((2, 4), np.float32)] * 6
