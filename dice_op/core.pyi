@@ -43,7 +43,7 @@ def ffi_workspace(platform: str, batch: typing.SupportsInt | typing.SupportsInde
     """
     Return the size in bytes of the workspace, which is one of the results of dice_op_sums.
     """
-def gradient(logits: typing.Any, labels: typing.Any, *, d_intersection: typing.Any, d_pred_sum: typing.Any, d_cross_entropy: typing.Any | None = None, voxel_weight: typing.Any | None = None, activation: str = 'softmax', data_format: str = 'channels_last', squared_pred: bool = False, cross_entropy: bool = False, focal_gamma: typing.SupportsFloat | typing.SupportsIndex = 0.0, label_smoothing: typing.SupportsFloat | typing.SupportsIndex = 0.0, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0, ignore_label: typing.SupportsInt | typing.SupportsIndex | None = None, regions: typing.Any = None, threads: typing.SupportsInt | typing.SupportsIndex = 0, stream: typing.SupportsInt | typing.SupportsIndex = 0, out: typing.Any | None = None) -> typing.Any:
+def gradient(logits: typing.Any, labels: typing.Any, *, d_intersection: typing.Any, d_pred_sum: typing.Any, d_cross_entropy: typing.Any | None = None, voxel_weight: typing.Any | None = None, activation: str = 'softmax', data_format: str = 'channels_last', squared_pred: bool = False, soft_label: bool = False, cross_entropy: bool = False, focal_gamma: typing.SupportsFloat | typing.SupportsIndex = 0.0, label_smoothing: typing.SupportsFloat | typing.SupportsIndex = 0.0, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0, ignore_label: typing.SupportsInt | typing.SupportsIndex | None = None, regions: typing.Any = None, threads: typing.SupportsInt | typing.SupportsIndex = 0, stream: typing.SupportsInt | typing.SupportsIndex = 0, out: typing.Any | None = None) -> typing.Any:
     """
     Compute the gradient of a loss with respect to the logits in one pass, from its derivatives with respect to
     the sums.
@@ -94,7 +94,7 @@ def scores(prediction: typing.Any, labels: typing.Any, *, classes: typing.Suppor
     
     Raises: ValueError or TypeError, with a message that says which argument is wrong and what it must be.
     """
-def sums(logits: typing.Any, labels: typing.Any, *, voxel_weight: typing.Any | None = None, activation: str = 'softmax', data_format: str = 'channels_last', squared_pred: bool = False, cross_entropy: bool = False, focal_gamma: typing.SupportsFloat | typing.SupportsIndex = 0.0, label_smoothing: typing.SupportsFloat | typing.SupportsIndex = 0.0, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0, ignore_label: typing.SupportsInt | typing.SupportsIndex | None = None, regions: typing.Any = None, threads: typing.SupportsInt | typing.SupportsIndex = 0, stream: typing.SupportsInt | typing.SupportsIndex = 0) -> dict:
+def sums(logits: typing.Any, labels: typing.Any, *, voxel_weight: typing.Any | None = None, activation: str = 'softmax', data_format: str = 'channels_last', squared_pred: bool = False, soft_label: bool = False, cross_entropy: bool = False, focal_gamma: typing.SupportsFloat | typing.SupportsIndex = 0.0, label_smoothing: typing.SupportsFloat | typing.SupportsIndex = 0.0, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0, ignore_label: typing.SupportsInt | typing.SupportsIndex | None = None, regions: typing.Any = None, threads: typing.SupportsInt | typing.SupportsIndex = 0, stream: typing.SupportsInt | typing.SupportsIndex = 0) -> dict:
     """
     Compute the sums of each sample and class in one pass.
     
@@ -104,6 +104,7 @@ def sums(logits: typing.Any, labels: typing.Any, *, voxel_weight: typing.Any | N
       activation: 'softmax', 'sigmoid', or 'none' if the logits are already probabilities. For scores, 'argmax'
         gives 1 to the class of the largest logit, and 'threshold' gives 1 to each logit above `threshold`.
       squared_pred: whether pred_sum and label_sum add up squares.
+      soft_label: whether intersection adds up min(p, t) in place of p t, for soft labels.
       voxel_weight: [N, spatial...], any dtype; voxels of weight 0 are left out.
       ignore_label: voxels with this class index are left out.
       cross_entropy: whether sum t (1-p)^gamma (-log p) is computed too, with gamma = focal_gamma and the labels t

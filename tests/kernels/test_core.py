@@ -146,6 +146,21 @@ def test_the_gradient_is_exact_however_sure_the_softmax_is(classes, gap):
     reference.assert_gradient(gradient, wanted, 5e-6)
 
 
+@pytest.mark.parametrize(("gap", "error"), [(15, 0.08), (18, 0.8)])
+def test_the_textbook_gradient_is_off_where_the_softmax_is_sure(gap, error):
+    """As docs/mathematics.md says of the formula in single precision."""
+    x, _, t = make((2, 1000, 4))
+    x, t = sure(x, gap), t.astype(np.float32)
+    a, b = np.random.default_rng(1).normal(size=(2, 2, 4)).astype(np.float32)
+    p = np.exp(x - x.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    g = a[:, None] * t + b[:, None]
+    plain = p * (g - (p * g).sum(-1, keepdims=True))
+    assert plain.dtype == np.float32
+    found = reference.gradient_error(plain, gradient_of_sure_voxels(x, t, a, b))
+    assert error / 2 < found < error * 2
+
+
 def test_squares_need_no_smaller_of_both():
     x, y, t = make((2, 100, 3), "soft", "softmax")
     options = {"activation": "softmax", "squared_pred": True}
