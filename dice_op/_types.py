@@ -20,7 +20,7 @@ ClassWeight: typing.TypeAlias = "Sequence[float] | npt.NDArray[typing.Any]"
 Activation = typing.Literal["softmax", "sigmoid", "none"]
 Prediction = typing.Literal["argmax", "threshold"]  # hard predictions, which have no gradient
 DataFormat = typing.Literal["channels_last", "channels_first"]
-Average = typing.Literal["macro", "micro", "none"]
+Average = typing.Literal["macro", "weighted", "micro", "none"]
 Reduction = typing.Literal[
     "sum_over_batch_size", "mean", "mean_with_sample_weight", "sum", "none"
 ]  # Keras' names

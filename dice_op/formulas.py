@@ -60,6 +60,45 @@ def tversky(
     return ratio(sums.intersection + smooth_nr, sums.intersection + errors + smooth_dr)
 
 
+def sensitivity(sums: DiceSums) -> tf.Tensor:
+    """I / T: recall. Where T = 0, it is 1 if P = 0, else 0."""
+    return _share(sums.label_sum, sums.intersection, sums.pred_sum)
+
+
+def precision(sums: DiceSums) -> tf.Tensor:
+    """I / P. Where P = 0, it is 1 if T = 0, else 0."""
+    return _share(sums.pred_sum, sums.intersection, sums.label_sum)
+
+
+def specificity(sums: DiceSums) -> tf.Tensor:
+    """TN / (M - T) with TN = M - P - T + I. Where T = M there are no negatives, and it is 1."""
+    negatives = sums.weight_sum[:, tf.newaxis] - sums.label_sum
+    return ratio(negatives - sums.pred_sum + sums.intersection, negatives)
+
+
+def _share(whole: tf.Tensor, part: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
+    neither = tf.cast(tf.equal(other, 0), part.dtype)
+    return tf.where(tf.equal(whole, 0), neither, ratio(part, whole))
+
+
+def matthews(sums: DiceSums, *, smooth_nr: float = 0.0, smooth_dr: float = 0.0) -> tf.Tensor:
+    """(M I - P T + smooth_nr) / sqrt(P T (M - P) (M - T) + smooth_dr): the Matthews correlation of
+    prediction and label, between -1 and 1 (Abhishek & Hamarneh, 2021).
+
+    It is (TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN)) with TP = I, FP = P - I,
+    FN = T - I and TN = M - P - T + I. It is 1 where nothing is wrong, also where a class is
+    nowhere or everywhere, and otherwise 0 where the root is 0.
+    """
+    m = sums.weight_sum[:, tf.newaxis]
+    i, p, t = sums.intersection, sums.pred_sum, sums.label_sum
+    square = p * t * (m - p) * (m - t) + smooth_dr
+    undefined = square <= 0
+    root = tf.sqrt(tf.where(undefined, tf.ones_like(square), square))
+    score = tf.where(undefined, tf.zeros_like(i), (m * i - p * t + smooth_nr) / root)
+    nothing_wrong = tf.logical_and(tf.equal(p, i), tf.equal(t, i))
+    return tf.where(nothing_wrong, tf.ones_like(i), score)
+
+
 def generalized_dice(
     sums: DiceSums,
     *,
@@ -123,6 +162,11 @@ def mean_over_classes(
     if counted is None:
         return tf.reduce_mean(losses, 1)
     return _mean(tf.reduce_sum(losses, 1), tf.reduce_sum(tf.cast(counted, losses.dtype), 1))
+
+
+def mean_by_support(losses: tf.Tensor, sums: DiceSums) -> tf.Tensor:
+    """`[N, C]` to `[N]`: the mean over the classes, each weighted by its T, its voxels."""
+    return _mean(tf.reduce_sum(losses * sums.label_sum, 1), tf.reduce_sum(sums.label_sum, 1))
 
 
 # --- cross-entropy --------------------------------------------------------------------------------
@@ -195,13 +239,18 @@ def select_classes(sums: DiceSums, first: int) -> DiceSums:
 def over_classes(sums: DiceSums, class_weight: tf.Tensor | None = None) -> DiceSums:
     """The sums over all classes, as those of one class, `[N, 1]`.
 
-    With `class_weight` `[C]` each class is weighted.
+    With `class_weight` `[C]` each class is weighted. Each voxel counts once for each class.
     """
 
     def total(s: tf.Tensor) -> tf.Tensor:
         return tf.reduce_sum(s if class_weight is None else s * class_weight, 1, keepdims=True)
 
-    return _map_per_class(total, sums)
+    added = _map_per_class(total, sums)
+    if sums.weight_sum is None:
+        return added
+    if class_weight is None:
+        class_weight = tf.ones_like(sums.intersection[0])
+    return added._replace(weight_sum=sums.weight_sum * tf.reduce_sum(class_weight))
 
 
 def _map(function: Callable[[tf.Tensor], tf.Tensor], sums: DiceSums) -> DiceSums:

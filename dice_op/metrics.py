@@ -17,7 +17,7 @@ if typing.TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _Over = typing.Literal["samples", "dataset"]
-_Absent = typing.Literal["skip", "keep"]
+_Absent = typing.Literal["skip", "keep", "predicted"]
 
 
 class ScoreOptions(typing.TypedDict, total=False):
@@ -48,13 +48,16 @@ class OverlapScore(keras.metrics.Metric):
       from_logits: Whether `y_pred` are logits.
       over: `"samples"`: the mean of the scores of the samples, weighted by `sample_weight`;
         `"dataset"`: the score of the counts of the whole data set, as if it were one volume.
-      average: `"macro"`: the mean over the classes; `"micro"`: the score of the counts of all
-        classes together; `"none"`: `result()` is `[classes]`.
+      average: `"macro"`: the mean over the classes; `"weighted"`: the same, with each class
+        weighted by its voxels in the labels; `"micro"`: the score of the counts of all classes
+        together; `"none"`: `result()` is `[classes]`.
       include_background: Whether class 0 counts.
       absent: What becomes of a class that is not among the labels of a sample. `"skip"`: the sample
-        says nothing about it (MONAI's `ignore_empty=True`); `"keep"`: it scores 1 if it is not
-        predicted either, else 0. A class that no sample has is left out of the mean, and is NaN
-        with `average="none"`; a mean over no class is NaN.
+        says nothing about it (MONAI's `ignore_empty=True`); `"predicted"`: it counts if it is
+        predicted, and usually scores 0 then (as in torchmetrics); `"keep"`: it always counts, and
+        usually scores 1 if it is not predicted either, else 0. A class that never counts is left
+        out of the mean, and is NaN with `average="none"`; a mean over no class is NaN, and so is
+        every result before the first batch and after `reset_state()`.
       ignore_label: Voxels with this integer label do not count.
       regions: The label values of each class, for overlapping regions; with
         `prediction="threshold"`.
@@ -67,10 +70,14 @@ class OverlapScore(keras.metrics.Metric):
         Keras mask of `y_pred` leaves out do not count, and a sample of which no voxel is left does
         not count either.
 
+    With `over="samples"` the score of a sample is `average`d over its classes before the mean over
+    the samples only where `average` is `"micro"` or `"weighted"`; otherwise each class has its mean
+    over the samples first.
+
     More is better: callbacks such as `EarlyStopping(monitor="val_dice_score")` know it.
     """
 
-    _arguments = (
+    _arguments: tuple[str, ...] = (
         "prediction",
         "threshold",
         "from_logits",
@@ -129,6 +136,8 @@ class OverlapScore(keras.metrics.Metric):
         self._direction = "up"  # Keras' callbacks ask for this attribute.
         self._totals: list[keras.Variable] | None = None
 
+    _needs_weight_sum = False  # whether `score` asks for `weight_sum`
+
     def score(self, sums: DiceSums) -> tf.Tensor:
         """The score of each sample and class, `[N, C]`, from the counts."""
         raise NotImplementedError
@@ -145,9 +154,17 @@ class OverlapScore(keras.metrics.Metric):
             )
         _inputs.check_background(classes, self.include_background)
         counted = classes if self.include_background else classes - 1
-        shape = (1 if self.average == "micro" else counted,)
-        names = ("scores", "weights") if self.over == "samples" else ("i", "p", "t")
-        return [self.add_variable(shape, "zeros", dtype="float64", name=name) for name in names]
+        if self.over == "samples":
+            one = self.average in ("micro", "weighted")
+            shapes = dict.fromkeys(("scores", "weights"), 1 if one else counted)
+        else:
+            shapes = dict.fromkeys("ipt", 1 if self.average == "micro" else counted)
+            if self._needs_weight_sum:
+                shapes["m"] = 1
+        return [
+            self.add_variable((shape,), "zeros", dtype="float64", name=name)
+            for name, shape in shapes.items()
+        ]
 
     def update_state(
         self, y_true: TensorLike, y_pred: TensorLike, sample_weight: TensorLike | None = None
@@ -189,11 +206,14 @@ class OverlapScore(keras.metrics.Metric):
         if share is not None:
             weight *= tf.cast(share > 0, tf.float64)
         if self.over == "samples":
-            weight = weight[:, tf.newaxis] * tf.cast(self._counted(sums), tf.float64)
-            added = [self.score(sums) * weight, weight]
+            scores, counted = self._averaged(self.score(sums), sums)
+            weight = weight[:, tf.newaxis] * tf.cast(counted, tf.float64)
+            added = [scores * weight, weight]
         else:
             sums = formulas.weighted(sums, weight)
             added = [sums.intersection, sums.pred_sum, sums.label_sum]
+            if self._needs_weight_sum:
+                added.append(sums.weight_sum[:, tf.newaxis])
         for total, values in zip(self._totals, added, strict=True):
             total.assign_add(tf.reduce_sum(values, 0))
 
@@ -201,7 +221,15 @@ class OverlapScore(keras.metrics.Metric):
         """Whether each sample and class counts, `[N, C]`."""
         if self.absent == "keep":
             return tf.ones_like(sums.label_sum, tf.bool)
-        return sums.label_sum > 0
+        labelled = sums.label_sum > 0
+        return labelled if self.absent == "skip" else tf.logical_or(labelled, sums.pred_sum > 0)
+
+    def _averaged(self, scores: tf.Tensor, sums: DiceSums) -> tuple[tf.Tensor, tf.Tensor]:
+        """The scores and whether they count, `[N, C]`; `[N, 1]` for `average="weighted"`."""
+        if self.average != "weighted":
+            return scores, self._counted(sums)
+        mean = formulas.mean_by_support(scores, sums)[:, tf.newaxis]
+        return mean, tf.reduce_any(sums.label_sum > 0, 1, keepdims=True)
 
     def result(self) -> tf.Tensor:
         """The score: a scalar, or `[classes]` for `average="none"`."""
@@ -213,9 +241,9 @@ class OverlapScore(keras.metrics.Metric):
             counted = weights > 0
             scores = tf.math.divide_no_nan(scores, weights)
         else:
-            i, p, t = (total[tf.newaxis] for total in totals)
-            sums = DiceSums(i, p, t, None, None)
-            scores, counted = self.score(sums)[0], self._counted(sums)[0]
+            i, p, t = (total[tf.newaxis] for total in totals[:3])
+            sums = DiceSums(i, p, t, None, totals[3] if self._needs_weight_sum else None)
+            scores, counted = (v[0] for v in self._averaged(self.score(sums), sums))
         if self.average == "none":
             nan = tf.constant(np.nan, scores.dtype)
             return tf.cast(tf.where(counted, scores, nan), self.dtype)
@@ -254,3 +282,97 @@ class JaccardScore(OverlapScore):
 
     def score(self, sums: DiceSums) -> tf.Tensor:
         return formulas.jaccard(sums)
+
+
+@keras.saving.register_keras_serializable(package="dice_op")
+class TverskyScore(OverlapScore):
+    """I / (I + alpha FP + beta FN) of hard predictions: the Tversky index.
+
+    Args:
+      alpha: The weight of the false positives, FP = P - I.
+      beta: The weight of the false negatives, FN = T - I.
+      **options: They are those of `OverlapScore`.
+    """
+
+    _arguments = (*OverlapScore._arguments, "alpha", "beta")
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        name: str | None = "tversky_score",
+        **options: Unpack[ScoreOptions],
+    ) -> None:
+        super().__init__(name=name, **options)
+        self.alpha = _checks.at_least_0("alpha", alpha)
+        self.beta = _checks.at_least_0("beta", beta)
+
+    def score(self, sums: DiceSums) -> tf.Tensor:
+        return formulas.tversky(sums, alpha=self.alpha, beta=self.beta)
+
+
+@keras.saving.register_keras_serializable(package="dice_op")
+class Sensitivity(OverlapScore):
+    """I / T of hard predictions: which share of a class is found. It is also called recall.
+
+    Where a class counts that is not among the labels (`absent`), it is 1 if the class is not
+    predicted either, else 0. The arguments are those of `OverlapScore`.
+    """
+
+    def __init__(
+        self, *, name: str | None = "sensitivity", **options: Unpack[ScoreOptions]
+    ) -> None:
+        super().__init__(name=name, **options)
+
+    def score(self, sums: DiceSums) -> tf.Tensor:
+        return formulas.sensitivity(sums)
+
+
+@keras.saving.register_keras_serializable(package="dice_op")
+class Precision(OverlapScore):
+    """I / P of hard predictions: which share of what is predicted as a class belongs to it.
+
+    Where nothing is predicted, it is 0, or 1 if the class is not among the labels either. The
+    arguments are those of `OverlapScore`.
+    """
+
+    def __init__(self, *, name: str | None = "precision", **options: Unpack[ScoreOptions]) -> None:
+        super().__init__(name=name, **options)
+
+    def score(self, sums: DiceSums) -> tf.Tensor:
+        return formulas.precision(sums)
+
+
+@keras.saving.register_keras_serializable(package="dice_op")
+class Specificity(OverlapScore):
+    """TN / (TN + FP) of hard predictions: which share of the other voxels is not taken for a class.
+
+    The arguments are those of `OverlapScore`.
+    """
+
+    _needs_weight_sum = True
+
+    def __init__(
+        self, *, name: str | None = "specificity", **options: Unpack[ScoreOptions]
+    ) -> None:
+        super().__init__(name=name, **options)
+
+    def score(self, sums: DiceSums) -> tf.Tensor:
+        return formulas.specificity(sums)
+
+
+@keras.saving.register_keras_serializable(package="dice_op")
+class Matthews(OverlapScore):
+    """The Matthews correlation of hard predictions and labels, between -1 and 1.
+
+    `dice_op.losses.MatthewsLoss` has the formula. The arguments are those of `OverlapScore`.
+    """
+
+    _needs_weight_sum = True
+
+    def __init__(self, *, name: str | None = "matthews", **options: Unpack[ScoreOptions]) -> None:
+        super().__init__(name=name, **options)
+
+    def score(self, sums: DiceSums) -> tf.Tensor:
+        return formulas.matthews(sums)

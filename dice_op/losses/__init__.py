@@ -1,16 +1,24 @@
 """Keras losses of the Dice family over the fused sums."""
 
 from dice_op.losses._base import SumsLoss
-from dice_op.losses._cross_entropy import DiceCELoss, DiceFocalLoss
+from dice_op.losses._cross_entropy import DiceCELoss, DiceFocalLoss, GeneralizedDiceFocalLoss
 from dice_op.losses._deep_supervision import DownsampledLabels, deep_supervision
-from dice_op.losses._overlap import DiceLoss, GeneralizedDiceLoss, OverlapLoss, TverskyLoss
+from dice_op.losses._overlap import (
+    DiceLoss,
+    GeneralizedDiceLoss,
+    MatthewsLoss,
+    OverlapLoss,
+    TverskyLoss,
+)
 
 __all__ = [
     "DiceCELoss",
     "DiceFocalLoss",
     "DiceLoss",
     "DownsampledLabels",
+    "GeneralizedDiceFocalLoss",
     "GeneralizedDiceLoss",
+    "MatthewsLoss",
     "OverlapLoss",
     "SumsLoss",
     "TverskyLoss",

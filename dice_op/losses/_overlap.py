@@ -24,15 +24,20 @@ _TRANSFORMS: dict[_Transform, typing.Callable[[tf.Tensor], tf.Tensor]] = {
 }
 
 
-class OverlapOptions(SumsOptions, total=False):
-    """The options of `OverlapLoss`, for the losses that hand them on."""
+class UnsmoothedOptions(SumsOptions, total=False):
+    """The options of `OverlapLoss` without the smoothing, for the losses that hand them on."""
 
     class_weight: ClassWeight | None
-    smooth_nr: float
-    smooth_dr: float
     average: Average
     absent: _Absent
     transform: _Transform
+
+
+class OverlapOptions(UnsmoothedOptions, total=False):
+    """The options of `OverlapLoss`, for the losses that hand them on."""
+
+    smooth_nr: float
+    smooth_dr: float
 
 
 class OverlapLoss(SumsLoss):
@@ -44,9 +49,10 @@ class OverlapLoss(SumsLoss):
         `average="micro"` they weight the sums of each class.
       smooth_nr, smooth_dr: They are added to numerator and denominator. Where the denominator is 0,
         the loss is 0.
-      average: `"macro"` computes a loss per class, then their mean; `"micro"` adds the sums of all
-        classes, then computes one loss; `"none"` returns `[N, classes]`, which Keras' reduction
-        averages.
+      average: `"macro"` computes a loss per class, then their mean; `"weighted"` does the same, but
+        weights each class by the number of its voxels in the labels (its T); `"micro"` adds the
+        sums of all classes, then computes one loss; `"none"` returns `[N, classes]`, which Keras'
+        reduction averages.
       absent: What a class contributes that is not among the labels of a sample (with `batch`, of
         the batch). `"keep"`: what the formula gives, which is near 1 once anything is predicted;
         `"skip"`: nothing, and the mean is over the other classes; `"one"`: a score of 1, so a loss
@@ -85,6 +91,10 @@ class OverlapLoss(SumsLoss):
             raise ValueError(
                 f'{absent=} asks about each class, but average="micro" adds all classes up first'
             )
+        if average == "weighted" and class_weight is not None:
+            raise ValueError(
+                'average="weighted" takes weights from the labels, but class_weight gives others'
+            )
         if average == "none" and absent == "skip":
             raise ValueError('absent="skip" leaves classes out of a mean, but average="none"')
         self.class_weight = _checks.weight_list("class_weight", class_weight)
@@ -118,6 +128,8 @@ class OverlapLoss(SumsLoss):
             losses, present = tf.where(present, losses, tf.zeros_like(losses)), None
         if self.average == "none":
             return losses if weight is None else losses * weight
+        if self.average == "weighted":
+            return formulas.mean_by_support(losses, sums)
         return formulas.mean_over_classes(losses, weight, present)
 
 
@@ -228,6 +240,50 @@ class TverskyLoss(OverlapLoss):
         if self.gamma == 1:
             return super().loss_of_score(score)
         return formulas.focal_loss(score, self.gamma)
+
+
+@keras.saving.register_keras_serializable(package="dice_op")
+class MatthewsLoss(OverlapLoss):
+    """1 - the Matthews correlation of prediction and label (Abhishek & Hamarneh, 2021).
+
+    The correlation is (TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN)), with TP = I,
+    FP = P - I, FN = T - I and TN = M - P - T + I, where M is the sum of the voxels' weights. Unlike
+    Dice it also counts the voxels that rightly are not of the class. The loss is between 0 and 2.
+
+    Args:
+      smooth_nr: It is added to TP TN - FP FN.
+      smooth_dr: It is added to the product under the root, as in MONAI.
+      **options: They are those of `DiceLoss`, without `jaccard`.
+    """
+
+    def __init__(
+        self,
+        *,
+        smooth_nr: float = 0.0,
+        smooth_dr: float = 1e-5,
+        name: str | None = "matthews_loss",
+        **options: Unpack[UnsmoothedOptions],
+    ) -> None:
+        super().__init__(smooth_nr=smooth_nr, smooth_dr=smooth_dr, name=name, **options)
+        if self.squared_pred:
+            raise ValueError(
+                "squared_pred=True would make FP = P - I and TN wrong, of which the correlation is "
+                "made: use DiceLoss"
+            )
+        if self.transform == "log":
+            raise ValueError('transform="log" has no value for a correlation below 0')
+
+    def score(self, sums: DiceSums) -> tf.Tensor:
+        return formulas.matthews(sums, smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
+
+
+class GeneralizedDiceOptions(SumsOptions, total=False):
+    """The options of `GeneralizedDiceLoss`, for the losses that hand them on."""
+
+    weight_type: WeightType
+    infinite_weight: InfiniteWeight
+    smooth_nr: float
+    smooth_dr: float
 
 
 @keras.saving.register_keras_serializable(package="dice_op")

@@ -269,6 +269,28 @@ EQUAL = {
             )
             for g, f, c in ((2, 1, CLASSES), (0.5, 3, CLASSES), (3.5, 0.2, 1))
         ],
+        "`GeneralizedDiceFocalLoss(sigmoid=True, gamma=g, lambda_gdl=d, lambda_focal=f)`": [
+            Case(
+                "{0}",
+                by_monai(
+                    "GeneralizedDiceFocalLoss",
+                    sigmoid=True,
+                    gamma=g,
+                    lambda_gdl=d,
+                    lambda_focal=f,
+                ),
+                {"g": g, "d": d, "f": f},
+            )
+            for g, d, f in ((2, 1, 1), (0.5, 2, 3))
+        ],
+        "`MCCLoss(softmax=True)`": [
+            Case(
+                "{0}.from_config({0}.get_config() | o)",
+                by_monai("MCCLoss", softmax=True, **o),
+                {"o": o},
+            )
+            for o in ({}, {"include_background": False, "batch": True}, {"smooth_nr": 1.0})
+        ],
         "`DiceFocalLoss(sigmoid=True, include_background=False)`": [
             Case(
                 "{}",
@@ -409,6 +431,14 @@ EQUAL = {
                 {"average": average},
             )
             for average in ("macro", "micro")
+        ],
+        '`average="weighted"`, by support': [
+            Case(
+                "TverskyLoss(alpha=0.3, beta=0.7, gamma=g, {})",
+                by_torch(mri_loss, alpha=0.3, beta=0.7, gamma=g, weights="support"),
+                {"g": g},
+            )
+            for g in (1.0, 0.75)
         ],
         '`average="weighted", class_weights=w`': [
             Case(

@@ -238,6 +238,8 @@ def mri_loss(x, y, *, alpha, beta, gamma=1.0, micro=False, weights=None, activat
     loss = (1 - (tp + 1e-5) / (tp + alpha * fp + beta * fn + 1e-5)) ** gamma
     if weights is None:
         return loss.mean()
+    if weights == "support":
+        return (loss * (tp + fn) / (tp + fn).sum(1, keepdim=True)).sum(1).mean()
     return (loss * torch.tensor(weights, dtype=x.dtype)).sum(1).mean()
 
 

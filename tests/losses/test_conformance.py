@@ -95,6 +95,29 @@ def test_softmax_losses_conform_to_monai(form, volume_name):
     assert_conforms(of_ours(getattr(losses, ours)(**arguments), x, y), of_torch(loss, x, y))
 
 
+@pytest.mark.parametrize("volume_name", VOLUMES)
+@pytest.mark.parametrize(
+    "options", [{}, {"batch": True}, {"include_background": False}, {"smooth_dr": 1.0}], ids=str
+)
+def test_matthews_correlation_conforms_to_monai(options, volume_name):
+    x, y = volume(volume_name)
+    theirs = monai.MCCLoss(softmax=True, to_onehot_y=True, **options)
+    assert_conforms(of_ours(losses.MatthewsLoss(**options), x, y), of_torch(theirs, x, y))
+
+
+@pytest.mark.parametrize("volume_name", VOLUMES)
+@pytest.mark.parametrize("w_type", ["square", "simple"])
+def test_generalized_dice_and_focal_conform_to_monai(w_type, volume_name):
+    x, y = volume(volume_name)
+    theirs = monai.GeneralizedDiceFocalLoss(sigmoid=True, w_type=w_type, lambda_focal=0.5)
+    ours = losses.GeneralizedDiceFocalLoss(
+        activation="sigmoid", weight_type=w_type, lambda_ce=0.5, **SMALL
+    )
+    assert_conforms(
+        of_ours(ours, x, y), of_torch(lambda x, y: theirs(x, hot(y, CLASSES, x.dtype)), x, y)
+    )
+
+
 SOFT = {"soft_label": True}
 MONAI_SOFT = {
     "Dice": (losses.DiceLoss(**SOFT), "DiceLoss", SOFT),

@@ -12,6 +12,7 @@ from helpers.reference import dice_losses, flat, mean_dice
 from helpers.tape import value_and_gradient
 
 SHAPE = (3, 6, 5, 4, 3)  # [N, D, H, W, C]
+VOXELS = 6 * 5 * 4
 
 
 def make(classes=3, dtype="float32", seed=0):
@@ -180,6 +181,12 @@ def score(i, p, t, alpha=0.5, beta=0.5):
     return (i + 1e-5) / (i + alpha * (p - i) + beta * (t - i) + 1e-5)
 
 
+def matthews(i, p, t, voxels=VOXELS, nr=0.0, dr=1e-5):
+    tp, fp, fn, tn = i, p - i, t - i, voxels - p - t + i
+    root = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn) + dr)
+    return (tp * tn - fp * fn + nr) / root
+
+
 def generalized(i, p, t, power, smooth=0.0):
     t_real = np.real(t)
     w = np.where(t_real > 0, 1.0 / np.maximum(t_real, 1e-30) ** power, 0)
@@ -222,6 +229,19 @@ FAMILY = {
         lambda i, p, t: of_present(dice_losses(i, p, t), t, True),
     ),
     "a loss per class": (DiceLoss(average="none"), mean_dice),
+    "weighted by support": (
+        DiceLoss(average="weighted"),
+        lambda i, p, t: ((t * dice_losses(i, p, t)).sum(1) / t.sum(1)).mean(),
+    ),
+    "Matthews": (losses.MatthewsLoss(), lambda *s: (1 - matthews(*s)).mean()),
+    "Matthews of all classes": (
+        losses.MatthewsLoss(average="micro"),
+        lambda *s: (1 - matthews(*over_classes(*s), voxels=SHAPE[-1] * VOXELS)).mean(),
+    ),
+    "Matthews of the batch, smoothed": (
+        losses.MatthewsLoss(batch=True, smooth_nr=2.0, smooth_dr=5.0),
+        lambda *s: (1 - matthews(*over_batch(*s), SHAPE[0] * VOXELS, 2.0, 5.0)).mean(),
+    ),
     "generalized": (GeneralizedDiceLoss(), lambda *s: generalized(*s, 2).mean()),
     "generalized, simple": (
         GeneralizedDiceLoss(weight_type="simple", smooth_nr=0.5, smooth_dr=0.5),
@@ -254,6 +274,8 @@ ALL = {
     "generalized": lambda: GeneralizedDiceLoss(weight_type="simple", infinite_weight="zero"),
     "Dice + CE": lambda: losses.DiceCELoss(ce_class_weight=[1, 2, 3], label_smoothing=0.1),
     "Dice + focal": lambda: losses.DiceFocalLoss(batch=True, include_background=False),
+    "generalized + focal": lambda: losses.GeneralizedDiceFocalLoss(lambda_ce=0.5),
+    "Matthews": lambda: losses.MatthewsLoss(average="weighted"),
     "regions": lambda: losses.DiceCELoss(activation="sigmoid", regions=[(0,), (1, 2), (2,)]),
     "deep supervision": lambda: losses.DownsampledLabels(DiceLoss(transform="log")),
 }
@@ -482,7 +504,9 @@ CONFIGURED = {
         dtype="float64",
     ),
     losses.TverskyLoss: dict(alpha=1, beta=2, gamma=0.5, absent="skip"),
-    losses.GeneralizedDiceLoss: dict(weight_type="simple", infinite_weight="zero", smooth_nr=2),
+    losses.MatthewsLoss: dict(smooth_nr=1, average="weighted", transform="log_cosh"),
+    losses.GeneralizedDiceLoss: dict(weight_type="simple", soft_label=True, smooth_nr=2),
+    losses.GeneralizedDiceFocalLoss: dict(infinite_weight="zero", focal_gamma=1, lambda_dice=3),
     losses.DiceCELoss: dict(
         lambda_dice=2, lambda_ce=3, ce_class_weight=[1, 2], label_smoothing=0.5, transform="log",
         activation="sigmoid", regions=((1, 2), {2}),
@@ -570,7 +594,7 @@ def test_a_saved_model_runs_in_another_process(tmp_path, run_python):
     [
         (dict(activation="relu"), "activation is 'relu'.*'softmax', 'sigmoid', 'none'"),
         (dict(data_format="NDHWC"), "data_format is 'NDHWC'.*'channels_last', 'channels_first'"),
-        (dict(average="weighted"), "average is 'weighted'.*'macro', 'micro'"),
+        (dict(average="mean"), "average is 'mean'.*'macro', 'weighted', 'micro'"),
         (dict(smooth_nr=-1), "smooth_nr is -1.*at least 0"),
         (dict(smooth_dr=float("nan")), "smooth_dr is nan"),
         (dict(class_weight=[1, -2, 1]), "class_weight is .*at least 0"),
@@ -609,6 +633,10 @@ def test_wrong_arguments_are_errors_in_words(arguments, says):
         (TverskyLoss, dict(gamma=0), "gamma is 0"),
         (TverskyLoss, dict(gamma=2, transform="log"), "exclude each other"),
         (TverskyLoss, dict(squared_pred=True), "would make FP = P - I negative"),
+        (losses.MatthewsLoss, dict(squared_pred=True), "would make FP = P - I and TN wrong"),
+        (losses.MatthewsLoss, dict(transform="log"), "no value for a correlation below 0"),
+        (DiceLoss, dict(average="weighted", class_weight=[1, 2]), "weights from the labels"),
+        (losses.GeneralizedDiceFocalLoss, dict(lambda_dice=0, lambda_ce=0), "both 0"),
         (GeneralizedDiceLoss, dict(weight_type="cube"), "weight_type is 'cube'"),
         (GeneralizedDiceLoss, dict(infinite_weight="one"), "infinite_weight is 'one'"),
         (losses.DiceCELoss, dict(lambda_dice=0, lambda_ce=0), "both 0"),

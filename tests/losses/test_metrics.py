@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from dice_op import metrics
 from dice_op.metrics import DiceScore, JaccardScore
 from helpers import reference
 
@@ -34,6 +35,81 @@ def scores_of(i, p, t, kind, absent):
     numerator, denominator = (2 * i, p + t) if kind == "dice" else (i, p + t - i)
     scores = np.where(denominator > 0, numerator / np.maximum(denominator, 1), 1)
     return np.where((t > 0) | (absent == "keep"), scores, np.nan)
+
+
+SCORES = {
+    metrics.TverskyScore: lambda i, p, t, m: i / (0.5 * p + 0.5 * t),
+    metrics.Sensitivity: lambda i, p, t, m: i / t,
+    metrics.Precision: lambda i, p, t, m: i / p,
+    metrics.Specificity: lambda i, p, t, m: (m - p - t + i) / (m - t),
+    metrics.Matthews: lambda i, p, t, m: np.diag(np.corrcoef(*masks_of(i, p, t, m))[:1, 1:])[0],
+}
+
+
+def masks_of(i, p, t, m):
+    """Two masks of m voxels with these counts."""
+    place = np.arange(m)
+    return place < p, (place < i) | ((place >= p) & (place < p + t - i))
+
+
+@pytest.mark.parametrize("average", ["macro", "weighted", "micro", "none"])
+@pytest.mark.parametrize("over", ["samples", "dataset"])
+@pytest.mark.parametrize("metric", SCORES, ids=lambda metric: metric.__name__)
+def test_every_score_is_what_its_counts_say(metric, over, average):
+    """All classes are in all samples here, so that no score is undefined."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(5, 8, 9, CLASSES)).astype(np.float32)
+    y = rng.integers(0, CLASSES, size=x.shape[:-1]).astype(np.uint8)
+    sums = counts(*(reference.one_hot(v, CLASSES) for v in (x.argmax(-1), y)))
+    m = np.full((5, 1), 72.0)
+    if average == "micro":
+        sums, m = [s.sum(1, keepdims=True) for s in sums], CLASSES * m
+    if over == "dataset":
+        sums, m = [s.sum(0, keepdims=True) for s in sums], m.sum(0, keepdims=True)
+    scores = np.vectorize(SCORES[metric])(*sums, np.broadcast_to(m, sums[0].shape))
+    expected = {
+        "none": lambda: scores.mean(0),
+        "weighted": lambda: np.mean((scores * sums[2]).sum(1) / sums[2].sum(1)),
+    }.get(average, lambda: scores.mean())()
+    score = metric(over=over, average=average)
+    score.update_state(y[:2], x[:2])
+    score.update_state(y[2:], x[2:])
+    np.testing.assert_allclose(score.result(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("over", ["samples", "dataset"])
+def test_a_class_that_is_predicted_but_not_labelled_may_count(over):
+    x, y = make()
+    p, t = (reference.one_hot(v, CLASSES) for v in (x.argmax(-1), y))
+    x[..., 3] -= 2 * np.abs(x).max() * (np.arange(7) < 6)[:, None, None]  # predicted only once
+    p = reference.one_hot(x.argmax(-1), CLASSES)
+    i, p, t = counts(p, t)
+    if over == "dataset":
+        i, p, t = (s.sum(0, keepdims=True) for s in (i, p, t))
+    counted = (p > 0) | (t > 0)
+    scores = np.where(counted, 2 * i / np.maximum(p + t, 1), 0)
+    score = DiceScore(over=over, average="none", absent="predicted")
+    score.update_state(y, x)
+    np.testing.assert_allclose(score.result(), scores.sum(0) / counted.sum(0), rtol=1e-6)
+    assert score.result()[3] == 0
+
+
+@pytest.mark.parametrize(
+    ("metric", "missed", "invented", "neither"),
+    [
+        (metrics.Sensitivity, 0, 0, 1),
+        (metrics.Precision, 0, 0, 1),
+        (metrics.Specificity, 1, 0.5, 1),
+        (metrics.Matthews, 0, 0, 1),
+    ],
+)
+def test_scores_of_classes_on_one_side_only(metric, missed, invented, neither):
+    for label, prediction, expected in ((1, 0, missed), (0, 1, invented), (0, 0, neither)):
+        y, p = np.zeros((2, 1, 4, 1), np.float32)
+        y[0, :2], p[0, :2] = label, prediction
+        score = metric(prediction="threshold", from_logits=False, absent="keep")
+        score.update_state(y, p)
+        assert float(score.result()) == expected, (label, prediction)
 
 
 def expected_of(sums, kind, over, average, absent, weight):
@@ -173,6 +249,9 @@ def test_a_configuration_brings_back_the_metric():
     assert type(again) is JaccardScore
     assert again.get_config() == metric.get_config()
     assert again.threshold == 0.25 and again.regions == [[1, 2], [2]] and again.name == "mine"
+    tversky = metrics.TverskyScore(alpha=0.3, beta=0.7, absent="predicted")
+    again = keras.metrics.deserialize(keras.metrics.serialize(tversky))
+    assert again.get_config() == tversky.get_config() and again.alpha == 0.3
 
 
 @pytest.mark.parametrize(
