@@ -78,7 +78,7 @@ options = $(DICE_OP_CUDA) $(DICE_OP_CUDA_ARCHS) $(CMAKE_ARGS)
 build/options: FORCE
 	@mkdir -p build; echo '$(options)' | cmp -s - $@ || echo '$(options)' >$@
 
-build/ready: .venv/ready build/options $(csrc) CMakeLists.txt setup.py build_tools/tensorflow_flags.py build_tools/find_nvcc.py $(wildcard build_tools/*.cmake build_tools/*.map)
+build/ready: .venv/ready build/options $(csrc) CMakeLists.txt setup.py build_tools/tensorflow_flags.py build_tools/find_nvcc.py build_tools/wheels.toml $(wildcard build_tools/*.cmake build_tools/*.map)
 	@sh build_tools/check_compiler.sh
 	$(python) setup.py --quiet build_ext --inplace
 	@touch $@

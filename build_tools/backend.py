@@ -16,8 +16,8 @@ from setuptools.build_meta import *  # noqa: F403  (the hooks that stay as they 
 
 
 def _requirements():
-    needed = requirements.GROUPS["build"]
-    needed = needed + requirements.of_tensorflow(os.environ.get("DICE_OP_TENSORFLOW"))
+    wanted = os.environ.get("DICE_OP_TENSORFLOW")
+    needed = requirements.GROUPS["build"] + requirements.of_tensorflow(wanted)
     if os.environ.get("DICE_OP_CUDA") == "on" and not find_nvcc.of_machine():
         needed += requirements.GROUPS["cuda"]
     return needed

@@ -158,7 +158,7 @@ class OverlapScore(keras.metrics.Metric):
             one = self.average in ("micro", "weighted")
             shapes = dict.fromkeys(("scores", "weights"), 1 if one else counted)
         else:
-            shapes = dict.fromkeys("ipt", 1 if self.average == "micro" else counted)
+            shapes = dict.fromkeys(("i", "p", "t"), 1 if self.average == "micro" else counted)
             if self._needs_weight_sum:
                 shapes["m"] = 1
         return [

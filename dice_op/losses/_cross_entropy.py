@@ -22,13 +22,17 @@ if typing.TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class DiceCEOptions(DiceOptions, total=False):
-    """The options of `DiceCELoss`, without `focal_gamma`, for the losses that hand them on."""
+class _CrossEntropyOptions(typing.TypedDict, total=False):
+    """The options of `_WithCrossEntropy` without `focal_gamma`, whose default is each loss' own."""
 
     lambda_dice: float
     lambda_ce: float
     ce_class_weight: ClassWeight | None
     label_smoothing: float
+
+
+class DiceCEOptions(DiceOptions, _CrossEntropyOptions, total=False):
+    """The options of `DiceCELoss`, without `focal_gamma`, for the losses that hand them on."""
 
 
 class _WithCrossEntropy(SumsLoss):
@@ -160,13 +164,8 @@ class DiceFocalLoss(DiceCELoss):
         super().__init__(focal_gamma=focal_gamma, name=name, **options)
 
 
-class GeneralizedDiceCEOptions(GeneralizedDiceOptions, total=False):
+class GeneralizedDiceCEOptions(GeneralizedDiceOptions, _CrossEntropyOptions, total=False):
     """The options of `GeneralizedDiceFocalLoss`, without `focal_gamma`."""
-
-    lambda_dice: float
-    lambda_ce: float
-    ce_class_weight: ClassWeight | None
-    label_smoothing: float
 
 
 @keras.saving.register_keras_serializable(package="dice_op")

@@ -165,7 +165,7 @@ def test_wrong_kernels_are_noticed_and_not_timed(device):
 
 def test_yardsticks_and_errors_of_a_device():
     device = HostDevice()
-    device.library.free = 1 << 20
+    device.host.free = 1 << 20
     yardsticks = device.yardsticks()
     assert yardsticks["copy"]["bytes"] == 2 * yardsticks["read"]["bytes"] == 1 << 18
     assert "TB/s" in report.line({"kind": "yardsticks", **yardsticks})
@@ -182,7 +182,7 @@ def test_all_kinds_of_checks_pass_where_the_kernels_are_right(device):
         checker.check(call)
     for call in [call for call in checks.regime_calls() if call.voxels < 2000][::20]:
         checker.check(call)
-    device.library.free = 1 << 32
+    device.host.free = 1 << 32
     for part in (
         functools.partial(checker.same_bits, 2),
         checker.bad_labels,

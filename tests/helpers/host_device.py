@@ -113,8 +113,8 @@ class HostDevice(Device):
     most = 5
 
     def __init__(self):
-        self.library = HostLibrary()
-        super().__init__(self.library)
+        self.host = HostLibrary()
+        super().__init__(self.host)
 
 
 class Result:
