@@ -5,7 +5,7 @@
 
 python := .venv/bin/python
 # Each core runs a test, but no more than four run at a time, because each holds half a gigabyte of TensorFlow.
-pytest := $(python) -m pytest tests --numprocesses auto --maxprocesses 4 --dist loadgroup
+pytest := $(python) -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal
 pip := $(python) -m pip install --quiet --no-input --disable-pip-version-check
 csrc := $(shell find csrc -type f)
 c++ := $(csrc) $(shell find tests benchmarks -name '*.cc' -o -name '*.h' -o -name '*.cu')

@@ -402,16 +402,11 @@ def test_lowering_for_a_gpu_emits_our_calls_or_says_why_not(tmp_path, run_python
         assert f"u8[{workspace}]" in out
 
 
-# The handlers are compiled once for all tests of this group.
-handlers = pytest.mark.xdist_group("handlers")
-
-
 @pytest.fixture(scope="module")
-def run_handlers(tmp_path_factory):
+def run_handlers():
     """Runs cuda_emulator/run_handlers.cc under the address sanitizer; returns the lines it
     prints."""
-    folder = tmp_path_factory.mktemp("handlers")
-    program = emulation.build_handlers(tf.sysconfig.get_include(), folder)
+    program = emulation.build_handlers(tf.sysconfig.get_include())
 
     def run(*arguments, **environment):
         environment = {"ASAN_OPTIONS": "detect_leaks=0", **environment}
@@ -420,7 +415,6 @@ def run_handlers(tmp_path_factory):
     return run
 
 
-@handlers
 def test_the_handlers_for_a_gpu_agree_with_the_cpu(run_handlers):
     i = np.arange(2 * 1003 * 4).reshape(2, 1003, 4)
     x = ((i * 7919 % 1000 - 500) / 128).astype(np.float32)
@@ -443,7 +437,6 @@ def test_the_handlers_for_a_gpu_agree_with_the_cpu(run_handlers):
     assert len(run_handlers("cuda", -1, DICE_OP_CHECK_LABELS="1")) == 6
 
 
-@handlers
 def test_cuda_graphs_may_hold_our_calls_unless_they_check_labels(run_handlers):
     """A call that waits for the check of the labels cannot be replayed."""
     replayed = 1  # XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE
@@ -456,7 +449,6 @@ def test_cuda_graphs_may_hold_our_calls_unless_they_check_labels(run_handlers):
         ]
 
 
-@handlers
 @pytest.mark.parametrize("pool", ["inline", "threads", "late"])
 def test_the_pool_is_used_and_not_waited_for(pool, run_handlers):
     """Each block is done once. A task that starts late finds nothing to do, and nobody waits for

@@ -5,7 +5,6 @@ with the thread sanitizer. No GPU and no CUDA toolkit is needed, only the C++ co
 """
 
 import concurrent.futures
-import fcntl
 import hashlib
 import os
 import subprocess
@@ -13,6 +12,7 @@ import subprocess
 import numpy as np
 
 from helpers.paths import BUILD, CSRC, TESTS
+from helpers.processes import alone_in
 
 EMULATOR = TESTS / "kernels" / "cuda_emulator"
 CXX = os.environ.get("CXX", "c++")
@@ -51,44 +51,48 @@ def _link(kind, objects, program):
     subprocess.run([CXX, *FLAGS[kind], *objects, "-o", program], check=True)
 
 
+def _key(kind, *folders):
+    """Another one where the compiler, its flags or a file in these folders is another one."""
+    key = hashlib.sha256(str([CXX, FLAGS[kind]]).encode())
+    for source in sorted(path for folder in folders for path in folder.iterdir()):
+        key.update(source.read_bytes())
+    return key.hexdigest()
+
+
+def _made(folder, key, make):
+    """The folder, after `make` has compiled what it does there; anew where the key has changed."""
+    with alone_in(folder):
+        stamp = folder / "key"
+        if not stamp.exists() or stamp.read_text() != key:
+            stamp.unlink(missing_ok=True)
+            make()
+            stamp.write_text(key)
+    return folder
+
+
 def build(kind, few=False):
     """The program of one kind ("plain", "address", "thread"), compiled if anything has changed.
 
     few: one kernel of each sort instead of all, which takes seconds.
     """
-    sources = sorted(p for d in (CSRC / "core", CSRC / "cuda", EMULATOR) for p in d.iterdir())
-    key = hashlib.sha256(CXX.encode())
-    for source in sources:
-        key.update(source.read_bytes())
-    key.update(str(FLAGS[kind]).encode())
     folder = BUILD / "cuda_emulator" / (f"few_{kind}" if few else kind)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:  # other processes of this test run wait for it
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return _build(kind, few, folder, key.hexdigest())
-
-
-def _build(kind, few, folder, key):
-    program, stamp = folder / "run_cases", folder / "key"
-    if program.exists() and stamp.exists() and stamp.read_text() == key:
-        return program
-    csrc = CSRC
-    flags = _flags(kind, csrc)
-    kernels = EMULATOR / "few_kernels.cc" if few else csrc / "cuda" / "kernels.cu"
+    flags = _flags(kind, CSRC)
     tasks = [  # the engine speaks to the sanitizers and must not be compiled with them
-        (kernels, "kernels.o", flags),
-        (EMULATOR / "cuda_emulator.cc", "engine.o", [*_flags("plain", csrc)]),
-        (csrc / "cuda" / "dice_op_cuda.cu", "dice_op_cuda.o", flags),
-        (csrc / "core" / "options.cc", "options.o", flags),
-        (csrc / "core" / "problem.cc", "problem.o", flags),
+        (EMULATOR / "few_kernels.cc" if few else CSRC / "cuda" / "kernels.cu", "kernels.o", flags),
+        (EMULATOR / "cuda_emulator.cc", "engine.o", _flags("plain", CSRC)),
+        (CSRC / "cuda" / "dice_op_cuda.cu", "dice_op_cuda.o", flags),
+        (CSRC / "core" / "options.cc", "options.o", flags),
+        (CSRC / "core" / "problem.cc", "problem.o", flags),
         (EMULATOR / "run_cases.cc", "run_cases.o", flags),
     ]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in [pool.submit(_compile, s, folder / o, f) for s, o, f in tasks]:
-            done.result()
-    _link(kind, [folder / o for _, o, _ in tasks], program)
-    stamp.write_text(key)
-    return program
+
+    def make():
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            for done in [pool.submit(_compile, s, folder / o, f) for s, o, f in tasks]:
+                done.result()
+        _link(kind, [folder / o for _, o, _ in tasks], folder / "run_cases")
+
+    return _made(folder, _key(kind, CSRC / "core", CSRC / "cuda", EMULATOR), make) / "run_cases"
 
 
 def rebuild(kind, csrc, folder):
@@ -103,18 +107,22 @@ def rebuild(kind, csrc, folder):
     return program
 
 
-def build_handlers(include, folder):
+def build_handlers(include):
     """XLA's handlers over the same few kernels, called by an XLA that is a stand-in."""
-    objects = build("address", few=True).parent
-    csrc, names = CSRC, ("engine", "options", "problem", "kernels", "dice_op_cuda")
-    flags = [*_flags("address", csrc), "-isystem", include, "-DDICE_OP_WITH_CUDA"]
-    sources = csrc / "xla" / "handlers.cc", csrc / "cpu" / "pool.cc", EMULATOR / "run_handlers.cc"
-    others = [folder / f"{source.stem}.o" for source in sources]
-    for source, other in zip(sources, others, strict=True):
-        _compile(source, other, flags)
-    program = folder / "run_handlers"
-    _link("address", [*others, *(objects / f"{name}.o" for name in names)], program)
-    return program
+    kernels = build("address", few=True).parent
+    folder = BUILD / "cuda_emulator" / "handlers"
+    sources = CSRC / "xla" / "handlers.cc", CSRC / "cpu" / "pool.cc", EMULATOR / "run_handlers.cc"
+    own = [folder / f"{source.stem}.o" for source in sources]
+    others = ("engine", "options", "problem", "kernels", "dice_op_cuda")
+
+    def make():
+        flags = [*_flags("address", CSRC), "-isystem", include, "-DDICE_OP_WITH_CUDA"]
+        for source, output in zip(sources, own, strict=True):
+            _compile(source, output, flags)
+        _link("address", [*own, *(kernels / f"{o}.o" for o in others)], folder / "run_handlers")
+
+    folders = [CSRC / name for name in ("core", "cpu", "cuda", "xla")]
+    return _made(folder, _key("address", *folders, EMULATOR), make) / "run_handlers"
 
 
 def case(x, y, *, weight=None, coefficients, activation="softmax", data_format="channels_last",

@@ -1,5 +1,7 @@
 """Programs that run in a process of their own."""
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import sys
@@ -37,3 +39,15 @@ def configure(build, *options, **environment):
     cmake = [sys.executable, "-m", "cmake", "-S", ROOT, "-B", build]
     done = run(*cmake, *options, f"-DPython_EXECUTABLE={sys.executable}", **environment)
     return done.returncode, " ".join(done.stderr.split())
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Makes the folder, and lets one process at a time work there; the others wait.
+
+    Tests run in several processes, and what takes long to compile they share.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -13,7 +13,7 @@ import textwrap
 import pytest
 
 from helpers.paths import BUILD, ROOT, TESTS
-from helpers.processes import output_of, run
+from helpers.processes import alone_in, output_of, run
 
 BUILT = BUILD / "sanitized"
 # Checks are calls instead of code at each place, and locals have none: compiling takes a tenth of
@@ -23,8 +23,7 @@ FLAGS = (
     "--param asan-instrumentation-with-call-threshold=0 --param asan-stack=0"
 )
 
-# It is built once for all tests of this group.
-pytestmark = [pytest.mark.full, pytest.mark.xdist_group("sanitized")]
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +41,13 @@ def package(tmp_path_factory):
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DCMAKE_MAKE_PROGRAM={pathlib.Path(ninja.BIN_DIR, 'ninja')}",
     ]
-    for command in (
-        [*cmake, "-S", ROOT, "-B", BUILT, "-G", "Ninja", *options],
-        [*cmake, "--build", BUILT],
-        [*cmake, "--install", BUILT, "--prefix", folder],
-    ):
-        output_of(*command)
+    with alone_in(BUILT):  # The first process compiles it for all.
+        for command in (
+            [*cmake, "-S", ROOT, "-B", BUILT, "-G", "Ninja", *options],
+            [*cmake, "--build", BUILT],
+            [*cmake, "--install", BUILT, "--prefix", folder],
+        ):
+            output_of(*command)
     for module in (ROOT / "dice_op").glob("*.py"):
         shutil.copy(module, folder / "dice_op")
     return folder
