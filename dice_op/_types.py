@@ -7,7 +7,7 @@ A `Literal` here is the only list of the names that an argument takes: type chec
 from __future__ import annotations
 
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 if typing.TYPE_CHECKING:
     import numpy.typing as npt
@@ -15,6 +15,7 @@ if typing.TYPE_CHECKING:
 
 TensorLike: typing.TypeAlias = "tf.Tensor | npt.ArrayLike"
 Regions: typing.TypeAlias = Sequence[Collection[int]]
+LabelSets: typing.TypeAlias = Mapping[int, Collection[int]]
 ClassWeight: typing.TypeAlias = "Sequence[float] | npt.NDArray[typing.Any]"
 
 Activation = typing.Literal["softmax", "sigmoid", "none"]

@@ -32,11 +32,13 @@ def sums(
     label_smoothing: float,
     ignore_label: Sequence[int],
     regions: Sequence[int],
+    label_sets: Sequence[int],
+    focal_gammas: Sequence[float],
 ) -> list[tf.Tensor]:
-    """intersection, pred_sum, label_sum, cross_entropy [N, C] and weight_sum [N].
+    """The sums of `DiceSums`, in its order. One that is not asked for has no classes.
 
     The arguments are the ops' inputs and attributes: `voxel_weight` and `ignore_label` are lists of
-    at most one entry, and `regions` is what `core.region_masks` makes.
+    at most one entry, and the tables are what `core.op_attributes` makes.
     """
     dtype = dtype_of_sums(logits)
     x = _flat(tf.cast(logits, dtype), data_format)  # [N, V, C]
@@ -44,14 +46,14 @@ def sums(
     weight = tf.ones([batch, voxels], dtype)
     if voxel_weight:
         weight = tf.reshape(tf.cast(voxel_weight[0], dtype), [batch, voxels])
+    unknown = None  # [N, V, C]: 1 for the classes that a voxel may belong to
 
     def dense() -> tf.Tensor:
         return _flat(tf.cast(tf.reshape(labels, tf.shape(logits)), dtype), data_format)
 
     def one_hot() -> tf.Tensor:
-        if regions:  # Each label has a mask of 32 bits, one for each class.
-            bits = tf.constant([[m >> c & 1 for c in range(32)] for m in regions], dtype)
-            return tf.gather(bits, tf.clip_by_value(index, 0, len(regions) - 1))[..., :classes]
+        if regions:
+            return _rows(_classes_of_regions(regions), index, classes, dtype)
         # Where there is one class, it is the foreground, and its label is 1.
         first = tf.cast(classes == 1, tf.int64)
         return tf.one_hot(index - first, classes, dtype=dtype)
@@ -60,6 +62,8 @@ def sums(
         index = tf.reshape(tf.cast(labels, tf.int64), [batch, voxels])
         if ignore_label:
             weight = tf.where(index == ignore_label[0], tf.zeros_like(weight), weight)
+        if label_sets:
+            index, unknown = _read_label_sets(label_sets, index, classes, dtype)
         if labels.dtype.is_floating and not ignore_label and not regions:
             t = tf.cond(classes == 1, dense, one_hot)
         else:
@@ -68,40 +72,113 @@ def sums(
         t = dense()
     m = weight[..., tf.newaxis]
     x = tf.where(m == 0, tf.zeros_like(x), x)
+    known = m if unknown is None else m * (1 - unknown)
 
     p = {"softmax": tf.nn.softmax, "sigmoid": tf.nn.sigmoid, "none": tf.identity}[activation](x)
     power = tf.square if squared_pred else tf.identity
     soft = soft_label and labels.dtype.is_floating and not squared_pred
-    result = [
-        tf.reduce_sum(m * (_least(p, t) if soft else p * t), 1),
-        tf.reduce_sum(m * power(p), 1),
-        tf.reduce_sum(m * power(t), 1),
-    ]
+    nothing = tf.zeros([batch, 0], dtype)
+    cross_entropy = negative = nothing
     if with_cross_entropy:
-        choices = 2 if activation == "sigmoid" else tf.cast(classes, dtype)
+        binary = activation == "sigmoid"
+        choices = 2 if binary else tf.cast(classes, dtype)
         smoothed = (1 - label_smoothing) * t + label_smoothing / choices
-        losses = _cross_entropy(activation, x, p, smoothed, focal_gamma)
-        result.append(tf.reduce_sum(m * losses, 1))
-    else:
-        result.append(tf.zeros([batch, 0], dtype))
-    return [*result, tf.reduce_sum(weight, 1)]
+        gamma = tf.constant(focal_gammas or [focal_gamma], dtype)
+        if binary:
+            cross_entropy = tf.reduce_sum(
+                known * smoothed * _focused(p, tf.math.log_sigmoid(x), gamma), 1
+            )
+            negative = tf.reduce_sum(
+                known * (1 - smoothed) * _focused(1 - p, tf.math.log_sigmoid(-x), gamma), 1
+            )
+        else:
+            losses = _categorical(activation, x, p, smoothed, gamma)
+            if unknown is not None:
+                lowest = tf.cast(tf.cumsum(unknown, -1) == 1, dtype)
+                smoothed = (1 - label_smoothing) * lowest + label_smoothing / choices
+                marginal = smoothed * _marginal(activation, x, p, unknown, gamma)
+                losses = tf.where(unknown == 1, marginal, losses)
+            cross_entropy = tf.reduce_sum(m * losses, 1)
+    return [
+        tf.reduce_sum(known * (_least(p, t) if soft else p * t), 1),
+        tf.reduce_sum(known * power(p), 1),
+        tf.reduce_sum(known * power(t), 1),
+        cross_entropy,
+        negative,
+        nothing if unknown is None else tf.reduce_sum(m * unknown, 1),
+        tf.reduce_sum(weight, 1),
+    ]
 
 
-def _cross_entropy(
-    activation: Activation, x: tf.Tensor, p: tf.Tensor, t: tf.Tensor, gamma: float
+def _classes_of_regions(regions: Sequence[int]) -> list[list[int]]:
+    """The classes of the label values 0, 1, ..., from the op's attribute: one bit for each."""
+    words = -regions[0] if regions[0] < 0 else 1
+    masks = regions[1:] if regions[0] < 0 else regions
+    labels = [masks[i : i + words] for i in range(0, len(masks), words)]
+    return [[c for c in range(32 * words) if label[c // 32] >> c % 32 & 1] for label in labels]
+
+
+def _rows(
+    classes_of: Sequence[Sequence[int]], index: tf.Tensor, classes: tf.Tensor, dtype: tf.DType
 ) -> tf.Tensor:
-    def focused(probability: tf.Tensor, log_probability: tf.Tensor) -> tf.Tensor:
-        if gamma == 0:
-            return -log_probability
-        return -tf.pow(1 - probability, tf.cast(gamma, p.dtype)) * log_probability
+    """1 for the classes in `classes_of[index]`, 0 for the others, [N, V, C]."""
+    width = 1 + max((c for row in classes_of for c in row), default=0)
+    table = tf.constant([[float(c in row) for c in range(width)] for row in classes_of], dtype)
+    table = tf.pad(table, [[0, 0], [0, tf.maximum(classes - width, 0)]])[:, :classes]
+    return tf.gather(table, tf.clip_by_value(index, 0, len(classes_of) - 1))
 
-    if activation == "sigmoid":
-        absent = focused(1 - p, tf.math.log_sigmoid(-x))
-        return t * focused(p, tf.math.log_sigmoid(x)) + (1 - t) * absent
+
+def _read_label_sets(
+    label_sets: Sequence[int], index: tf.Tensor, classes: tf.Tensor, dtype: tf.DType
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The voxels' classes, -1 for those that may belong to one of several, and 1 for these."""
+    sets, rest = {}, list(label_sets)
+    while rest:
+        label, count, *rest = rest
+        sets[label], rest = rest[:count], rest[count:]
+    most = max(sets) + 1
+    meaning = [
+        sets[v][0] if len(sets.get(v, ())) == 1 else -1 if v in sets else v for v in range(most)
+    ]
+    several = [sets[v] if len(sets.get(v, ())) > 1 else [] for v in range(most)]
+    # All values from `most` on are the classes of that number, and like the row behind the table.
+    at = tf.clip_by_value(index, 0, most)
+    unknown = _rows([*several, []], at, classes, dtype)
+    return tf.where(
+        index < most, tf.gather(tf.constant([*meaning, 0], tf.int64), at), index
+    ), unknown
+
+
+def _focused(probability: tf.Tensor, log_probability: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
+    """-(1 - p)^gamma log p. Derivatives of any order are finite, and 0 where p is 1."""
+    error = 1 - probability
+    counts = tf.logical_and(error > 0, gamma > 0)
+    power = tf.pow(tf.where(counts, error, tf.ones_like(error)), gamma)
+    power = tf.where(tf.logical_or(counts, gamma == 0), power, tf.zeros_like(power))
+    return -power * log_probability
+
+
+def _categorical(
+    activation: Activation, x: tf.Tensor, p: tf.Tensor, t: tf.Tensor, gamma: tf.Tensor
+) -> tf.Tensor:
     if activation == "softmax":
-        return tf.math.multiply_no_nan(focused(p, tf.nn.log_softmax(x)), t)
+        return tf.math.multiply_no_nan(_focused(p, tf.nn.log_softmax(x), gamma), t)
     p = tf.maximum(p, core.PROBABILITY_EPSILON)
-    return t * focused(p, tf.math.log(p))
+    return t * _focused(p, tf.math.log(p), gamma)
+
+
+def _marginal(
+    activation: Activation, x: tf.Tensor, p: tf.Tensor, unknown: tf.Tensor, gamma: tf.Tensor
+) -> tf.Tensor:
+    """The cross-entropy of the sum of the unknown classes' p, [N, V, C] or [N, V, 1]."""
+    # Where no class is unknown, the sum is over all of them: it must be finite, and is not used.
+    counts = tf.logical_or(unknown == 1, tf.reduce_sum(unknown, -1, keepdims=True) == 0)
+    q = tf.reduce_sum(tf.where(counts, p, tf.zeros_like(p)), -1, keepdims=True)
+    if activation == "softmax":
+        log_p = tf.where(counts, tf.nn.log_softmax(x), tf.cast(-float("inf"), p.dtype))
+        return _focused(q, tf.reduce_logsumexp(log_p, -1, keepdims=True), gamma)
+    q = tf.maximum(q, core.PROBABILITY_EPSILON)
+    return _focused(q, tf.math.log(q), gamma)
 
 
 def _least(p: tf.Tensor, t: tf.Tensor) -> tf.Tensor:

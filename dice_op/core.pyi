@@ -9,7 +9,7 @@ of classes; see dice_op.dice_sums for the formulas.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['DeviceArray', 'PROBABILITY_EPSILON', 'build_info', 'ffi_targets', 'ffi_workspace', 'gradient', 'label_kind', 'op_attributes', 'region_masks', 'scores', 'sums']
+__all__: list[str] = ['DeviceArray', 'PROBABILITY_EPSILON', 'build_info', 'ffi_targets', 'ffi_workspace', 'gradient', 'label_kind', 'op_attributes', 'scores', 'sums']
 class DeviceArray:
     """
     A result on a CUDA device. Other libraries read it through __cuda_array_interface__
@@ -43,13 +43,14 @@ def ffi_workspace(platform: str, batch: typing.SupportsInt | typing.SupportsInde
     """
     Return the size in bytes of the workspace, which is one of the results of dice_op_sums.
     """
-def gradient(logits: typing.Any, labels: typing.Any, *, d_intersection: typing.Any, d_pred_sum: typing.Any, d_cross_entropy: typing.Any | None = None, voxel_weight: typing.Any | None = None, activation: str = 'softmax', data_format: str = 'channels_last', squared_pred: bool = False, soft_label: bool = False, cross_entropy: bool = False, focal_gamma: typing.SupportsFloat | typing.SupportsIndex = 0.0, label_smoothing: typing.SupportsFloat | typing.SupportsIndex = 0.0, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0, ignore_label: typing.SupportsInt | typing.SupportsIndex | None = None, regions: typing.Any = None, threads: typing.SupportsInt | typing.SupportsIndex = 0, stream: typing.SupportsInt | typing.SupportsIndex = 0, out: typing.Any | None = None) -> typing.Any:
+def gradient(logits: typing.Any, labels: typing.Any, *, d_intersection: typing.Any, d_pred_sum: typing.Any, d_cross_entropy: typing.Any | None = None, d_negative_cross_entropy: typing.Any | None = None, voxel_weight: typing.Any | None = None, activation: str = 'softmax', data_format: str = 'channels_last', squared_pred: bool = False, soft_label: bool = False, cross_entropy: bool = False, focal_gamma: typing.SupportsFloat | typing.SupportsIndex = 0.0, label_smoothing: typing.SupportsFloat | typing.SupportsIndex = 0.0, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0, ignore_label: typing.SupportsInt | typing.SupportsIndex | None = None, regions: typing.Any = None, label_sets: typing.Any = None, focal_gammas: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0, stream: typing.SupportsInt | typing.SupportsIndex = 0, out: typing.Any | None = None) -> typing.Any:
     """
     Compute the gradient of a loss with respect to the logits in one pass, from its derivatives with respect to
     the sums.
     
     Args:
-      d_intersection, d_pred_sum, d_cross_entropy: [N, C], of the sums' dtype.
+      d_intersection, d_pred_sum, d_cross_entropy, d_negative_cross_entropy: [N, C], of the sums' dtype. For
+        'sigmoid', give both cross-entropies or neither; the same array twice counts both the same.
       out: the array to write to, with the logits' dtype and shape; not a list, but it may be the logits array.
       The other arguments are those of `sums`. A label that is not a class belongs to no class.
     
@@ -64,18 +65,13 @@ def label_kind(logits_shape: collections.abc.Sequence[typing.SupportsInt | typin
     
     Raises: ValueError if the shapes do not fit together.
     """
-def op_attributes() -> dict:
+def op_attributes(*, activation: str = 'softmax', data_format: str = 'channels_last', squared_pred: bool = False, soft_label: bool = False, cross_entropy: bool = False, focal_gamma: typing.SupportsFloat | typing.SupportsIndex = 0.0, label_smoothing: typing.SupportsFloat | typing.SupportsIndex = 0.0, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0, ignore_label: typing.SupportsInt | typing.SupportsIndex | None = None, regions: typing.Any = None, label_sets: typing.Any = None, focal_gammas: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] | None = None) -> dict:
     """
-    Return the options of a call with their defaults. Their names and their order are those of the attributes
-    of the TensorFlow op and of XLA's handlers.
+    Convert options, given as for `sums`, to the attributes of the TensorFlow op and of XLA's handlers. All
+    options are in the result, with their defaults, in the attributes' order: strings, bools, floats, and
+    arrays of int64 or float32.
     """
-def region_masks(regions: typing.Any) -> list[int]:
-    """
-    Convert regions, given as for `sums`, to a list of masks, one for each label value 0, 1, ...: bit c is set
-    if the value belongs to class c. The TensorFlow op and XLA's handlers take this list as their attribute
-    `regions`.
-    """
-def scores(prediction: typing.Any, labels: typing.Any, *, classes: typing.SupportsInt | typing.SupportsIndex | None = None, ignore_label: typing.SupportsInt | typing.SupportsIndex | None = None, regions: typing.Any = None, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0, data_format: str = 'channels_last', threads: typing.SupportsInt | typing.SupportsIndex = 0) -> dict:
+def scores(prediction: typing.Any, labels: typing.Any, *, classes: typing.SupportsInt | typing.SupportsIndex | None = None, ignore_label: typing.SupportsInt | typing.SupportsIndex | None = None, regions: typing.Any = None, label_sets: typing.Any = None, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0, data_format: str = 'channels_last', threads: typing.SupportsInt | typing.SupportsIndex = 0) -> dict:
     """
     Compute hard scores of each sample and class, for evaluation scripts.
     
@@ -86,7 +82,8 @@ def scores(prediction: typing.Any, labels: typing.Any, *, classes: typing.Suppor
       labels: class indices [N, spatial...], of any dtype and byte order; with one class, the foreground mask.
         Pass a single volume as volume[numpy.newaxis].
       classes: the number of classes, needed if prediction is a label map and no regions are given.
-      ignore_label, regions, data_format, threads: as for `sums`.
+      ignore_label, regions, label_sets, data_format, threads: as for `sums`. A predicted label map holds classes
+        alone.
     
     Returns: a dict with dice, 2 I / (P + T), and jaccard, I / (P + T - I), both float64 [N, C]. They are NaN
       for a class that is in neither map (numpy.nanmean leaves it out). The dict also has the voxel counts
@@ -94,7 +91,7 @@ def scores(prediction: typing.Any, labels: typing.Any, *, classes: typing.Suppor
     
     Raises: ValueError or TypeError, with a message that says which argument is wrong and what it must be.
     """
-def sums(logits: typing.Any, labels: typing.Any, *, voxel_weight: typing.Any | None = None, activation: str = 'softmax', data_format: str = 'channels_last', squared_pred: bool = False, soft_label: bool = False, cross_entropy: bool = False, focal_gamma: typing.SupportsFloat | typing.SupportsIndex = 0.0, label_smoothing: typing.SupportsFloat | typing.SupportsIndex = 0.0, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0, ignore_label: typing.SupportsInt | typing.SupportsIndex | None = None, regions: typing.Any = None, threads: typing.SupportsInt | typing.SupportsIndex = 0, stream: typing.SupportsInt | typing.SupportsIndex = 0) -> dict:
+def sums(logits: typing.Any, labels: typing.Any, *, voxel_weight: typing.Any | None = None, activation: str = 'softmax', data_format: str = 'channels_last', squared_pred: bool = False, soft_label: bool = False, cross_entropy: bool = False, focal_gamma: typing.SupportsFloat | typing.SupportsIndex = 0.0, label_smoothing: typing.SupportsFloat | typing.SupportsIndex = 0.0, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0, ignore_label: typing.SupportsInt | typing.SupportsIndex | None = None, regions: typing.Any = None, label_sets: typing.Any = None, focal_gammas: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0, stream: typing.SupportsInt | typing.SupportsIndex = 0) -> dict:
     """
     Compute the sums of each sample and class in one pass.
     
@@ -108,13 +105,18 @@ def sums(logits: typing.Any, labels: typing.Any, *, voxel_weight: typing.Any | N
       voxel_weight: [N, spatial...], any dtype; voxels of weight 0 are left out.
       ignore_label: voxels with this class index are left out.
       cross_entropy: whether sum t (1-p)^gamma (-log p) is computed too, with gamma = focal_gamma and the labels t
-        smoothed by label_smoothing.
+        smoothed by label_smoothing. For 'sigmoid' there is also sum (1-t) p^gamma (-log(1-p)).
+      focal_gammas: one exponent for each class, used in place of focal_gamma.
       regions: for overlapping classes, the label values of each, such as [(1, 2, 3), (2, 3), (3,)].
+      label_sets: for label values that stand for one of several classes, a dict from the value to the classes,
+        such as {200: (0, 2, 3)}. Such a voxel says nothing about these classes.
       threads: the number of threads, or 0 for one per processor. It does not change a single bit of the result.
       stream: for arrays on a device, the CUDA stream to work on, as a number
         (torch.cuda.current_stream().cuda_stream). The arrays must be ready on it.
     
-    Returns: a dict with intersection, pred_sum, label_sum [, cross_entropy] of shape [N, C] and weight_sum [N].
+    Returns: a dict with intersection, pred_sum, label_sum [, cross_entropy] [, negative_cross_entropy]
+      [, unknown_sum] of shape [N, C] and weight_sum [N]. negative_cross_entropy is for 'sigmoid' with
+      cross_entropy, and unknown_sum, the weight of the voxels that may belong to a class, for label_sets.
       The sums are float32, or float64 for float64 logits and for scores. On a device they are DeviceArrays, and
       the sums of a sample are NaN if one of its labels is not a class.
     

@@ -7,13 +7,13 @@ import math
 import operator
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from dice_op import _loader, composite, core
-from dice_op._types import Activation, DataFormat, Prediction, Regions, TensorLike
+from dice_op._types import Activation, DataFormat, LabelSets, Prediction, Regions, TensorLike
 
 _ops = _loader.library()
 if _loader.xla_problem():
@@ -47,8 +47,12 @@ class DiceSums(typing.NamedTuple):
     label_sum: tf.Tensor
     """[N, C]: sum m t, or sum m t^2 (`squared_pred`)."""
     cross_entropy: tf.Tensor | None
-    """[N, C]: sum m t (1 - p)^focal_gamma (-log p), for sigmoid plus sum m (1 - t) p^focal_gamma
-    (-log(1 - p)); None unless it is asked for."""
+    """[N, C]: sum m t (1 - p)^focal_gamma (-log p); None unless it is asked for."""
+    negative_cross_entropy: tf.Tensor | None
+    """[N, C]: sum m (1 - t) p^focal_gamma (-log(1 - p)), the other half of a binary cross-entropy;
+    None unless a cross-entropy is asked for and the activation is `"sigmoid"`."""
+    unknown_sum: tf.Tensor | None
+    """[N, C]: sum m of the voxels that may belong to the class; None without `label_sets`."""
     weight_sum: tf.Tensor
     """[N]: sum m."""
 
@@ -63,8 +67,9 @@ def dice_sums(
     voxel_weight: TensorLike | None = None,
     ignore_label: int | None = None,
     regions: Regions | None = None,
+    label_sets: LabelSets | None = None,
     cross_entropy: bool = False,
-    focal_gamma: float = 0.0,
+    focal_gamma: float | Sequence[float] = 0.0,
     label_smoothing: float = 0.0,
     threshold: float = 0.0,
     data_format: DataFormat = "channels_last",
@@ -98,11 +103,18 @@ def dice_sums(
       ignore_label: Voxels with this class index do not count.
       regions: The label values of each class, for classes that are overlapping regions, such as
         `[(1, 2, 3), (2, 3), (3,)]` for the whole tumour, its core and its enhancing part. `y_true`
-        then holds label values. This works with `"sigmoid"` and `"threshold"`, for at most 32
-        regions and labels up to 31.
+        then holds label values, up to 255. This works with `"sigmoid"` and `"threshold"`.
+      label_sets: Label values that stand for one of several classes, for data in which not every
+        class is annotated: with `{200: (0, 2, 3)}` a voxel of value 200 belongs to class 0, 2 or 3,
+        and nobody knows to which. It says nothing about these classes (it adds nothing to their
+        `intersection`, `pred_sum` and `label_sum`), and belongs to no other one. Its categorical
+        cross-entropy is that of the sum of the classes' p, and counts for the lowest of them
+        (marginal loss; Shi et al., 2021); the binary one leaves these classes out. The values are
+        in [0, 255]; one that is a class, too, loses that meaning.
       cross_entropy: Whether the cross-entropy is summed as well. It is categorical, or binary for
         `"sigmoid"`. For `"none"` it is categorical, and probabilities below 1e-7 count as 1e-7.
-      focal_gamma: The exponent of the focal cross-entropy (Lin et al., 2017).
+      focal_gamma: The exponent of the focal cross-entropy (Lin et al., 2017), or a list of one for
+        each class.
       label_smoothing: A number s in [0, 1]. In the cross-entropy (1 - s) t + s / C replaces t, and
         for `"sigmoid"` (1 - s) t + s / 2 does (Szegedy et al., 2016).
       threshold: A logit; 0 stands for a probability of one half.
@@ -121,7 +133,8 @@ def dice_sums(
         then waits for the GPU. GPUs take at most 256 classes.
       TypeError: `y_pred` or `y_true` is ragged or sparse, or has a dtype that is not listed above.
     """
-    focal_gamma, label_smoothing, threshold = map(float, (focal_gamma, label_smoothing, threshold))
+    label_smoothing, threshold = float(label_smoothing), float(threshold)
+    gamma, gammas = _exponents(focal_gamma)
     y_true = dense_tensor("y_true", y_true)
     y_pred = dense_tensor("y_pred", y_pred)
     weight = [] if voxel_weight is None else [dense_tensor("voxel_weight", voxel_weight)]
@@ -136,11 +149,11 @@ def dice_sums(
         "squared_pred": squared_pred,
         "soft_label": soft_label,
         "with_cross_entropy": cross_entropy,
-        "focal_gamma": focal_gamma,
+        "focal_gamma": gamma,
         "label_smoothing": label_smoothing,
         "threshold": threshold,
         "ignore_label": [] if ignore_label is None else [ignore_label],
-        "regions": [] if regions is None else _region_masks(regions),
+        **_tables(regions, label_sets, gammas),
     }
     sums = _ops.dice_sums(
         y_pred,
@@ -150,7 +163,39 @@ def dice_sums(
         remainders=_remainders(*(options[name] for name in _NUMBERS)),
         **options,
     )
-    return DiceSums(*sums)._replace(cross_entropy=sums.cross_entropy if cross_entropy else None)
+    return DiceSums(*sums)._replace(
+        cross_entropy=sums.cross_entropy if cross_entropy else None,
+        negative_cross_entropy=(
+            sums.negative_cross_entropy if cross_entropy and activation == "sigmoid" else None
+        ),
+        unknown_sum=sums.unknown_sum if label_sets else None,
+    )
+
+
+def is_list(value: object) -> bool:
+    """Whether `value` holds several values in an order.
+
+    An array or tensor without an axis is a number, although it has an iterator.
+    """
+    if isinstance(value, (str, bytes, Mapping)):
+        return False
+    return isinstance(value, Iterable) and getattr(value, "ndim", None) != 0
+
+
+def _exponents(focal_gamma: typing.Any) -> tuple[float, tuple[float, ...] | None]:
+    """The exponent of all classes, and where each class has its own, these."""
+    if not is_list(focal_gamma):
+        try:
+            return float(focal_gamma), None
+        except TypeError:
+            raise TypeError(
+                f"focal_gamma is {focal_gamma!r}, but must be a number, or a list of one for each "
+                "class, in order"
+            ) from None
+    gammas = tuple(map(float, focal_gamma))
+    if not gammas:
+        raise ValueError("focal_gamma is empty, but must have one exponent for each class")
+    return 0.0, gammas
 
 
 def dense_tensor(name: str, value: TensorLike) -> tf.Tensor:
@@ -164,18 +209,41 @@ def dense_tensor(name: str, value: TensorLike) -> tf.Tensor:
     return tf.convert_to_tensor(value)
 
 
-def _region_masks(regions: Regions) -> Sequence[int]:
-    """The op's attribute `regions`. The same regions come with every call, so it is made once."""
+def _tables(
+    regions: Regions | None, label_sets: LabelSets | None, focal_gammas: tuple[float, ...] | None
+) -> Mapping[str, Sequence[float]]:
+    """The op's attributes that are tables. The same come with every call, so they are made once."""
     try:
-        hashable = tuple(tuple(map(operator.index, labels)) for labels in regions)
-    except TypeError:
-        return core.region_masks(regions)  # raises the error that says what regions must be
-    return _masks_of(hashable)
+        hashable_regions, hashable_sets = None, None
+        if regions is not None:
+            hashable_regions = tuple(tuple(map(operator.index, r)) for r in regions)
+        if label_sets is not None:
+            hashable_sets = tuple(
+                (operator.index(k), tuple(map(operator.index, v))) for k, v in label_sets.items()
+            )
+    except (AttributeError, TypeError):
+        # This usually raises the error that says what they must be.
+        return _lists(
+            core.op_attributes(regions=regions, label_sets=label_sets, focal_gammas=focal_gammas)
+        )
+    return _tables_of(hashable_regions or None, hashable_sets or None, focal_gammas)
 
 
 @functools.lru_cache(maxsize=64)
-def _masks_of(regions: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
-    return tuple(core.region_masks(regions))
+def _tables_of(
+    regions: tuple[tuple[int, ...], ...] | None,
+    label_sets: tuple[tuple[int, tuple[int, ...]], ...] | None,
+    focal_gammas: tuple[float, ...] | None,
+) -> Mapping[str, Sequence[float]]:
+    return _lists(
+        core.op_attributes(
+            regions=regions, label_sets=label_sets and dict(label_sets), focal_gammas=focal_gammas
+        )
+    )
+
+
+def _lists(attributes: Mapping[str, typing.Any]) -> Mapping[str, Sequence[float]]:
+    return {k: attributes[k].tolist() for k in ("regions", "label_sets", "focal_gammas")}
 
 
 def _remainders(*values: float) -> list[float]:
@@ -273,6 +341,12 @@ def _register_gradient(name: str) -> Callable[[_Gradient], _Gradient]:
     return register
 
 
+def _with_gradient(sums: Iterable[tf.Tensor]) -> list[tf.Tensor]:
+    """Those of the sums that depend on the logits."""
+    of = DiceSums(*sums)
+    return [of.intersection, of.pred_sum, of.cross_entropy, of.negative_cross_entropy]
+
+
 @_register_gradient("DiceSums")
 def _dice_sums_grad(op: tf.Operation, *d_sums: tf.Tensor) -> list[tf.Tensor | None]:
     inputs = list(op.inputs)
@@ -287,9 +361,8 @@ def _dice_sums_grad(op: tf.Operation, *d_sums: tf.Tensor) -> list[tf.Tensor | No
         list(d_sums),
         _wanted(op, range(1, len(inputs))),
     )
-    d_intersection, d_pred_sum, _, d_cross_entropy, _ = d_sums
     gradients[0] = _ops.dice_sums_grad(
-        logits, labels, weight, d_intersection, d_pred_sum, d_cross_entropy, **attributes
+        logits, labels, weight, *_with_gradient(d_sums), **attributes
     )
     return gradients
 
@@ -304,7 +377,6 @@ def _dice_sums_grad_grad(op: tf.Operation, d_d_logits: tf.Tensor) -> list[tf.Ten
         with tf.GradientTape() as tape:
             tape.watch(logits)
             sums = composite.sums(logits, labels, weight, **_composite_options(attributes))
-        intersection, pred_sum, _, cross_entropy, _ = sums
-        return tape.gradient([intersection, pred_sum, cross_entropy], logits, d_sums)
+        return tape.gradient(_with_gradient(sums), logits, d_sums)
 
     return _composite_gradients(d_logits, inputs, d_d_logits, _wanted(op, range(len(inputs))))

@@ -6,7 +6,6 @@ It needs JAX and `dice_op.core`, but not TensorFlow. csrc/core/dice_op.h describ
 results of the two calls.
 """
 
-import functools
 import math
 
 import jax
@@ -20,26 +19,17 @@ for platform, handlers in core.ffi_targets().items():
         jax.ffi.register_ffi_target(name, handler, platform=platform)
 
 
-def attributes_of(cross_entropy=False, ignore_label=None, regions=(), **options):
+def attributes_of(**options):
     """Returns the options of `core.sums` as attributes of a call, with defaults for those left out.
 
-    The calls take each number as float64, and each list as int64.
+    The calls take each number as float64.
     """
-    options["with_cross_entropy"] = cross_entropy
-    options["ignore_label"] = [] if ignore_label is None else [ignore_label]
-    options["regions"] = core.region_masks(regions)
-    defaults = core.op_attributes()
-    if unknown := options.keys() - defaults.keys():
-        raise TypeError(f"there is no option {', '.join(sorted(unknown))}")
-    types = {float: np.float64, list: functools.partial(np.array, dtype=np.int64)}
-    return {
-        name: types.get(type(default), type(default))(options.get(name, default))
-        for name, default in defaults.items()
-    }
+    attributes = core.op_attributes(**options)
+    return {k: np.float64(v) if isinstance(v, float) else v for k, v in attributes.items()}
 
 
 def dice_sums(logits, labels, *voxel_weight, **options):
-    """Returns intersection, pred_sum, label_sum, cross_entropy `[N, C]` and weight_sum `[N]`."""
+    """Returns the sums in the order of `dice_op.DiceSums`. One not asked for has no classes."""
     attributes = attributes_of(**options)
     last = attributes["data_format"] == "channels_last"
     n, c = logits.shape[0], logits.shape[-1 if last else 1]
@@ -48,17 +38,21 @@ def dice_sums(logits, labels, *voxel_weight, **options):
     # Counts are float64, which needs jax_enable_x64.
     counts = attributes["activation"] in ("argmax", "threshold")
     dtype = jnp.promote_types(logits.dtype, jnp.float64 if counts else jnp.float32)
-    shapes = [(n, c)] * 3 + [(n, c if attributes["with_cross_entropy"] else 0), (n,)]
+    cross_entropy = attributes["with_cross_entropy"]
+    binary = cross_entropy and attributes["activation"] == "sigmoid"
+    asked = [True, True, True, cross_entropy, binary, len(attributes["label_sets"]) > 0]
+    shapes = [(n, c if sum_is_asked else 0) for sum_is_asked in asked] + [(n,)]
     results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     workspace = jax.ShapeDtypeStruct((core.ffi_workspace(platform, n, voxels, c),), jnp.uint8)
     call = jax.ffi.ffi_call("dice_op_sums", [*results, workspace], vmap_method="sequential")
-    return call(logits, labels, *voxel_weight, **attributes)[:5]
+    return call(logits, labels, *voxel_weight, **attributes)[:-1]
 
 
 def dice_sums_grad(logits, labels, *rest, **options):
     """Returns d_logits.
 
-    rest: voxel_weight if there is one, d_intersection, d_pred_sum, d_cross_entropy.
+    rest: voxel_weight if there is one, d_intersection, d_pred_sum, d_cross_entropy,
+      d_negative_cross_entropy.
     """
     result = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
     call = jax.ffi.ffi_call("dice_op_sums_grad", result, vmap_method="sequential")
@@ -87,8 +81,8 @@ def _forward(logits, labels):
 
 def _backward(kept, d_loss):
     logits, labels, d_intersection, d_pred_sum = kept
-    no_cross_entropy = jnp.zeros((len(logits), 0), d_pred_sum.dtype)
-    coefficients = d_loss * d_intersection, d_loss * d_pred_sum, no_cross_entropy
+    none = jnp.zeros((len(logits), 0), d_pred_sum.dtype)  # There is no cross-entropy.
+    coefficients = d_loss * d_intersection, d_loss * d_pred_sum, none, none
     return dice_sums_grad(logits, labels, *coefficients), None
 
 

@@ -28,18 +28,20 @@ class RepeatedVolume:
         self.labels = np.repeat(runs, 16)[: self.period].astype(np.uint8)
         self.x = decode(self.stored, case.dtype)[None]
         self.t = reference.one_hot(self.labels, classes)[None]
-        self.terms = [
-            term[0] for term in reference.voxel_terms(self.x, self.t, activation=self.activation)
-        ]
+        terms = reference.voxel_terms(self.x, self.t, activation=self.activation)
+        self.terms = {name: term[0] for name, term in terms.items()}
 
     def sums(self):
-        """The intersection, pred_sum, label_sum and cross_entropy, `[1, C]` each."""
+        """The sums by their names, `[1, C]` each."""
         whole, rest = divmod(self.case.voxels, self.period)
-        return [whole * s.sum(0)[None] + s[:rest].sum(0)[None] for s in self.terms]
+        return {
+            name: whole * s.sum(0)[None] + s[:rest].sum(0)[None] for name, s in self.terms.items()
+        }
 
     def dice(self):
         """The Dice loss, and its derivatives by intersection and pred_sum."""
-        i, p, t, _ = self.sums()
+        sums = self.sums()
+        i, p, t = (sums[name] for name in ("intersection", "pred_sum", "label_sum"))
         cardinality = p + t + SMOOTH
         d_intersection = -2 / cardinality / self.case.classes
         d_pred_sum = (2 * i + SMOOTH) / cardinality**2 / self.case.classes

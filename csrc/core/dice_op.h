@@ -4,6 +4,7 @@
 // comment behind each pointer gives its shape: there are N samples, V voxels per sample and C classes.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/inline.h"
 #include "core/options.h"
 #include "core/sums.h"
 
@@ -49,19 +51,39 @@ struct Problem {
 
   int64_t logits_count() const { return batch * voxels * classes; }
   bool channels_last() const { return options.data_format == DataFormat::kChannelsLast; }
-  bool has_regions() const { return options.regions.labels > 0; }
+  DICE_OP_INLINE bool has_regions() const { return options.regions.labels > 0; }
+  DICE_OP_INLINE bool has_label_sets() const { return options.label_sets.labels > 0; }
+  // The sets of classes of the label values, of either option.
+  DICE_OP_INLINE const ClassSets& sets() const {
+    return has_label_sets() ? static_cast<const ClassSets&>(options.label_sets) : options.regions;
+  }
 
   // With one class there is no background channel. Integer labels are then the foreground mask, and the only channel
   // is class 1 of {0, 1}.
   int64_t first_class() const { return classes == 1 && !has_regions() ? 1 : 0; }
-  int64_t label_limit() const { return has_regions() ? options.regions.labels : classes == 1 ? 2 : classes; }
+  // Legal label values are below it. With label_sets, not all of those are legal.
+  int64_t label_limit() const {
+    return has_regions()  ? options.regions.labels
+           : classes == 1 ? 2
+                          : std::max<int64_t>(classes, options.label_sets.labels);
+  }
+  // Whether a label value below label_limit() is legal.
+  bool HasMeaning(int64_t label) const {
+    return !has_label_sets() || options.label_sets.IndexOf(static_cast<int>(label), static_cast<int>(classes)) >= 0;
+  }
   // Whether every class has a categorical cross-entropy term, and not only the class of the label.
-  bool smoothed() const {
+  DICE_OP_INLINE bool smoothed() const {
     return options.cross_entropy && options.label_smoothing != 0 && options.activation != Activation::kSigmoid;
   }
+  // Whether each class has its own focal exponent.
+  DICE_OP_INLINE bool has_gammas() const { return options.cross_entropy && options.focal_gammas.count > 0; }
+  // Whether an option is a table that a kernel looks up for each class, see AllClasses.
+  DICE_OP_INLINE bool has_tables() const { return has_label_sets() || has_gammas(); }
   // Whether the kernels work with one label value per class instead of one index. The values are either in memory or
   // computed from the index.
-  bool labels_per_class() const { return dense_labels || has_regions() || smoothed(); }
+  DICE_OP_INLINE bool labels_per_class() const {
+    return dense_labels || has_regions() || has_label_sets() || smoothed() || has_gammas();
+  }
   // Whether t may be a fraction.
   bool soft_labels() const { return dense_labels && labels_dtype >= DType::kHalf; }
   // Whether some voxels may be left out.
@@ -74,7 +96,18 @@ struct Problem {
   // The dtype of the sums. It is the one of the arithmetic, but counts are doubles, which hold every count exactly.
   DType sums_dtype() const { return hard() || logits_dtype == DType::kDouble ? DType::kDouble : DType::kFloat; }
   // Whether the call asks for this sum.
-  bool Has(Sum sum) const { return sum != Sum::kCrossEntropy || options.cross_entropy; }
+  bool Has(Sum sum) const {
+    switch (sum) {
+      case Sum::kCrossEntropy:
+        return options.cross_entropy;
+      case Sum::kNegativeCrossEntropy:
+        return options.cross_entropy && options.activation == Activation::kSigmoid;
+      case Sum::kUnknownSum:
+        return has_label_sets();
+      default:
+        return true;
+    }
+  }
   // The shape of this sum, which has no elements if the call does not ask for the sum.
   Dims DimsOf(const SumInfo& info) const {
     return info.per_class ? Dims{batch, Has(info.sum) ? classes : 0} : Dims{batch};
@@ -197,8 +230,8 @@ const char* Archs();
 //   dice_op_sums(logits, labels [, voxel_weight]) -> the sums of kSums, workspace
 //   dice_op_sums_grad(logits, labels [, voxel_weight], the derivatives of the sums that have a gradient) -> d_logits
 //
-// Shapes and dtypes are those of the TensorFlow ops: cross_entropy and its derivative are [N, 0] if the call does not
-// ask for them. The attributes are all those of kOptions, as strings, bools, float64, and arrays of int64.
+// Shapes and dtypes are those of the TensorFlow ops: a sum that the call does not ask for is [N, 0], and so is its
+// derivative. The attributes are all those of kOptions, as strings, bools, float64, and arrays of int64 or float32.
 // workspace: uint8 [bytes], see below. It is an output, so that the compiled program owns its memory even when the
 // program is replayed as a CUDA graph.
 namespace ffi {

@@ -1,6 +1,8 @@
 #include "core/options.h"
 
 #include <algorithm>
+#include <map>
+#include <set>
 #include <type_traits>
 
 namespace dice_op {
@@ -20,6 +22,45 @@ Error ChoiceOf(const char* option, const std::string& name, const char* const (&
   return InvalidArgument(std::string(option) + " is '" + name + "', but must be one of " + allowed);
 }
 
+using ClassesOfLabels = std::map<int64_t, std::set<int64_t>>;
+
+// Fills in the sets, each stored once. Returns an error if there are too many of them.
+Error Store(const char* option, const ClassesOfLabels& classes_of_labels, ClassSets* sets) {
+  *sets = {};
+  std::map<std::set<int64_t>, int> numbers = {{{}, 0}};  // of the different sets
+  for (const auto& [label, classes] : classes_of_labels) {
+    sets->labels = std::max(sets->labels, static_cast<int>(label) + 1);
+    if (!classes.empty()) sets->classes = std::max(sets->classes, static_cast<int>(*classes.rbegin()) + 1);
+    numbers.emplace(classes, static_cast<int>(numbers.size()));
+  }
+  sets->words = (sets->classes + 31) / 32;
+  if (static_cast<int>(numbers.size()) * sets->words > ClassSets::kMostWords) {
+    return InvalidArgument(std::string(option) + " make " + std::to_string(numbers.size() - 1) + " different sets of " +
+                           std::to_string(sets->classes) + " classes, but at most " +
+                           std::to_string(std::max(0, ClassSets::kMostWords / sets->words - 1)) + " are possible");
+  }
+  for (const auto& [classes, number] : numbers) {
+    for (const int64_t c : classes) sets->bits[number * sets->words + c / 32] |= uint32_t{1} << c % 32;
+  }
+  for (const auto& [label, classes] : classes_of_labels) {
+    sets->set_of[label] = static_cast<uint16_t>(numbers[classes]);
+  }
+  return {};
+}
+
+bool IsLabel(int64_t label) { return label >= 0 && label < ClassSets::kMostLabels; }
+bool IsClassIndex(int64_t c) { return c >= 0 && c < ClassSets::kAlone; }
+std::string MostLabel() { return std::to_string(ClassSets::kMostLabels - 1); }
+
+// The classes in a set.
+std::vector<int64_t> ClassesIn(const ClassSets& sets, int set) {
+  std::vector<int64_t> classes;
+  for (int c = 0; c < sets.classes; ++c) {
+    if (sets.Holds(set, c)) classes.push_back(c);
+  }
+  return classes;
+}
+
 }  // namespace
 
 std::string ToAttribute(Activation activation) { return kActivations[static_cast<int>(activation)]; }
@@ -28,8 +69,28 @@ std::vector<int64_t> ToAttribute(const IgnoreLabel& ignore_label) {
   return std::vector<int64_t>(ignore_label.given ? 1 : 0, ignore_label.value);
 }
 std::vector<int64_t> ToAttribute(const Regions& regions) {
-  return std::vector<int64_t>(regions.classes_of, regions.classes_of + regions.labels);
+  std::vector<int64_t> masks;
+  if (regions.words > 1) masks.push_back(-regions.words);
+  for (int label = 0; label < regions.labels; ++label) {
+    const uint32_t* const bits = regions.bits + regions.set_of[label] * regions.words;
+    masks.insert(masks.end(), bits, bits + regions.words);
+  }
+  return masks;
 }
+std::vector<int64_t> ToAttribute(const LabelSets& label_sets) {
+  std::vector<int64_t> list;
+  for (int label = 0; label < label_sets.labels; ++label) {
+    const int entry = label_sets.set_of[label];
+    if (entry == 0) continue;
+    const bool alone = entry >= ClassSets::kAlone;
+    const std::vector<int64_t> classes =
+        alone ? std::vector<int64_t>{entry - ClassSets::kAlone} : ClassesIn(label_sets, entry);
+    list.insert(list.end(), {label, static_cast<int64_t>(classes.size())});
+    list.insert(list.end(), classes.begin(), classes.end());
+  }
+  return list;
+}
+std::vector<float> ToAttribute(const FocalGammas& gammas) { return {gammas.values, gammas.values + gammas.count}; }
 
 Error FromAttribute(const std::string& name, Activation* activation) {
   return ChoiceOf("activation", name, kActivations, activation);
@@ -44,33 +105,96 @@ Error FromAttribute(const std::vector<int64_t>& values, IgnoreLabel* ignore_labe
   return {};
 }
 Error FromAttribute(const std::vector<int64_t>& masks, Regions* regions) {
-  const auto outside = [](int64_t mask) { return mask < 0 || mask >> Regions::kMost; };
-  if (masks.size() > Regions::kMost || std::any_of(masks.begin(), masks.end(), outside)) {
-    const std::string most = std::to_string(Regions::kMost);
-    return InvalidArgument("regions must be masks of at most " + most + " classes, of at most " + most +
-                           " label values");
+  const bool many = !masks.empty() && masks[0] < 0;
+  const size_t words = many ? static_cast<size_t>(std::min<int64_t>(-(masks[0] + 1), ClassSets::kMostWords)) + 1 : 1;
+  const size_t count = masks.size() - many;
+  const auto is_mask = [](int64_t mask) { return mask >= 0 && mask <= UINT32_MAX; };
+  if (count % words || count / words > ClassSets::kMostLabels ||
+      !std::all_of(masks.begin() + many, masks.end(), is_mask)) {
+    return InvalidArgument("regions must be masks of 32 classes, for each label value from 0 to at most " +
+                           MostLabel());
   }
-  regions->labels = static_cast<int>(masks.size());
-  std::copy(masks.begin(), masks.end(), regions->classes_of);
+  ClassesOfLabels classes_of_labels;
+  for (size_t i = 0; i < count; ++i) {
+    std::set<int64_t>& classes = classes_of_labels[i / words];
+    for (int bit = 0; bit < 32; ++bit) {
+      if (masks[i + many] >> bit & 1) classes.insert(i % words * 32 + bit);
+    }
+  }
+  return Store("regions", classes_of_labels, regions);
+}
+Error FromAttribute(const std::vector<int64_t>& list, LabelSets* label_sets) {
+  std::vector<std::pair<int64_t, std::vector<int64_t>>> classes_of_labels;
+  for (size_t at = 0; at < list.size();) {
+    const int64_t left = static_cast<int64_t>(list.size() - at) - 2;
+    if (left < 0 || list[at + 1] < 0 || list[at + 1] > left) {
+      return InvalidArgument(
+          "label_sets must be a list that holds, for each label value, the value, the number of its classes, and the "
+          "classes");
+    }
+    const auto first = list.begin() + at + 2;
+    classes_of_labels.push_back({list[at], {first, first + list[at + 1]}});
+    at += 2 + list[at + 1];
+  }
+  return LabelSetsOf(classes_of_labels, label_sets);
+}
+Error FromAttribute(const std::vector<float>& values, FocalGammas* gammas) {
+  const auto outside = [](float gamma) { return !(gamma >= 0 && gamma <= std::numeric_limits<float>::max()); };
+  if (std::any_of(values.begin(), values.end(), outside)) {
+    return InvalidArgument("every focal_gamma must be finite and at least 0");
+  }
+  if (values.size() > FocalGammas::kMost) {
+    return InvalidArgument("focal_gamma has " + std::to_string(values.size()) + " exponents, but at most " +
+                           std::to_string(FocalGammas::kMost) + " classes may have one each");
+  }
+  gammas->count = static_cast<int>(values.size());
+  std::copy(values.begin(), values.end(), gammas->values);
   return {};
 }
 
 Error RegionsOf(const std::vector<std::vector<int64_t>>& labels_of_classes, Regions* regions) {
-  bool legal = labels_of_classes.size() <= Regions::kMost;
-  *regions = {};
-  for (size_t c = 0; legal && c < labels_of_classes.size(); ++c) {
-    legal = !labels_of_classes[c].empty();
-    for (int64_t label : labels_of_classes[c]) {
-      legal = legal && label >= 0 && label < Regions::kMost;
-      if (!legal) break;
-      regions->labels = std::max(regions->labels, static_cast<int>(label) + 1);
-      regions->classes_of[label] |= uint32_t{1} << c;
+  ClassesOfLabels classes_of_labels;
+  bool legal = labels_of_classes.size() < ClassSets::kAlone;
+  for (size_t c = 0; c < labels_of_classes.size(); ++c) {
+    legal = legal && !labels_of_classes[c].empty();
+    for (const int64_t label : labels_of_classes[c]) {
+      legal = legal && IsLabel(label);
+      classes_of_labels[label].insert(static_cast<int64_t>(c));
     }
   }
-  if (legal) return {};
-  return InvalidArgument("regions must be the label values of each class: at least one, from 0 to " +
-                         std::to_string(Regions::kMost - 1) + ", of at most " + std::to_string(Regions::kMost) +
-                         " classes");
+  if (!legal) {
+    return InvalidArgument("regions must be the label values of each class: at least one, from 0 to " + MostLabel());
+  }
+  if (!classes_of_labels.empty()) {  // the values below the largest are legal too
+    for (int64_t label = classes_of_labels.rbegin()->first; label-- > 0;) classes_of_labels[label];
+  }
+  return Store("regions", classes_of_labels, regions);
+}
+
+Error LabelSetsOf(const std::vector<std::pair<int64_t, std::vector<int64_t>>>& classes_of_labels,
+                  LabelSets* label_sets) {
+  ClassesOfLabels sets;
+  for (const auto& [label, list] : classes_of_labels) {
+    const std::set<int64_t> classes(list.begin(), list.end());
+    if (!IsLabel(label)) {
+      return InvalidArgument("label_sets name the label value " + std::to_string(label) +
+                             ", but their label values must be from 0 to " + MostLabel());
+    }
+    if (classes.empty() || classes.size() != list.size() || !IsClassIndex(*classes.begin()) ||
+        !IsClassIndex(*classes.rbegin())) {
+      return InvalidArgument("label_sets[" + std::to_string(label) +
+                             "] must be the classes that the label value may stand for: at least one, and each once");
+    }
+    if (classes.size() > 1) sets[label] = classes;
+  }
+  DICE_OP_RETURN_IF_ERROR(Store("label_sets", sets, label_sets));
+  for (const auto& [label, classes] : classes_of_labels) {
+    if (classes.size() > 1) continue;
+    label_sets->set_of[label] = static_cast<uint16_t>(ClassSets::kAlone + classes[0]);
+    label_sets->labels = std::max(label_sets->labels, static_cast<int>(label) + 1);
+    label_sets->classes = std::max(label_sets->classes, static_cast<int>(classes[0]) + 1);
+  }
+  return {};
 }
 
 Error CheckRanges(const Options& options) {

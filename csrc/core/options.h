@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/inline.h"
 
 namespace dice_op {
 
@@ -22,13 +23,42 @@ struct IgnoreLabel {
   int64_t value = 0;
 };
 
-// Classes that are overlapping regions. Each region is a set of label values: bit c of classes_of[label] says that the
-// label belongs to class c. The legal labels are 0 to labels - 1. If `labels` is 0 there are no regions, and the label
-// values are the classes.
-struct Regions {
-  static constexpr int kMost = 32;
-  int labels = 0;
-  uint32_t classes_of[kMost] = {};
+// For each label value, a set of classes. Equal sets are stored once, and set 0 is empty. The tables are small enough
+// to be a parameter of a CUDA kernel.
+struct ClassSets {
+  static constexpr int kMostLabels = 256, kMostWords = 512;
+  static constexpr int kAlone = 1 << 15;  // marks an entry of set_of that is a class, and not a set
+  int labels = 0;                         // the values 0 to labels - 1 may have a set; 0 if there are no sets
+  int classes = 0;                        // the classes that are named are below it
+  int words = 0;                          // of 32 classes each, for every set; later classes are in none
+  uint16_t set_of[kMostLabels] = {};
+  uint32_t bits[kMostWords] = {};
+
+  DICE_OP_INLINE bool Holds(int set, int c) const {
+    return c / 32 < words && (bits[set * words + c / 32] >> (c % 32) & 1);
+  }
+};
+
+// Classes that are overlapping regions: a voxel belongs to all classes in the set of its label value. The legal values
+// are 0 to labels - 1. Without regions, the label values are the classes.
+struct Regions : ClassSets {};
+
+// Label values of voxels that belong to one of several classes, and nobody knows to which. Set 0 means that a value has
+// its usual meaning. A set of one class is stored as that class.
+struct LabelSets : ClassSets {
+  // Returns the class that a label value stands for, or `total` + its set, or -1 if it stands for nothing. `total` is
+  // the number of classes.
+  DICE_OP_INLINE int IndexOf(int label, int total) const {
+    const int entry = label < kMostLabels ? set_of[label] : 0;
+    return entry >= kAlone ? entry - kAlone : entry > 0 ? total + entry : label < total ? label : -1;
+  }
+};
+
+// The focal exponent of each class, if they are not all the same.
+struct FocalGammas {
+  static constexpr int kMost = 256;
+  int count = 0;  // of classes; 0 if there is one exponent for all
+  float values[kMost] = {};
 };
 
 struct Options {
@@ -38,10 +68,12 @@ struct Options {
   bool soft_label = false;       // the intersection is sum min(p, t) if t may be a fraction
   bool cross_entropy = false;    // the cross-entropy is summed too
   double focal_gamma = 0.0;      // its focal exponent; 0 is plain cross-entropy
+  FocalGammas focal_gammas;      // used instead if there are any
   double label_smoothing = 0.0;  // s: its labels are (1 - s) t + s / C, or (1 - s) t + s / 2 for sigmoid
   double threshold = 0.0;        // for the activation 'threshold': logits above it count as 1
   IgnoreLabel ignore_label;
   Regions regions;
+  LabelSets label_sets;
 };
 
 template <class T>
@@ -79,7 +111,9 @@ inline constexpr auto kOptions = std::make_tuple(
     Option<double>{"threshold", &Options::threshold, -std::numeric_limits<double>::infinity(),
                    std::numeric_limits<double>::infinity(), "a number"},
     Option<IgnoreLabel>{"ignore_label", &Options::ignore_label},  //
-    Option<Regions>{"regions", &Options::regions});
+    Option<Regions>{"regions", &Options::regions},                //
+    Option<LabelSets>{"label_sets", &Options::label_sets},        //
+    Option<FocalGammas>{"focal_gammas", &Options::focal_gammas});
 
 // Calls fn(option) for each option, in order.
 template <class Fn>
@@ -89,13 +123,20 @@ void ForEachOption(Fn&& fn) {
 
 #pragma GCC visibility push(default)  // dice_op_kernels.so exports what follows
 
-// These convert an option to and from an attribute of TensorFlow's op or of XLA's handlers. A choice is a string
-// ("softmax", "channels_first"). An ignore_label is a list with one element, or empty. Regions are a list of masks: bit
-// c of the mask at index v says that the label value v belongs to class c. Numbers and booleans stay the same.
+// These convert an option to and from an attribute of TensorFlow's op or of XLA's handlers. Numbers and booleans stay
+// the same.
+//   A choice is a string ("softmax", "channels_first").
+//   An ignore_label is a list with one element, or empty.
+//   Regions are a list of masks: bit c of the mask at index v says that the label value v belongs to class c. With more
+//   than 32 classes, the list starts with -n, and each label value has n masks of 32 classes.
+//   Label sets are a list that holds for each of them its label value, the number of its classes, and the classes.
+//   Focal exponents are a list.
 std::string ToAttribute(Activation activation);
 std::string ToAttribute(DataFormat data_format);
 std::vector<int64_t> ToAttribute(const IgnoreLabel& ignore_label);
 std::vector<int64_t> ToAttribute(const Regions& regions);
+std::vector<int64_t> ToAttribute(const LabelSets& label_sets);
+std::vector<float> ToAttribute(const FocalGammas& gammas);
 inline bool ToAttribute(bool value) { return value; }
 inline double ToAttribute(double value) { return value; }
 
@@ -103,6 +144,8 @@ Error FromAttribute(const std::string& name, Activation* activation);
 Error FromAttribute(const std::string& name, DataFormat* data_format);
 Error FromAttribute(const std::vector<int64_t>& values, IgnoreLabel* ignore_label);
 Error FromAttribute(const std::vector<int64_t>& masks, Regions* regions);
+Error FromAttribute(const std::vector<int64_t>& list, LabelSets* label_sets);
+Error FromAttribute(const std::vector<float>& values, FocalGammas* gammas);
 inline Error FromAttribute(bool attribute, bool* value) {
   *value = attribute;
   return {};
@@ -117,6 +160,10 @@ using AttributeOf = decltype(ToAttribute(std::declval<T>()));
 
 // Makes regions from the label values of each class.
 Error RegionsOf(const std::vector<std::vector<int64_t>>& labels_of_classes, Regions* regions);
+
+// Makes label sets from label values and their classes.
+Error LabelSetsOf(const std::vector<std::pair<int64_t, std::vector<int64_t>>>& classes_of_labels,
+                  LabelSets* label_sets);
 
 // Returns an error if a number is not in its range.
 Error CheckRanges(const Options& options);

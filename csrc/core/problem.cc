@@ -83,8 +83,17 @@ const void* At(const void* array, DType dtype, int64_t place) {
   return static_cast<const char*>(array) + place * SizeOf(dtype);
 }
 std::string NoClass(const Problem& problem, const Found& found) {
+  const int64_t end = problem.has_label_sets() ? problem.classes : problem.label_limit();
   return " have the value " + found.value + ", but must be " + (found.whole ? "" : "whole numbers ") + "in [0, " +
-         std::to_string(problem.label_limit()) + ")";
+         std::to_string(end) + ")";
+}
+// The label values that label_sets name, as in "200, 201".
+std::string NamesOf(const LabelSets& label_sets) {
+  std::string names;
+  for (int label = 0; label < label_sets.labels; ++label) {
+    if (label_sets.set_of[label]) names += (names.empty() ? "" : ", ") + std::to_string(label);
+  }
+  return names;
 }
 
 // A summary of the values in a label map on the host.
@@ -101,7 +110,8 @@ Contents Survey(const Problem& problem) {
     bool background = false, foreground = false;
     for (int64_t i = 0; i < problem.batch * problem.voxels; ++i) {
       const double label = FromStorage<T, double>(labels[i]);
-      if (!IsClass(label, static_cast<double>(problem.label_limit()))) {
+      if (!IsClass(label, static_cast<double>(problem.label_limit())) ||
+          !problem.HasMeaning(static_cast<int64_t>(label))) {
         if (contents.strange.size() < kMost && label == label) contents.strange.insert(label);
       } else {
         (label == 0 ? background : foreground) = true;
@@ -119,6 +129,9 @@ std::string AdviceFor(const Problem& problem, const std::string& value, bool on_
   const std::string limit = std::to_string(problem.label_limit());
   const std::string ignore = "to leave such voxels out, pass ignore_label=" + value;
   if (problem.has_regions()) return "; name the value in the regions that it belongs to, or, " + ignore;
+  if (problem.has_label_sets()) {
+    return "; name the value there with the classes that it may stand for, or, " + ignore;
+  }
   const std::string map = "; map the values to 0.." + std::to_string(problem.label_limit() - 1);
   if (!on_host) return map + ", or, " + ignore;
   const Contents contents = Survey(problem);
@@ -175,8 +188,8 @@ Error MakeProblem(const Dims& logits, const Dims& labels, const std::optional<Di
   // The shape tells which kind the labels are. With one channel it fits both kinds: a mask of floats is then t itself,
   // and a mask of integers is read as class indices, which also checks its values.
   const bool one_channel = HaveOneValuePerVoxel(labels, logits, options.data_format);
-  const bool mask =
-      Match(classes, 1) && IsFloat(problem->labels_dtype) && !options.ignore_label.given && !problem->has_regions();
+  const bool mask = Match(classes, 1) && IsFloat(problem->labels_dtype) && !options.ignore_label.given &&
+                    !problem->has_regions() && !problem->has_label_sets();
   const bool indices = one_channel && !mask;
   if (!one_channel && !Match(labels, logits)) {
     return InvalidArgument("labels (y_true) have shape " + Show(labels) + ", but for logits (y_pred) of shape " +
@@ -192,16 +205,23 @@ Error MakeProblem(const Dims& logits, const Dims& labels, const std::optional<Di
     return InvalidArgument(std::string("activation '") + ToAttribute(options.activation) +
                            "' gives zeros and ones, which have no cross-entropy: use 'softmax', 'sigmoid' or 'none'");
   }
+  if (problem->has_regions() && problem->has_label_sets()) {
+    return InvalidArgument("regions and label_sets cannot be combined: label_sets are for classes that do not overlap");
+  }
+  if ((problem->has_regions() || problem->has_label_sets()) && problem->dense_labels) {
+    const bool regions = problem->has_regions();
+    return InvalidArgument(
+        std::string(regions ? "regions are sets of class indices" : "label_sets are for class indices") +
+        ", but labels (y_true) have shape " + Show(labels) + ": they must have shape " + Show(spatial));
+  }
   if (problem->has_regions()) {
-    uint64_t any = 0;  // the classes that have a label value
-    for (uint32_t classes_of_label : options.regions.classes_of) any |= classes_of_label;
-    int64_t regions = 0;
-    while (any >> regions & 1) ++regions;
-    if (any >> regions)
-      return InvalidArgument("class " + std::to_string(regions) + " of the regions has no label value");
-    if (problem->dense_labels) {
-      return InvalidArgument("regions are sets of class indices, but labels (y_true) have shape " + Show(labels) +
-                             ": they must have shape " + Show(spatial));
+    const int64_t regions = options.regions.classes;
+    for (int c = 0; c < regions; ++c) {
+      bool named = false;
+      for (int label = 0; label < options.regions.labels; ++label) {
+        named |= options.regions.Holds(options.regions.set_of[label], c);
+      }
+      if (!named) return InvalidArgument("class " + std::to_string(c) + " of the regions has no label value");
     }
     if (!Match(classes, regions)) {
       return InvalidArgument("there are " + std::to_string(regions) + " regions, but logits (y_pred) of shape " +
@@ -213,6 +233,28 @@ Error MakeProblem(const Dims& logits, const Dims& labels, const std::optional<Di
           std::string("activation is '") + ToAttribute(options.activation) +
           "', which gives a voxel one class, but regions overlap: use 'sigmoid' ('threshold' for scores)");
     }
+  }
+  if (problem->has_label_sets()) {
+    if (classes == 1) {
+      return InvalidArgument(
+          "label_sets need two classes or more; with one class, pass ignore_label for voxels that may be foreground");
+    }
+    if (classes >= 0 && options.label_sets.classes > classes) {
+      return InvalidArgument("label_sets name class " + std::to_string(options.label_sets.classes - 1) +
+                             ", but logits (y_pred) of shape " + Show(logits) + " (" +
+                             ToAttribute(options.data_format) + ") have " + std::to_string(classes) + " classes");
+    }
+    const int64_t ignored = options.ignore_label.value;
+    if (options.ignore_label.given && ignored >= 0 && ignored < options.label_sets.labels &&
+        options.label_sets.set_of[ignored]) {
+      return InvalidArgument("ignore_label " + std::to_string(ignored) +
+                             " is also in label_sets: name it in one of them");
+    }
+  }
+  if (options.focal_gammas.count > 0 && !Match(classes, options.focal_gammas.count)) {
+    return InvalidArgument("focal_gamma has " + std::to_string(options.focal_gammas.count) +
+                           " exponents, but logits (y_pred) of shape " + Show(logits) + " (" +
+                           ToAttribute(options.data_format) + ") have " + std::to_string(classes) + " classes");
   }
   if (options.ignore_label.given && problem->dense_labels) {
     return InvalidArgument("ignore_label is " + std::to_string(options.ignore_label.value) +
@@ -299,7 +341,8 @@ Error ErrorOf(const BadValue& bad, const Problem& problem, const CopyToHost& cop
   const int64_t at = bad.sample * problem.voxels + bad.voxel;
   DICE_OP_RETURN_IF_ERROR(on_host(At(problem.labels, problem.labels_dtype, at), problem.labels_dtype, &value));
   const Found found = FoundAt(value, problem.labels_dtype);
-  const std::string text = where + NoClass(problem, found);
+  std::string text = where + NoClass(problem, found);
+  if (problem.has_label_sets()) text += ", or one of label_sets (" + NamesOf(problem.options.label_sets) + ")";
   if (problem.options.ignore_label.given) {
     return InvalidArgument(text + " or the ignore_label " + std::to_string(problem.options.ignore_label.value));
   }

@@ -7,7 +7,15 @@
 
 namespace dice_op {
 
-enum class Sum : int { kIntersection, kPredSum, kLabelSum, kCrossEntropy, kWeightSum };
+enum class Sum : int {
+  kIntersection,
+  kPredSum,
+  kLabelSum,
+  kCrossEntropy,
+  kNegativeCrossEntropy,
+  kUnknownSum,
+  kWeightSum,
+};
 
 struct SumInfo {
   Sum sum;
@@ -16,14 +24,18 @@ struct SumInfo {
   bool has_gradient;  // it depends on the logits, so that a loss passes back a derivative for it
 };
 
-// Sums per class come first. The dtype of all of them is Problem::sums_dtype().
+// Sums per class come first, and those that most calls do not ask for are last among them: a kernel computes as many of
+// the first as it may need. The dtype of all of them is Problem::sums_dtype().
 constexpr SumInfo kSums[] = {
-    {Sum::kIntersection, "intersection", true, true},   // sum m p t, or sum m min(p, t)
-    {Sum::kPredSum, "pred_sum", true, true},            // sum m p, or sum m p^2
-    {Sum::kLabelSum, "label_sum", true, false},         // sum m t, or sum m t^2
-    {Sum::kCrossEntropy, "cross_entropy", true, true},  // sum m t (1-p)^gamma (-log p); sigmoid adds its mirror image
-    {Sum::kWeightSum, "weight_sum", false, false},      // sum m
+    {Sum::kIntersection, "intersection", true, true},                    // sum m p t, or sum m min(p, t)
+    {Sum::kPredSum, "pred_sum", true, true},                             // sum m p, or sum m p^2
+    {Sum::kLabelSum, "label_sum", true, false},                          // sum m t, or sum m t^2
+    {Sum::kCrossEntropy, "cross_entropy", true, true},                   // sum m t (1-p)^gamma (-log p)
+    {Sum::kNegativeCrossEntropy, "negative_cross_entropy", true, true},  // sum m (1-t) p^gamma (-log(1-p)); for sigmoid
+    {Sum::kUnknownSum, "unknown_sum", true, false},                      // sum m of voxels that may belong to the class
+    {Sum::kWeightSum, "weight_sum", false, false},                       // sum m
 };
+
 // If the predictions are already probabilities, the cross-entropy takes those below this number for this number, as
 // keras.losses do with their backend's epsilon.
 constexpr double kProbabilityEpsilon = 1e-7;
@@ -54,7 +66,10 @@ struct PerSum {
   DICE_OP_INLINE const T& operator[](Sum sum) const { return values[static_cast<int>(sum)]; }
 };
 
-// The sums of one block of voxels are a row of numbers: first each sum per class, for all classes, then the other sums.
-DICE_OP_INLINE constexpr int64_t RowLength(int64_t classes) { return kClassSumCount * classes + kSampleSumCount; }
+// The sums of one block of voxels are a row of numbers: first the sums per class, or the first of them, each for all
+// classes, then the other sums.
+DICE_OP_INLINE constexpr int64_t RowLength(int64_t classes, int class_sums = kClassSumCount) {
+  return class_sums * classes + kSampleSumCount;
+}
 
 }  // namespace dice_op

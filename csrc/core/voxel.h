@@ -24,6 +24,9 @@ namespace {
 // All classes of a voxel. Their number is known at compile time, or only at run time (kCount = 0).
 template <int kCount>
 struct AllClasses {
+  // Whether a call may have an option that is a table: label_sets, or a focal exponent for each class. It is rare, and
+  // the specialised kernels do without.
+  static constexpr bool kTables = kCount == 0;
   int count;
   DICE_OP_DEVICE int size() const { return kCount ? kCount : count; }
   DICE_OP_DEVICE int Class(int i) const { return i; }
@@ -44,6 +47,7 @@ template <class Int>
 struct IndexLabel {
   static constexpr bool kOneHot = true;
   static constexpr bool kSingle = false;
+  static constexpr bool kSets = false;
   Int index;
   template <class R>
   DICE_OP_DEVICE R Times(R x, int c, int) const {
@@ -65,6 +69,7 @@ template <class R>
 struct SingleLabel {
   static constexpr bool kOneHot = true;
   static constexpr bool kSingle = true;
+  static constexpr bool kSets = false;
   int index;  // the class; negative if there is none or if the voxel has no weight
   int item;   // its position among the classes held, or -1
   R z;        // its logit, if the class is held
@@ -73,12 +78,19 @@ struct SingleLabel {
   DICE_OP_DEVICE R Mix(R present, R absent, int, int i) const { return Select(item == i, present, absent); }
 };
 
-// A label that gives any number t for each class.
-template <class R>
+// What t is if the voxel belongs to one of several classes, of which this is one, or the lowest one.
+constexpr int kOneOfSeveral = -1, kLowestOfSeveral = -2;
+
+// A label that gives any number t for each class. If kSets is true, t may also be one of the two above.
+template <class R, bool kSets_>
 struct DenseLabel {
   static constexpr bool kOneHot = false;
   static constexpr bool kSingle = false;
+  static constexpr bool kSets = kSets_;
   const R* t;
+  // Whether nobody knows if the voxel belongs to the class; and whether this is the lowest such class of the voxel.
+  DICE_OP_DEVICE auto IsUnknown(int i) const { return t[i] < R(0); }
+  DICE_OP_DEVICE auto IsLowestUnknown(int i) const { return t[i] < R(-1.5f); }
   // min(p, t), and its derivative with respect to p. Where p = t, this is the middle of the subgradients.
   DICE_OP_DEVICE R Least(R p, int i) const { return Select(t[i] < p, t[i], p); }
   DICE_OP_DEVICE R SlopeOfLeast(R p, int i) const { return Select(p < t[i], R(1), Select(t[i] < p, R(0), R(0.5))); }
@@ -89,15 +101,24 @@ struct DenseLabel {
   }
 };
 
+// Returns x, or 0 where the label does not say whether the voxel belongs to class i.
+template <class Label, class R, class Scalar>
+DICE_OP_DEVICE R IfKnown(const Label& label, R x, int i, const Terms<Scalar>& terms) {
+  if constexpr (Label::kSets) {
+    if (terms.sets) return Select(label.IsUnknown(i), R(0), x);
+  }
+  return x;
+}
+
 // loss is the focal cross-entropy of a class whose label is one, f(p) = (1-p)^gamma (-log p). slope is p f'(p).
 // Lin et al., "Focal Loss for Dense Object Detection", 2017.
 template <class R>
 struct Focal {
   R loss, slope;
+  // rest: 1 - p
   template <class Scalar>
-  DICE_OP_DEVICE static Focal Of(R p, R log_p, Scalar gamma) {
+  DICE_OP_DEVICE static Focal Of(R p, R rest, R log_p, Scalar gamma) {
     if (gamma == Scalar(0)) return {-log_p, R(-1)};
-    const R rest = Max(R(1) - p, R(0));
     const R weight = Exp(R(gamma) * Log(rest));
     // p log(p) / (1-p), which tends to -1 as p goes to 1, and to 0 as p goes to 0
     const R ratio = Select(p > R(0), Select(rest > R(0), p * log_p * Reciprocal(rest), R(-1)), R(0));
@@ -109,6 +130,14 @@ struct Focal {
 template <class R>
 struct Norm {
   R top, scale, total;  // scale = 1 / total
+};
+
+// The classes that a voxel may belong to, if its label says no more. q is the sum of their probabilities, and rest that
+// of the others: 1 - q, exact even if q rounds to 1.
+template <class R>
+struct Set {
+  R q, rest, log_q;
+  R top, scale;  // exp(z - top) * scale is the share of a class in q. Identity has no use for these, nor for rest.
 };
 
 // The base of the activations whose Forward or Decide gives probabilities directly.
@@ -152,9 +181,39 @@ struct Softmax {
   DICE_OP_DEVICE static R LogTotal(const Norm<R>& norm) {
     return Log(norm.total * Reciprocal(ExpOfDifferenceToItself(norm.top)));
   }
+  template <class R>
+  DICE_OP_DEVICE static R LogProbability(R z, R, const Norm<R>& norm, R log_total) {
+    return (z - norm.top) - log_total;
+  }
   template <class R, class Scalar>
-  DICE_OP_DEVICE static Focal<R> CategoricalTerm(R z, R p, const Norm<R>& norm, R log_total, Scalar gamma) {
-    return Focal<R>::Of(p, (z - norm.top) - log_total, gamma);
+  DICE_OP_DEVICE static Focal<R> CategoricalTerm(R p, R rest, R log_p, Scalar gamma) {
+    return Focal<R>::Of(p, rest, log_p, gamma);
+  }
+  // What Set needs of the classes that a voxel may belong to. Without such classes the numbers mean nothing.
+  template <class Classes, class Label, class R>
+  DICE_OP_DEVICE static Set<R> SetOf(const Classes& k, const R* z, const R* e, const Norm<R>& norm, R log_total,
+                                     const Label& label) {
+    R top = R(-INFINITY), rest = R(0), total = R(0);
+    DICE_OP_UNROLL
+    for (int i = 0; i < k.size(); ++i) {
+      top = Max(top, Select(label.IsUnknown(i), z[i], top));
+      rest = rest + Select(label.IsUnknown(i), R(0), e[i]);
+    }
+    top = k.Max(top);
+    top = Select(top > R(-INFINITY), top, norm.top);  // a set without any probability has an infinite loss, not NaN
+    rest = k.Sum(rest) * norm.scale;
+    DICE_OP_UNROLL
+    for (int i = 0; i < k.size(); ++i) {
+      total = total + Select(label.IsUnknown(i), ExpOfDifference(z[i], top), R(0));
+    }
+    total = k.Sum(total);
+    const R log_q = (top - norm.top) + (LogTotal(Norm<R>{top, R(0), total}) - log_total);
+    return {Max(R(1) - rest, R(0)), rest, log_q, top, Select(total > R(0), Reciprocal(total), R(0))};
+  }
+  // The h of Backward that the term f(q) of a set adds for a class. slope: q f'(q). The sum of u does not change.
+  template <class R, class Unknown>
+  DICE_OP_DEVICE static R SlopeOfSet(const Set<R>& set, R slope, R z, R p, Unknown unknown) {
+    return slope * Select(unknown, ExpOfDifference(z, set.top) * set.scale * set.rest, -p);
   }
   // d: m dL/dlogits; g(i): dL/dp without the cross-entropy; h(i): p dL/dp of the cross-entropy. With u = p g + h, the
   // derivative with respect to the logits is u - p sum u.
@@ -237,17 +296,38 @@ struct Identity : Unscaled {
   DICE_OP_DEVICE static R LogTotal(const Norm<R>&) {
     return R(0);
   }
-  template <class R, class Scalar>
-  DICE_OP_DEVICE static Focal<R> CategoricalTerm(R, R p, const Norm<R>&, R, Scalar gamma) {
-    const R cut = Max(p, R(kProbabilityEpsilon));
-    return Focal<R>::Of(cut, Log(cut), gamma);
+  template <class R>
+  DICE_OP_DEVICE static R LogProbability(R, R p, const Norm<R>&, R) {
+    return Log(Max(p, R(kProbabilityEpsilon)));
   }
+  // Here slope is f'(p).
+  template <class R, class Scalar>
+  DICE_OP_DEVICE static Focal<R> CategoricalTerm(R p, R, R log_p, Scalar gamma) {
+    const R cut = Max(p, R(kProbabilityEpsilon));
+    Focal<R> focal = Focal<R>::Of(cut, Max(R(1) - cut, R(0)), log_p, gamma);
+    focal.slope = Select(p < R(kProbabilityEpsilon), R(0), focal.slope * Reciprocal(cut));
+    return focal;
+  }
+  template <class Classes, class Label, class R>
+  DICE_OP_DEVICE static Set<R> SetOf(const Classes& k, const R*, const R* p, const Norm<R>& norm, R log_total,
+                                     const Label& label) {
+    R q = R(0);
+    DICE_OP_UNROLL
+    for (int i = 0; i < k.size(); ++i) q = q + Select(label.IsUnknown(i), p[i], R(0));
+    q = k.Sum(q);
+    return {q, R(0), LogProbability(q, q, norm, log_total), R(0), R(0)};
+  }
+  template <class R, class Unknown>
+  DICE_OP_DEVICE static R SlopeOfSet(const Set<R>&, R slope, R, R, Unknown unknown) {
+    return Select(unknown, slope, R(0));
+  }
+  // h(i): dL/dp of the cross-entropy.
   template <bool kCrossEntropy, class Classes, class R, class G, class H>
-  DICE_OP_DEVICE static void Backward(const Classes& k, const R* p, const Norm<R>&, R m, const G& g, const H& h, R* d) {
+  DICE_OP_DEVICE static void Backward(const Classes& k, const R*, const Norm<R>&, R m, const G& g, const H& h, R* d) {
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       R total = g(i);
-      if constexpr (kCrossEntropy) total = total + Select(p[i] < R(kProbabilityEpsilon), R(0), h(i) * Reciprocal(p[i]));
+      if constexpr (kCrossEntropy) total = total + h(i);
       d[i] = m * total;
     }
   }
@@ -310,6 +390,13 @@ struct BinaryTerms {
   }
 };
 
+// The cross-entropy of a class whose label is one.
+template <class Activation, class R, class Scalar>
+DICE_OP_DEVICE Focal<R> TermOf(R z, R p, const Norm<R>& norm, R log_total, Scalar gamma) {
+  const R log_p = Activation::LogProbability(z, p, norm, log_total);
+  return Activation::CategoricalTerm(p, Max(R(1) - p, R(0)), log_p, gamma);
+}
+
 // The mean of a binary term for present and absent classes, weighted by the label after smoothing.
 template <class Label, class R, class Scalar>
 DICE_OP_DEVICE R MixSmoothed(const Label& label, R present, R absent, int c, int i, const Terms<Scalar>& terms) {
@@ -317,16 +404,33 @@ DICE_OP_DEVICE R MixSmoothed(const Label& label, R present, R absent, int c, int
   return terms.spread == Scalar(0) ? mixed : R(terms.keep) * mixed + R(terms.spread) * (present + absent);
 }
 
-// Calls fn(i, loss, slope) for every class i. loss is the cross-entropy that the voxel adds to class i. slope is the h
-// of Activation::Backward for a coefficient of 1; it is 0 if the terms are binary.
-template <class Activation, class Classes, class Label, class R, class Scalar, class Fn>
+// The focal exponent of the i-th class that is held.
+template <class Classes, class Scalar>
+DICE_OP_DEVICE Scalar GammaOf(const Classes& k, int i, const Terms<Scalar>& terms) {
+  if constexpr (Classes::kTables) {
+    if (terms.gammas) return static_cast<Scalar>(terms.gammas[k.Class(i)]);
+  }
+  return terms.gamma;
+}
+
+// Calls add(i, loss, negative) for every class i. loss is the cross-entropy that the voxel adds to class i, and
+// negative is what it adds to the other sum if the terms are binary. Where they are not, and `e` is given, this also
+// writes h[i], the h of Activation::Backward. e: dL/dcross_entropy of the classes.
+//
+// A voxel that belongs to one of several classes has the term f(q) of the sum of their probabilities (Shi et al.,
+// "Marginal Loss and Exclusion Loss for Partially Supervised Multi-Organ Segmentation", 2021). It counts for the lowest
+// of the classes; label smoothing gives each of them its part of it.
+template <class Activation, class Classes, class Label, class R, class Scalar, class Add>
 DICE_OP_DEVICE void CrossEntropy(const Classes& k, const R* z, const R* p, const Norm<R>& norm, const Label& label,
-                                 const Terms<Scalar>& terms, Fn&& fn) {
+                                 const Terms<Scalar>& terms, const Scalar* e, R* h, Add&& add) {
   if constexpr (Activation::kBinary) {
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
-      const auto binary = BinaryTerms<R>::Of(z[i], Logistic<R>::Of(z[i]), terms.gamma);
-      fn(i, MixSmoothed(label, binary.present, binary.absent, k.Class(i), i, terms), R(0));
+      const auto binary = BinaryTerms<R>::Of(z[i], Logistic<R>::Of(z[i]), GammaOf(k, i, terms));
+      const auto part = [&](R present, R absent) {
+        return IfKnown(label, MixSmoothed(label, present, absent, k.Class(i), i, terms), i, terms);
+      };
+      add(i, part(binary.present, R(0)), part(R(0), binary.absent));
     }
   } else if constexpr (Label::kOneHot) {
     // Only one class has a term. Its numbers are picked first, so that logarithm and power are computed only once.
@@ -337,20 +441,55 @@ DICE_OP_DEVICE void CrossEntropy(const Classes& k, const R* z, const R* p, const
       p_t = p_t + label.Times(p[i], k.Class(i), i);
     }
     p_t = Activation::Scale(p_t, norm);
-    const auto focal = Activation::CategoricalTerm(z_t, p_t, norm, Activation::LogTotal(norm), terms.gamma);
+    const auto focal = TermOf<Activation>(z_t, p_t, norm, Activation::LogTotal(norm), terms.gamma);
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
-      fn(i, label.Times(focal.loss, k.Class(i), i), label.Times(focal.slope, k.Class(i), i));
+      add(i, label.Times(focal.loss, k.Class(i), i), R(0));
+      if (e) h[i] = R(e[i]) * label.Times(focal.slope, k.Class(i), i);
     }
   } else {
+    const bool has_sets = Label::kSets && terms.sets;
     const R log_total = Activation::LogTotal(norm);
+    Set<R> set = {};
+    if constexpr (Label::kSets) {
+      if (has_sets) set = Activation::SetOf(k, z, p, norm, log_total, label);
+    }
+    R slope_of_set = R(0);
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
-      const R p_i = Activation::Scale(p[i], norm);
-      const auto focal = Activation::CategoricalTerm(z[i], p_i, norm, log_total, terms.gamma);
-      const R present = R(terms.keep) * label.Times(R(1), k.Class(i), i) + R(terms.spread);
+      R p_i = Activation::Scale(p[i], norm), rest = Max(R(1) - p_i, R(0));
+      R log_p = Activation::LogProbability(z[i], p_i, norm, log_total);
+      R t = label.Times(R(1), k.Class(i), i);
+      if constexpr (Label::kSets) {
+        if (has_sets) {
+          const auto unknown = label.IsUnknown(i);
+          p_i = Select(unknown, set.q, p_i);
+          rest = Select(unknown, set.rest, rest);
+          log_p = Select(unknown, set.log_q, log_p);
+          t = Select(unknown, Select(label.IsLowestUnknown(i), R(1), R(0)), t);
+        }
+      }
+      const auto focal = Activation::CategoricalTerm(p_i, rest, log_p, GammaOf(k, i, terms));
+      const R present = R(terms.keep) * t + R(terms.spread);
       const auto some = present != R(0);  // avoids 0 * log(0)
-      fn(i, Select(some, present * focal.loss, R(0)), Select(some, present * focal.slope, R(0)));
+      add(i, Select(some, present * focal.loss, R(0)), R(0));
+      if (!e) continue;
+      h[i] = R(e[i]) * Select(some, present * focal.slope, R(0));
+      if constexpr (Label::kSets) {
+        if (has_sets) {
+          slope_of_set = slope_of_set + Select(label.IsUnknown(i), h[i], R(0));
+          h[i] = Select(label.IsUnknown(i), R(0), h[i]);
+        }
+      }
+    }
+    if constexpr (Label::kSets) {
+      if (!has_sets || !e) return;
+      slope_of_set = k.Sum(slope_of_set);
+      DICE_OP_UNROLL
+      for (int i = 0; i < k.size(); ++i) {
+        h[i] =
+            h[i] + Activation::SlopeOfSet(set, slope_of_set, z[i], Activation::Scale(p[i], norm), label.IsUnknown(i));
+      }
     }
   }
 }
@@ -382,7 +521,8 @@ DICE_OP_DEVICE Norm<R> Activate(const Classes& k, R* z, R* p, R m, const Terms<S
 template <class Activation, class Label, class R, class Scalar>
 DICE_OP_DEVICE void AddClass(const Label& label, int c, int i, R p, R m, R weight, const Norm<R>& norm,
                              const Terms<Scalar>& terms, R* intersection, R* pred_sum, R* label_sum) {
-  const R mp = weight * p;
+  m = IfKnown(label, m, i, terms);
+  const R mp = IfKnown(label, weight, i, terms) * p;
   *pred_sum = *pred_sum + (terms.squared ? mp * Activation::Scale(p, norm) : mp);
   if constexpr (!Label::kSingle) {
     *label_sum = label.AddTo(*label_sum, terms.squared ? label.Times(m, c, i) : m, c, i);
@@ -407,6 +547,9 @@ DICE_OP_DEVICE void AddVoxel(const Classes& k, R* z, R* p, const Label& label, R
     const int held = Label::kSingle ? 0 : i;
     AddClass<Activation>(label, k.Class(i), i, p[i], m, weight, norm, terms, &sums.intersection[held],
                          &sums.pred_sum[i], &sums.label_sum[held]);
+    if constexpr (Label::kSets) {
+      if (terms.sets) sums.AddUnknown(i, Select(label.IsUnknown(i), m, R(0)));
+    }
   }
   if constexpr (Label::kSingle) {
     if (label.item >= 0) {
@@ -416,25 +559,32 @@ DICE_OP_DEVICE void AddVoxel(const Classes& k, R* z, R* p, const Label& label, R
           return R(0);
         } else {
           const R log_total = Activation::LogTotal(norm);
-          return m * Activation::CategoricalTerm(label.z, p_t, norm, log_total, terms.gamma).loss;
+          return m * TermOf<Activation>(label.z, p_t, norm, log_total, terms.gamma).loss;
         }
       });
     }
   }
   if constexpr (kCrossEntropy && (Activation::kBinary || !Label::kSingle)) {
     if (terms.cross_entropy) {
-      CrossEntropy<Activation>(k, z, p, norm, label, terms,
-                               [&](int i, R loss, R) { sums.cross_entropy[i] = sums.cross_entropy[i] + m * loss; });
+      CrossEntropy<Activation>(k, z, p, norm, label, terms, static_cast<const Scalar*>(nullptr),
+                               static_cast<R*>(nullptr), [&](int i, R loss, R negative) {
+                                 sums.cross_entropy[i] = sums.cross_entropy[i] + m * loss;
+                                 if constexpr (Activation::kBinary) {
+                                   sums.negative_cross_entropy[i] = sums.negative_cross_entropy[i] + m * negative;
+                                 }
+                               });
     }
   }
 }
 
-// Writes dL/dlogits to d. z: the logits; p, h: scratch. a, b, e: dL/d(intersection, pred_sum, cross_entropy) of the
-// classes held; e may be null if no cross-entropy is wanted. If the label is a SingleLabel, a is for all classes, and
-// so is e unless the activation is binary.
+// Writes dL/dlogits to d. z: the logits; p, h: scratch. a, b, e, n: dL/d(intersection, pred_sum, cross_entropy,
+// negative_cross_entropy) of the classes held. e may be null if no cross-entropy is wanted, and n also if the
+// activation is not binary. If the label is a SingleLabel, a is for all classes, and so is e unless the activation is
+// binary.
 template <class Activation, bool kCrossEntropy, class Classes, class Label, class R, class Scalar>
 DICE_OP_DEVICE void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const Label& label, R m,
-                              const Terms<Scalar>& terms, const Scalar* a, const Scalar* b, const Scalar* e) {
+                              const Terms<Scalar>& terms, const Scalar* a, const Scalar* b, const Scalar* e,
+                              const Scalar* n) {
   ClearMasked(k, z, m, terms);
   R a_t = R(0);  // the a of a single label
   if constexpr (Label::kSingle) {
@@ -446,7 +596,7 @@ DICE_OP_DEVICE void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const La
     if constexpr (!Label::kOneHot) {
       if (terms.soft) return cardinality + R(a[i]) * label.SlopeOfLeast(p_i, i);
     }
-    return label.AddTo(cardinality, Label::kSingle ? a_t : R(a[i]), k.Class(i), i);
+    return IfKnown(label, label.AddTo(cardinality, Label::kSingle ? a_t : R(a[i]), k.Class(i), i), i, terms);
   };
   if constexpr (Activation::kBinary) {  // the classes are independent
     DICE_OP_UNROLL
@@ -456,8 +606,9 @@ DICE_OP_DEVICE void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const La
       R total = direct(i, s.p) * s.p * s.q;
       if constexpr (kCrossEntropy) {
         if (terms.cross_entropy) {
-          const auto binary = BinaryTerms<R>::Of(z[i], s, terms.gamma);
-          total = total + R(e[i]) * MixSmoothed(label, binary.d_present, binary.d_absent, k.Class(i), i, terms);
+          const auto binary = BinaryTerms<R>::Of(z[i], s, GammaOf(k, i, terms));
+          const R present = R(e[i]) * binary.d_present, absent = R(n[i]) * binary.d_absent;
+          total = total + IfKnown(label, MixSmoothed(label, present, absent, k.Class(i), i, terms), i, terms);
         }
       }
       d[i] = m * total;
@@ -468,11 +619,11 @@ DICE_OP_DEVICE void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const La
     if constexpr (Label::kSingle && kCrossEntropy) {
       if (terms.cross_entropy && label.item >= 0) {
         const R p_t = Activation::Probability(label.z, norm), log_total = Activation::LogTotal(norm);
-        h_t = R(e[label.index]) * Activation::CategoricalTerm(label.z, p_t, norm, log_total, terms.gamma).slope;
+        h_t = R(e[label.index]) * TermOf<Activation>(label.z, p_t, norm, log_total, terms.gamma).slope;
       }
     } else if constexpr (kCrossEntropy) {
       if (terms.cross_entropy) {
-        CrossEntropy<Activation>(k, z, p, norm, label, terms, [&](int i, R, R slope) { h[i] = R(e[i]) * slope; });
+        CrossEntropy<Activation>(k, z, p, norm, label, terms, e, h, [](int, R, R) {});
       } else {
         DICE_OP_UNROLL
         for (int i = 0; i < k.size(); ++i) h[i] = R(0);

@@ -83,6 +83,14 @@ const Kernels& Active() {
   return *active;
 }
 
+// The kernels for a problem.
+const Kernels& KernelsFor([[maybe_unused]] const Problem& problem) {
+#if defined(DICE_OP_X86_LEVELS)
+  if (&Active() == &kX86V4 && problem.in_double()) return kX86V3;  // v4 has none for double
+#endif
+  return Active();
+}
+
 // Adds the blocks' sums in order and writes them in the type R.
 template <class R>
 void Combine(const Problem& problem, const Blocks& blocks, const double* partials, const Sums& sums) {
@@ -127,7 +135,7 @@ Error DiceSums(const Problem& problem, const Sums& sums, void* workspace, const 
   const int64_t row = RowLength(problem.classes);
   double* const partials = static_cast<double*>(workspace);
   int64_t* const bad = reinterpret_cast<int64_t*>(partials + blocks.count * row);
-  const Kernels& kernels = Active();
+  const Kernels& kernels = KernelsFor(problem);
   parallel.ForRanges(blocks.count, blocks.Cost(problem), [&](int64_t first, int64_t last) {
     std::fill(partials + first * row, partials + last * row, 0.0);
     blocks.ForEach(problem, first, last, [&](int64_t block, int64_t sample, int64_t begin, int64_t end) {
@@ -148,7 +156,7 @@ Error DiceSums(const Problem& problem, const Sums& sums, void* workspace, const 
 void DiceSumsGrad(const Problem& problem, const SumsGrad& grad, const ParallelFor& parallel) {
   if (grad.d_logits != problem.logits) AskForHugePages(grad.d_logits, LogitsBytes(problem));
   const Blocks blocks(problem);
-  const Kernels& kernels = Active();
+  const Kernels& kernels = KernelsFor(problem);
   parallel.ForRanges(blocks.count, blocks.Cost(problem), [&](int64_t first, int64_t last) {
     blocks.ForEach(problem, first, last, [&](int64_t, int64_t sample, int64_t begin, int64_t end) {
       kernels.grad(problem, grad, sample, begin, end);

@@ -19,8 +19,16 @@ namespace {
 // the rounding error for volumes of any size.
 constexpr int kFlush = kMaxGroups;
 
-// Loops over at most this many classes are unrolled.
+// Loops over at most this many classes are unrolled, unless few processors use this level.
+#if defined(DICE_OP_SMALL)
+constexpr int kMaxUnrolled = 0;
+#else
 constexpr int kMaxUnrolled = 4;
+#endif
+
+// Double is no faster with the widest registers, because its exponentials are computed one by one. The level with
+// those leaves it to the level below.
+constexpr bool kHasDouble = DICE_OP_VECTOR_BYTES < 64;
 
 // The most classes of a voxel that are kept in registers, of which there are 16 or 32. With more classes, the numbers
 // stay in the first-level cache.
@@ -94,10 +102,10 @@ struct ClassesOfTile : AllClasses<kCount> {
   DICE_OP_INLINE void Prefetch(int i) const { __builtin_prefetch(ahead.memory + i * ahead.stride, 0, 2); }
 };
 
-template <class R, bool kDense, class P, class I, int W>
+template <class R, bool kDense, bool kSets, class P, class I, int W>
 auto LabelOf(const Tile<R, W>& tile, int group) {
   if constexpr (kDense) {
-    return DenseLabel<P>{reinterpret_cast<const P*>(tile.labels(group))};
+    return DenseLabel<P, kSets>{reinterpret_cast<const P*>(tile.labels(group))};
   } else {
     return IndexLabel<I>{I::Load(tile.index(group))};
   }
@@ -113,6 +121,7 @@ struct Block {
   static constexpr int kHeld = kInRegisters ? kCount : 1;
   static constexpr int kTogether = kCount ? std::min(kCount, kSideBySide) : kSideBySide;
   static constexpr bool kAsks = std::is_same_v<R, double>;  // whether a cross-entropy is wanted is asked at run time
+  static constexpr bool kSets = kDense && Classes::kTables;
 
   struct Scratch {  // for Add
     Row<P, 0> p, scales, weights;
@@ -146,7 +155,8 @@ struct Block {
   static void Add(Classes k, const Terms<R>& terms, Tile<R, W>& tile, Scratch& scratch, Accumulators<P, kCount>& sums) {
     P *const scales = scratch.scales.values, *const weights = scratch.weights.values;
     P *const intersections = &sums[Sum::kIntersection][0], *const pred_sums = &sums[Sum::kPredSum][0];
-    P *const label_sums = &sums[Sum::kLabelSum][0], *const cross_entropy = &sums[Sum::kCrossEntropy][0];
+    P *const label_sums = &sums[Sum::kLabelSum][0], *const unknown_sums = &sums[Sum::kUnknownSum][0];
+    P *const cross_entropy = &sums[Sum::kCrossEntropy][0], *const negative = &sums[Sum::kNegativeCrossEntropy][0];
     const int groups = tile.groups();
     for (int group = 0; group < groups; ++group) {
       k.ahead = tile.NextTile(group);
@@ -162,8 +172,12 @@ struct Block {
       sums.weight_sum = sums.weight_sum + m;
       if constexpr (kCrossEntropy) {
         if (terms.cross_entropy) {
-          CrossEntropy<Activation>(k, z, p, norm, LabelOf<R, kDense, P, I>(tile, group), terms,
-                                   [&](int i, P loss, P) { cross_entropy[i] = cross_entropy[i] + m * loss; });
+          CrossEntropy<Activation>(k, z, p, norm, LabelOf<R, kDense, kSets, P, I>(tile, group), terms,
+                                   static_cast<const R*>(nullptr), static_cast<P*>(nullptr),
+                                   [&](int i, P loss, P of_negative) {
+                                     cross_entropy[i] = cross_entropy[i] + m * loss;
+                                     if constexpr (Activation::kBinary) negative[i] = negative[i] + m * of_negative;
+                                   });
         }
       }
       if (p != stored) {
@@ -173,7 +187,7 @@ struct Block {
     for (int c = 0; c < k.size(); c += kTogether) {
       P intersection[kTogether] = {}, pred_sum[kTogether] = {}, label_sum[kTogether] = {};
       for (int group = 0; group < groups; ++group) {
-        const auto label = LabelOf<R, kDense, P, I>(tile, group);
+        const auto label = LabelOf<R, kDense, kSets, P, I>(tile, group);
         const P m = P::Load(tile.weight(group));
         const Norm<P> norm = {P(R(0)), scales[group], P(R(0))};
         for (int j = 0; j < kTogether; ++j) {
@@ -181,6 +195,11 @@ struct Block {
           const P p = P::Load(tile.logits(group) + i * W);
           AddClass<Activation>(label, k.Class(i), i, p, m, weights[group], norm, terms, &intersection[j], &pred_sum[j],
                                &label_sum[j]);
+          if constexpr (kSets) {
+            if (terms.sets && c + j < k.size()) {
+              unknown_sums[i] = unknown_sums[i] + Select(label.IsUnknown(i), m, P(R(0)));
+            }
+          }
         }
       }
       for (int j = 0; j < kTogether && c + j < k.size(); ++j) {
@@ -197,7 +216,8 @@ struct Block {
       const R* const coefficients = static_cast<const R*>(grad.d_sums[sum]);
       return coefficients ? coefficients + sample * problem.classes : nullptr;
     };
-    const R *a = of_sample(Sum::kIntersection), *b = of_sample(Sum::kPredSum), *e = of_sample(Sum::kCrossEntropy);
+    const R *a = of_sample(Sum::kIntersection), *b = of_sample(Sum::kPredSum), *e = of_sample(Sum::kCrossEntropy),
+            *n = of_sample(Sum::kNegativeCrossEntropy);
     auto terms = TermsOf(problem).To<R>();
     terms.cross_entropy = kAsks ? e != nullptr : kCrossEntropy;
     Tile<R, W> tile(problem);
@@ -212,8 +232,8 @@ struct Block {
         P held[kHeld], *const z = kInRegisters ? held : stored;
         for (int i = 0; kInRegisters && i < kCount; ++i) held[i] = stored[i];
         // The gradient may overwrite z, because z is read for the last time before.
-        VoxelGrad<Activation, kCrossEntropy>(k, z, p.values, h.values, z, LabelOf<R, kDense, P, I>(tile, group),
-                                             P::Load(tile.weight(group)), terms, a, b, e);
+        VoxelGrad<Activation, kCrossEntropy>(k, z, p.values, h.values, z, LabelOf<R, kDense, kSets, P, I>(tile, group),
+                                             P::Load(tile.weight(group)), terms, a, b, e, n);
         for (int i = 0; kInRegisters && i < kCount; ++i) stored[i] = held[i];
       }
       tile.Store(grad.d_logits, stream);
@@ -226,14 +246,16 @@ struct Block {
 template <class Activation, class Fn>
 auto WithBlock(const Problem& problem, Activation, Fn&& fn) {
   return WithBool(problem.labels_per_class(), [&](auto dense) {
-    if (problem.in_double()) {  // mostly for tests, so one block does both, with and without cross-entropy
-      return fn(Block<double, Activation, !Activation::kHard, dense.value, 0>{});
+    if constexpr (kHasDouble) {
+      if (problem.in_double()) {  // mostly for tests, so one block does both, with and without cross-entropy
+        return fn(Block<double, Activation, !Activation::kHard, dense.value, 0>{});
+      }
     }
     return WithBool(problem.options.cross_entropy, [&](auto cross_entropy) {
       constexpr bool kCrossEntropy = cross_entropy.value && !Activation::kHard;
       // Training uses logits mostly, so only they are worth the code size of a block for each small number of classes.
       constexpr bool kOften = std::is_same_v<Activation, Softmax> || std::is_same_v<Activation, Sigmoid>;
-      return WithCount<kOften ? kMaxUnrolled : 0>(problem.classes, [&](auto count) {
+      return WithCount<kOften ? kMaxUnrolled : 0>(problem.has_tables() ? 0 : problem.classes, [&](auto count) {
         return fn(Block<float, Activation, kCrossEntropy, dense.value, count.value>{});
       });
     });

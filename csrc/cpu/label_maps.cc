@@ -17,25 +17,40 @@ constexpr int64_t kBlock = 1 << 20;  // voxels per task
 constexpr int64_t kChunk = 1024;     // voxels converted at a time
 constexpr int32_t kIgnored = -1, kBad = -2;
 
-// Writes the classes of `count` values of `map` to `labels`. If `ignores` is true, the ignore_label becomes kIgnored.
-// Any other value that is not a class becomes kBad.
-void ReadLabels(const Problem& problem, const void* map, DType dtype, int64_t first, int64_t count, bool ignores,
+// Writes the classes of `count` values of `map` to `labels`. In the map of the labels, the ignore_label becomes
+// kIgnored, and a value of label_sets becomes its class, or its set behind the classes. Any other value that is not a
+// class becomes kBad.
+void ReadLabels(const Problem& problem, const void* map, DType dtype, int64_t first, int64_t count, bool are_labels,
                 int32_t* labels) {
+  const bool ignores = are_labels && problem.options.ignore_label.given;
+  const bool has_sets = are_labels && problem.has_label_sets();
+  const int classes = static_cast<int>(problem.classes);
+  const int64_t end = !are_labels && problem.has_label_sets() ? classes : problem.label_limit();
   WithType(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using Wide = std::conditional_t<std::is_integral_v<T>, int64_t, double>;
     const T* const from = static_cast<const T*>(map) + first;
-    const Wide limit = static_cast<Wide>(problem.label_limit());
+    const Wide limit = static_cast<Wide>(end);
     const Wide ignored = static_cast<Wide>(problem.options.ignore_label.value);
     for (int64_t i = 0; i < count; ++i) {
       const Wide label = FromStorage<T, Wide>(from[i]);
       labels[i] = ignores && label == ignored ? kIgnored : IsClass(label, limit) ? static_cast<int32_t>(label) : kBad;
+      if (has_sets && labels[i] >= 0) {
+        labels[i] = problem.options.label_sets.IndexOf(labels[i], classes);
+        if (labels[i] < 0) labels[i] = kBad;
+      }
     }
   });
 }
 
+// Whether the label is a set of several classes, and c is one of them.
+bool MayBelongTo(const Problem& problem, int32_t label, int64_t c) {
+  return problem.has_label_sets() && label >= problem.classes &&
+         problem.sets().Holds(label - static_cast<int>(problem.classes), static_cast<int>(c));
+}
+
 bool BelongsTo(const Problem& problem, int32_t label, int64_t c) {
-  return problem.has_regions() ? problem.options.regions.classes_of[label] >> c & 1
+  return problem.has_regions() ? problem.sets().Holds(problem.sets().set_of[label], static_cast<int>(c))
                                : label == c + problem.first_class();
 }
 
@@ -46,7 +61,7 @@ void ForEachClass(const Problem& problem, int32_t label, const Fn& fn) {
     for (int64_t c = 0; c < problem.classes; ++c) {
       if (BelongsTo(problem, label, c)) fn(c);
     }
-  } else if (label >= problem.first_class()) {
+  } else if (label >= problem.first_class() && label < problem.first_class() + problem.classes) {
     fn(label - problem.first_class());
   }
 }
@@ -84,6 +99,7 @@ Error CountLabels(const Problem& problem, const void* prediction, DType predicti
         if (p == kBad && t != kIgnored) KeepFirst(&bad_p, {sample, begin_of_run});
         if (p < 0 || t < 0) return;
         ForEachClass(problem, p, [&](int64_t c) {
+          if (MayBelongTo(problem, t, c)) return;
           sums[classes + c] += length;
           if (BelongsTo(problem, t, c)) sums[c] += length;
         });
@@ -92,8 +108,7 @@ Error CountLabels(const Problem& problem, const void* prediction, DType predicti
       for (int64_t at = begin; at < end; at += kChunk) {
         const int64_t count = std::min(kChunk, end - at), from = sample * problem.voxels + at;
         ReadLabels(problem, prediction, prediction_dtype, from, count, false, predictions);
-        ReadLabels(problem, problem.labels, problem.labels_dtype, from, count, problem.options.ignore_label.given,
-                   labels);
+        ReadLabels(problem, problem.labels, problem.labels_dtype, from, count, true, labels);
         for (int64_t i = 0; i < count; ++i) {
           if (predictions[i] == p && labels[i] == t) continue;
           end_run(at + i);

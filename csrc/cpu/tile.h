@@ -251,6 +251,15 @@ class Tile {
         index[v] = static_cast<Int>((valid ? label : first) - first) | outside;  // compilers can vectorise this form
         wrong |= outside;
       }
+      const bool has_sets = problem_.has_label_sets();
+      if (has_sets) {
+        wrong = 0;
+        for (int v = 0; v < count; ++v) {
+          if (index[v] >= 0) index[v] = problem_.options.label_sets.IndexOf(static_cast<int>(index[v]), classes_);
+          wrong |= index[v] < 0;
+        }
+      }
+      const auto is_label = [&](int v, Wide label) { return has_sets ? index[v] >= 0 : IsClass(label, limit); };
       bool bad = wrong;
       if (has_ignore) {
         bad = false;
@@ -258,29 +267,47 @@ class Tile {
           const Wide label = FromStorage<T, Wide>(labels[v]);
           const bool ignored = label == ignore;
           weight_[v] = ignored ? R(0) : weight_[v];
-          bad |= !ignored & !IsClass(label, limit);
+          bad |= !ignored & !is_label(v, label);
         }
       }
       if (!bad) return -1;
       for (int v = 0;; ++v) {
         const Wide label = FromStorage<T, Wide>(labels[v]);
-        if (!(has_ignore && label == ignore) && !IsClass(label, limit)) return begin_ + v;
+        if (!(has_ignore && label == ignore) && !is_label(v, label)) return begin_ + v;
       }
     });
   }
 
   // Turns the index of each voxel's label into one label value per class.
   void SpreadIndices() {
-    const uint32_t* const regions = problem_.has_regions() ? problem_.options.regions.classes_of : nullptr;
+    const bool regions = problem_.has_regions();
+    const ClassSets& sets = problem_.sets();
     for (int group = 0; group < groups(); ++group) {
       R* const to = labels_ + static_cast<size_t>(group) * classes_ * W;
-      Int label[W];
-      std::copy(index(group), index(group) + W, label);
-      if (regions) {
-        for (Int& l : label) l = l >= 0 ? static_cast<Int>(regions[l]) : 0;
+      Int label[W], set[W], bits[W] = {};
+      R unknown[W];  // what is written for the next class that the voxel may belong to
+      for (int v = 0; v < W; ++v) {
+        label[v] = index(group)[v];
+        set[v] = regions && label[v] >= 0 ? sets.set_of[label[v]] : std::max<Int>(label[v] - classes_, 0);
+        unknown[v] = R(kLowestOfSeveral);
       }
       for (int c = 0; c < classes_; ++c) {
-        for (int v = 0; v < W; ++v) to[c * W + v] = static_cast<R>(regions ? label[v] >> c & 1 : label[v] == c);
+        if (c % 32 == 0) {
+          for (int v = 0; v < W; ++v) {
+            bits[v] = c / 32 < sets.words ? static_cast<Int>(sets.bits[set[v] * sets.words + c / 32]) : 0;
+          }
+        }
+        if (regions) {
+          for (int v = 0; v < W; ++v) to[c * W + v] = static_cast<R>(bits[v] >> c % 32 & 1);
+        } else if (problem_.has_label_sets()) {
+          for (int v = 0; v < W; ++v) {
+            const bool held = bits[v] >> c % 32 & 1;
+            to[c * W + v] = held ? unknown[v] : static_cast<R>(label[v] == c);
+            unknown[v] = held ? R(kOneOfSeveral) : unknown[v];
+          }
+        } else {
+          for (int v = 0; v < W; ++v) to[c * W + v] = static_cast<R>(label[v] == c);
+        }
       }
     }
   }
@@ -295,7 +322,7 @@ class Tile {
   R* rows_;     // scratch between memory and groups: [voxel][C], or the voxels of a class
   R* labels_;   // [group][C][W], if there is a label per class
   R* weight_;   // [voxel]
-  Int* index_;  // [voxel] class, or -1
+  Int* index_;  // [voxel] the class, or a set behind the classes (see LabelSets), or -1
   int* numbers_;
 };
 

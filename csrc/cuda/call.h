@@ -18,8 +18,8 @@ struct Call {
   void* d_logits;              // gradient only
   double* partials;            // [N, blocks_per_sample, PartialLength]; sums only
   int64_t voxels;              // V
-  Options options;
   Terms<double> terms;
+  IgnoreLabel ignore_label;
   int blocks_per_sample;
   int tiles;        // per sample
   int last_voxels;  // in the last tile, which may not be full
@@ -35,12 +35,25 @@ struct Call {
   bool dense_labels;
 };
 
-// The numbers that a block writes: its row of sums, and the number of warps that saw a label that is not a class.
-DICE_OP_INLINE constexpr int PartialLength(int classes) { return static_cast<int>(RowLength(classes)) + 1; }
+// What only the general kernels need: the options that are tables.
+struct GeneralCall : Call {
+  bool has_regions, has_label_sets, has_gammas;
+  LabelSets sets;  // or the regions'
+  FocalGammas focal_gammas;
+};
+static_assert(sizeof(GeneralCall) <= 4096, "older drivers take no more as a kernel's parameter");
 
-// A kernel and what is needed to launch it.
+// The numbers that a block writes: a row with the first `class_sums` of the sums per class and the others, and the
+// number of warps that saw a label that is not a class.
+DICE_OP_INLINE constexpr int PartialLength(int classes, int class_sums) {
+  return static_cast<int>(RowLength(classes, class_sums)) + 1;
+}
+
+// A kernel (`plain` or `general`; the other is null), and what is needed to launch it.
 struct Variant {
-  void (*kernel)(Call) = nullptr;
+  void (*plain)(Call) = nullptr;
+  void (*general)(GeneralCall) = nullptr;
+  int class_sums = 0;  // that it computes: this many of the first
   int access_bytes = 0, shared_per_warp = 0;
   int warps = 0;  // per block; they work independently until the block's sums are added
   int tile = 0;   // voxels that a warp takes at a time
@@ -49,9 +62,11 @@ struct Variant {
 };
 
 // These return the kernel for the gradient, or for the sums if d_logits is null. FindPlain returns a specialised kernel
-// if there is one for the problem; FindGeneral returns one that can do everything.
+// if there is one for the problem; FindGeneral returns one that can do everything. FindPortable returns the same for a
+// GPU that this build has no machine code for.
 Variant FindPlain(const Problem& problem, const void* d_logits);
 Variant FindGeneral(const Problem& problem, const void* d_logits);
+Variant FindPortable(const Problem& problem, const void* d_logits);  // if DICE_OP_WITH_PTX is defined
 
 }  // namespace cuda
 }  // namespace dice_op

@@ -28,12 +28,17 @@ constexpr int64_t kMaxTiles = int64_t{1} << 30;
 
 // --- errors -------------------------------------------------------------------------------------------
 
+// Whether the runtime says that the kernel is not compiled for this GPU.
+[[maybe_unused]] bool HasNoCode(cudaError_t error) {
+  return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+}
+
 // Turns an error of the CUDA runtime into one of ours.
 Error ErrorOf(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return {};
   std::string text = std::string(what) + ": " + cudaGetErrorString(error);
 #ifdef __CUDACC__
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
+  if (HasNoCode(error) || error == cudaErrorUnsupportedPtxVersion) {
     int device = 0, major = 0, minor = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -49,11 +54,22 @@ Error ErrorOf(cudaError_t error, const char* what) {
 // --- what a launch needs --------------------------------------------------------------------------------
 
 struct Plan {
-  void (*kernel)(Call) = nullptr;
-  Call call = {};
+  Variant variant;
+  GeneralCall call = {};
   dim3 blocks = dim3(0);  // without blocks there is nothing to do
   int threads = 0;
   size_t shared_bytes = 0;
+
+  // Calls fn(kernel, call) with the kernel, and as much of `call` as it takes.
+  template <class Fn>
+  auto WithKernel(Fn&& fn) const {
+    return variant.plain ? fn(variant.plain, static_cast<const Call&>(call)) : fn(variant.general, call);
+  }
+  cudaError_t Launch(cudaStream_t stream) const {
+    return WithKernel([&](auto* kernel, const auto& parameter) {
+      return dice_op::Launch(kernel, blocks, threads, shared_bytes, stream, parameter);
+    });
+  }
 };
 
 int64_t LabelsEnd(DType dtype) {  // returns the first number that a signed type cannot hold
@@ -67,35 +83,50 @@ Error CheckClasses(const Problem& problem) {
                      ": compute the loss on the CPU");
 }
 
+// Sets the size of the blocks and what the kernel needs of the GPU. Returns also how many blocks a multiprocessor can
+// hold at a time.
+cudaError_t Prepare(Plan* plan, int* resident) {
+  plan->threads = plan->variant.warps * kWarp;
+  plan->shared_bytes = static_cast<size_t>(plan->variant.shared_per_warp) * plan->variant.warps;
+  return plan->WithKernel([&](auto* kernel, const auto&) {
+    cudaError_t error = cudaSuccess;
+    const auto set = [&](cudaFuncAttribute attribute, int value) {
+      if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, attribute, value);
+    };
+    if (plan->shared_bytes > 48 << 10) {  // CUDA gives more only if asked
+      set(cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan->shared_bytes));
+    }
+    if (plan->shared_bytes > 4 << 10) {  // for tiles: take all there is, as they need no cache
+      set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    }
+    if (error != cudaSuccess) return error;
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(resident, kernel, plan->threads, plan->shared_bytes);
+  });
+}
+
 // d_logits is null for the sums.
 Error MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   DICE_OP_RETURN_IF_ERROR(CheckClasses(problem));
   if (problem.logits_count() == 0) return {};
-  Variant variant = FindPlain(problem, d_logits);
-  if (!variant.kernel) variant = FindGeneral(problem, d_logits);
-  plan->kernel = variant.kernel;
-  plan->threads = variant.warps * kWarp;
-  plan->shared_bytes = static_cast<size_t>(variant.shared_per_warp) * variant.warps;
+  plan->variant = FindPlain(problem, d_logits);
+  if (!plan->variant.plain) plan->variant = FindGeneral(problem, d_logits);
 
   int device = 0, multiprocessors = 0, resident = 0;
   DICE_OP_RETURN_IF_ERROR(ErrorOf(cudaGetDevice(&device), "cudaGetDevice"));
   DICE_OP_RETURN_IF_ERROR(ErrorOf(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
                                   "cudaDeviceGetAttribute"));
-  if (plan->shared_bytes > 48 << 10) {  // CUDA gives more only if asked
-    DICE_OP_RETURN_IF_ERROR(ErrorOf(cudaFuncSetAttribute(variant.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                         static_cast<int>(plan->shared_bytes)),
-                                    "cudaFuncSetAttribute"));
+  cudaError_t refused = Prepare(plan, &resident);
+#ifdef DICE_OP_WITH_PTX
+  if (HasNoCode(refused)) {
+    cudaGetLastError();  // else the next caller of the runtime would see the error
+    plan->variant = FindPortable(problem, d_logits);
+    refused = Prepare(plan, &resident);
   }
-  if (plan->shared_bytes > 4 << 10) {  // for tiles: take all there is, as they need no cache
-    DICE_OP_RETURN_IF_ERROR(ErrorOf(cudaFuncSetAttribute(variant.kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                                         cudaSharedmemCarveoutMaxShared),
-                                    "cudaFuncSetAttribute"));
-  }
-  DICE_OP_RETURN_IF_ERROR(ErrorOf(
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, variant.kernel, plan->threads, plan->shared_bytes),
-      "cudaOccupancyMaxActiveBlocksPerMultiprocessor"));
+#endif
+  DICE_OP_RETURN_IF_ERROR(ErrorOf(refused, "the preparation of a kernel"));
 
-  Call& call = plan->call;
+  const Variant& variant = plan->variant;
+  GeneralCall& call = plan->call;
   call.logits = problem.logits;
   call.labels = problem.labels;
   call.weight = problem.voxel_weight;
@@ -112,12 +143,18 @@ Error MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   const int64_t at_once = std::min(kMaxBlocks, static_cast<int64_t>(multiprocessors) * std::max(1, resident));
   const int64_t useful = (tiles + variant.warps - 1) / variant.warps;
   call.blocks_per_sample = static_cast<int>(std::max<int64_t>(1, std::min(useful, at_once / problem.batch)));
-  if (problem.batch > 0x7fffffff / (problem.classes + 1)) {
+  if (problem.batch > 0x7fffffff / RowLength(problem.classes)) {
     return Unsupported("the batch has more samples than a GPU can take in one call: make it smaller");
   }
   plan->blocks = dim3(static_cast<unsigned>(problem.batch), static_cast<unsigned>(call.blocks_per_sample));
-  call.options = problem.options;
+  call.ignore_label = problem.options.ignore_label;
   call.terms = TermsOf(problem);
+  call.terms.gammas = nullptr;  // a kernel finds them in the call
+  call.has_gammas = problem.has_gammas();
+  call.has_regions = problem.has_regions();
+  call.has_label_sets = problem.has_label_sets();
+  static_cast<ClassSets&>(call.sets) = problem.sets();
+  call.focal_gammas = problem.options.focal_gammas;
   call.classes = static_cast<int>(problem.classes);
   call.first_class = static_cast<int>(problem.first_class());
   call.label_limit = static_cast<int>(std::min(problem.label_limit(), LabelsEnd(problem.labels_dtype)));
@@ -138,6 +175,7 @@ Error MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
 
 struct Partials {
   const double* values;  // [N, blocks_per_sample, PartialLength]
+  int class_sums;        // in a row
   int64_t batch;
   int64_t voxels;  // the sum of the weights if there are none
   int blocks_per_sample, classes;
@@ -149,13 +187,14 @@ struct Partials {
 // is not a class makes the sums of its sample NaN, as TensorFlow's sparse cross-entropy does on a GPU.
 template <class R>
 __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ Partials partials) {
-  const int classes = partials.classes, row = static_cast<int>(RowLength(classes)), length = PartialLength(classes);
+  const int classes = partials.classes, class_sums = partials.class_sums;
+  const int row = static_cast<int>(RowLength(classes, class_sums)), length = PartialLength(classes, class_sums);
   const int64_t item = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / kWarp;
   const int64_t sample = item / row;
   const int entry = item % row;
   if (sample >= partials.batch) return;
-  const bool per_class = entry < kClassSumCount * classes;
-  const int sum = per_class ? entry / classes : kClassSumCount + entry - kClassSumCount * classes;
+  const bool per_class = entry < class_sums * classes;
+  const int sum = per_class ? entry / classes : kClassSumCount + entry - class_sums * classes;
   void* const output = partials.outputs.values[sum];
   if (!output) return;
   const double* const first = partials.values + sample * partials.blocks_per_sample * length;
@@ -182,6 +221,7 @@ struct ValueCheck {
   const void* weight;       // or null
   int64_t samples, voxels, classes, limit;
   IgnoreLabel ignore_label;
+  LabelSets label_sets;
   DType labels_dtype, predictions_dtype, weight_dtype;
   bool dense, channels_last;
   unsigned long long* first;  // out: the smallest 2 * (sample * voxels + voxel), plus 1 for a prediction
@@ -196,7 +236,10 @@ __global__ void __launch_bounds__(kThreads) CheckValuesKernel(const __grid_const
     if (!check.dense) {
       const double label = ReadNumber<double>(check.labels, check.labels_dtype, at);  // only bad integers may round
       const bool ignored = check.ignore_label.given && label == static_cast<double>(check.ignore_label.value);
-      good_label = ignored || IsClass(label, static_cast<double>(check.limit));
+      good_label =
+          ignored || (IsClass(label, static_cast<double>(check.limit)) &&
+                      (check.label_sets.labels == 0 ||
+                       check.label_sets.IndexOf(static_cast<int>(label), static_cast<int>(check.classes)) >= 0));
       counts = counts && !ignored;
     }
     for (int64_t c = 0; counts && c < check.classes; ++c) {
@@ -246,7 +289,8 @@ Error DiceSumsWorkspace(const Problem& problem, size_t* bytes) {
   DICE_OP_RETURN_IF_ERROR(CheckClasses(problem));
   if (problem.logits_count() == 0) return {};
   const int64_t blocks_per_sample = std::max<int64_t>(1, std::min(problem.voxels, kMaxBlocks / problem.batch));
-  *bytes = problem.batch * blocks_per_sample * PartialLength(static_cast<int>(problem.classes)) * sizeof(double);
+  *bytes = problem.batch * blocks_per_sample * PartialLength(static_cast<int>(problem.classes), kClassSumCount) *
+           sizeof(double);
   return {};
 }
 
@@ -258,18 +302,18 @@ Error DiceSums(const Problem& problem, const Sums& sums, void* workspace, void* 
   DICE_OP_RETURN_IF_ERROR(MakePlan(problem, nullptr, &plan));
   if (plan.blocks.x > 0) {
     plan.call.partials = static_cast<double*>(workspace);
-    DICE_OP_RETURN_IF_ERROR(ErrorOf(Launch(plan.kernel, plan.blocks, plan.threads, plan.shared_bytes, queue, plan.call),
-                                    "the launch of the sums' kernel"));
+    DICE_OP_RETURN_IF_ERROR(ErrorOf(plan.Launch(queue), "the launch of the sums' kernel"));
   }
   Partials partials = {};
   partials.values = static_cast<const double*>(workspace);
+  partials.class_sums = plan.blocks.x > 0 ? plan.variant.class_sums : kClassSumCount;
   partials.batch = problem.batch;
   partials.voxels = problem.voxels;
   partials.blocks_per_sample = plan.blocks.x > 0 ? plan.call.blocks_per_sample : 0;
   partials.classes = static_cast<int>(problem.classes);
   partials.weighted = problem.masked();
   partials.outputs = sums;
-  const int64_t blocks = (problem.batch * RowLength(problem.classes) + kWarps - 1) / kWarps;
+  const int64_t blocks = (problem.batch * RowLength(problem.classes, partials.class_sums) + kWarps - 1) / kWarps;
   const auto combine = problem.sums_dtype() == DType::kDouble ? CombineKernel<double> : CombineKernel<float>;
   DICE_OP_RETURN_IF_ERROR(ErrorOf(Launch(combine, dim3(static_cast<unsigned>(blocks)), kThreads, 0, queue, partials),
                                   "the launch of the combining kernel"));
@@ -283,10 +327,7 @@ Error DiceSumsGrad(const Problem& problem, const SumsGrad& grad, void* stream) {
   plan.call.d_sums = grad.d_sums;
   plan.call.terms.cross_entropy = grad.d_sums[Sum::kCrossEntropy] != nullptr;
   plan.call.d_logits = grad.d_logits;
-  DICE_OP_RETURN_IF_ERROR(ErrorOf(
-      Launch(plan.kernel, plan.blocks, plan.threads, plan.shared_bytes, static_cast<cudaStream_t>(stream), plan.call),
-      "the launch of the gradient's kernel"));
-  return {};
+  return ErrorOf(plan.Launch(static_cast<cudaStream_t>(stream)), "the launch of the gradient's kernel");
 }
 
 Error FindBadValue(const Problem& problem, void* workspace, void* stream) {
@@ -300,6 +341,7 @@ Error FindBadValue(const Problem& problem, void* workspace, void* stream) {
   check.classes = problem.classes;
   check.limit = problem.label_limit();
   check.ignore_label = problem.options.ignore_label;
+  check.label_sets = problem.options.label_sets;
   check.labels_dtype = problem.labels_dtype;
   check.predictions_dtype = problem.logits_dtype;
   check.weight_dtype = problem.weight_dtype;

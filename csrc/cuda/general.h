@@ -12,11 +12,12 @@ template <class R, bool kDense, int kItems_, int kLanes_>
 class General {
  public:
   using Number = R;
+  using Parameter = GeneralCall;
   using Storage = R;
   using Classes = StridedClasses<kItems_, kLanes_>;
-  using Label = std::conditional_t<kDense, DenseLabel<R>, SingleLabel<R>>;
+  using Label = std::conditional_t<kDense, DenseLabel<R, true>, SingleLabel<R>>;
   static constexpr int kItems = kItems_, kLanes = kLanes_;
-  static constexpr bool kSingle = !kDense, kWeighted = true;
+  static constexpr bool kSingle = !kDense, kWeighted = true, kSets = kDense;
   static constexpr int kRegisters = sizeof(R) == 8 ? 255 : kDense && kItems > 4 ? 168 : 128;
   static constexpr int kGroups = kWarp / kLanes;
   static constexpr int kRounds = kGroups == 1 ? 4 : kGroups < 8 ? 8 / kGroups : 1;
@@ -27,7 +28,7 @@ class General {
     return (kDense ? 2 : 1) * kTile * Pitch(classes) * static_cast<int>(sizeof(R));
   }
 
-  DICE_OP_DEVICE General(const Call& call, int64_t sample, char* memory)
+  DICE_OP_DEVICE General(const GeneralCall& call, int64_t sample, char* memory)
       : call_(call),
         offset_(sample * call.voxels * call.classes),
         voxel_offset_(sample * call.voxels),
@@ -62,6 +63,7 @@ class General {
         for (int i = 0; i < kItems; ++i) z[i] = HasClass(i) ? row[Classes::Class(i)] : R(-INFINITY);
         const Label label = LabelOf(v, index, m, labels);
         auto terms = call_.terms.template To<R>();
+        if (call_.has_gammas) terms.gammas = call_.focal_gammas.values;
         terms.masked |= count < kTile;
         voxel(Classes{}, z, label, m, terms);
         if constexpr (kStore) {
@@ -145,17 +147,23 @@ class General {
       });
     }
   }
-  // Returns the weight of the voxel, and sets `index` to its class. Without a class `index` stays the same.
+  // Returns the weight of the voxel, and sets `index` to its class, or to a set behind the classes (see LabelSets).
+  // Without either `index` stays the same.
   DICE_OP_DEVICE R ReadVoxel(int64_t at, int* index) {
     R m = R(1);
     if (call_.weight) m = ReadNumber<R>(call_.weight, call_.weight_dtype, at);
     if (!kDense || !call_.dense_labels) {
       const auto take = [&](auto label) {
         using Wide = decltype(label);
-        if (call_.options.ignore_label.given && label == static_cast<Wide>(call_.options.ignore_label.value)) {
+        if (call_.ignore_label.given && label == static_cast<Wide>(call_.ignore_label.value)) {
           m = R(0);
         } else if (IsClass(label, static_cast<Wide>(call_.label_limit))) {
-          if (m != R(0)) *index = static_cast<int>(label) - call_.first_class;
+          int found = static_cast<int>(label) - call_.first_class;
+          if (kDense && call_.has_label_sets) {
+            found = call_.sets.IndexOf(found, call_.classes);
+            bad_ |= found < 0;
+          }
+          if (m != R(0)) *index = found;
         } else {
           bad_ = true;
         }
@@ -168,7 +176,13 @@ class General {
     }
     return m;
   }
-  // v: the voxel in the tile; index: its class, or a negative number. A voxel of weight 0 has no label.
+  // Returns the lowest class in a set.
+  DICE_OP_DEVICE int Lowest(int set) const {
+    int c = 0;
+    while (c < call_.sets.classes && !call_.sets.Holds(set, c)) ++c;
+    return c;
+  }
+  // v: the voxel in the tile; index: from ReadVoxel. A voxel of weight 0 has no label.
   DICE_OP_DEVICE Label LabelOf(int v, int index, R m, R* labels) {
     if constexpr (kDense) {
       if (call_.dense_labels) {
@@ -180,13 +194,20 @@ class General {
           bad_ |= !IsSoftLabel(labels[i], soft);
         }
       } else {
-        const bool has_regions = call_.options.regions.labels > 0;
-        const uint32_t regions = has_regions && index >= 0 ? call_.options.regions.classes_of[index] : 0;
+        const int set = index < 0                ? 0
+                        : call_.has_regions      ? call_.sets.set_of[index]
+                        : index >= call_.classes ? index - call_.classes
+                                                 : 0;
+        const int lowest = call_.has_label_sets ? Lowest(set) : 0;
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
           const int c = Classes::Class(i);
-          const bool inside = has_regions ? c < call_.classes && regions >> c & 1 : index == c;
-          labels[i] = inside ? R(1) : R(0);
+          const bool held = set > 0 && call_.sets.Holds(set, c);
+          if (call_.has_regions) {
+            labels[i] = held ? R(1) : R(0);
+          } else {
+            labels[i] = held ? R(c == lowest ? kLowestOfSeveral : kOneOfSeveral) : index == c ? R(1) : R(0);
+          }
         }
       }
       return {labels};
@@ -196,7 +217,7 @@ class General {
     }
   }
 
-  const Call& call_;
+  const GeneralCall& call_;
   const int64_t offset_, voxel_offset_;
   R* const tile_;        // [kTile] rows, channels last
   R* const label_tile_;  // the same for dense labels

@@ -1,6 +1,8 @@
-// Chooses the kernel for a problem. All kernels are in one source file: a wheel compresses the machine code of an
-// architecture as a whole, and kernels have much code in common.
+// Chooses the kernel for a problem. The machine code of all kernels that read voxels comes from this one file: a wheel
+// compresses the code of an architecture as a whole, and kernels have much code in common. (portable_kernels.cu has the
+// general ones once more, as PTX.)
 #include "core/dispatch.h"
+#include "cuda/find_general.h"
 #include "cuda/kernels.h"
 
 namespace dice_op {
@@ -65,25 +67,6 @@ Variant PlainOf(const Problem& problem, const void* d_logits) {
                                        : Plain<T, Softmax, CrossEntropyMode::kWithout>(problem, grad);
 }
 
-// --- everything else ----------------------------------------------------------------------------------------
-
-// Every kernel here works with and without cross-entropy. Kernels for one label value per class can also take indices,
-// so scores, and double, which is mostly for tests, have no separate kernels for indices.
-template <class R, class Activation, bool kPerClass>
-Variant OfAnyCount(const Problem& problem, bool grad) {
-  constexpr bool kDouble = std::is_same_v<R, double>;
-  constexpr bool kDense = kPerClass || kDouble || Activation::kHard;
-  const auto of = [&](auto source) { return VariantOf<typename decltype(source)::type, Activation>(problem, grad); };
-  if constexpr (!kDouble) {
-    if (problem.classes <= 4) return of(Type<General<R, kDense, 4, 1>>{});
-    if constexpr (!Activation::kHard) {
-      if (problem.classes <= 16) return of(Type<General<R, kDense, 4, 4>>{});
-    }
-  }
-  if (problem.classes <= cuda::kMaxClasses) return of(Type<General<R, kDense, 8, 32>>{});
-  return {};
-}
-
 }  // namespace
 
 namespace cuda {
@@ -95,18 +78,7 @@ Variant FindPlain(const Problem& problem, const void* d_logits) {
   return {};
 }
 
-Variant FindGeneral(const Problem& problem, const void* d_logits) {
-  const bool grad = d_logits != nullptr;
-  const auto find = [&](auto activation) {
-    using A = decltype(activation);
-    return WithBool(problem.labels_per_class(), [&](auto per_class) {
-      return problem.in_double() ? OfAnyCount<double, A, per_class.value>(problem, grad)
-                                 : OfAnyCount<float, A, per_class.value>(problem, grad);
-    });
-  };
-  const Activation activation = problem.options.activation;
-  return grad ? WithActivation(activation, find) : WithAnyActivation(activation, find);
-}
+Variant FindGeneral(const Problem& problem, const void* d_logits) { return GeneralVariant(problem, d_logits); }
 
 }  // namespace cuda
 }  // namespace dice_op

@@ -35,33 +35,45 @@ struct Accumulators {
   static constexpr bool kBins = VoxelAccess::kSingle;
   static constexpr bool kCrossEntropyBins = kBins && !Activation::kBinary;  // they hold it too
   static constexpr bool kCrossEntropyRows = !kCrossEntropyBins && kCrossEntropy;
+  static constexpr bool kNegativeRows = kCrossEntropyRows && Activation::kBinary;
+  static constexpr bool kUnknownBins = VoxelAccess::kSets;  // only there if a label may stand for several classes
+  // The sums per class that the kernel computes: this many of the first.
+  static constexpr int kSums = static_cast<int>(kUnknownBins          ? Sum::kUnknownSum
+                                                : Activation::kBinary ? Sum::kNegativeCrossEntropy
+                                                                      : Sum::kCrossEntropy) +
+                               1;
   // The warp's totals: first one for each sum, item and lane that shares a voxel, then the weight and the bad labels.
-  static constexpr int kWeight = kClassSumCount * kItems * kLanes, kBad = kWeight + kSampleSumCount, kTotals = kBad + 1;
+  static constexpr int kWeight = kSums * kItems * kLanes, kBad = kWeight + kSampleSumCount, kTotals = kBad + 1;
 
   R pred_sum[kItems], intersection[kBins ? 1 : kItems], label_sum[kBins ? 1 : kItems];
-  R cross_entropy[kCrossEntropyRows ? kItems : 1];
+  R cross_entropy[kCrossEntropyRows ? kItems : 1], negative_cross_entropy[kNegativeRows ? kItems : 1];
   R weight_sum = R(0);
   double* const totals;
   R* const bins;  // this thread's [kind][item], kWarp apart
-  const bool wants_cross_entropy;
+  const bool wants_cross_entropy, has_sets;
   int added = 0;
 
-  static int Bytes(bool cross_entropy) {
-    const int bins = !kBins ? 0 : kCrossEntropyBins && cross_entropy ? 3 : 2;
+  static int Bytes(const Problem& problem) {
+    const int bins = kUnknownBins                                         ? problem.has_label_sets()
+                     : !kBins                                             ? 0
+                     : kCrossEntropyBins && problem.options.cross_entropy ? 3
+                                                                          : 2;
     return (kTotals * 8 + bins * kItems * kWarp * static_cast<int>(sizeof(R)) + 15) / 16 * 16;
   }
 
   DICE_OP_DEVICE Accumulators(const Call& call, char* memory)
       : totals(reinterpret_cast<double*>(memory)),
         bins(reinterpret_cast<R*>(totals + kTotals) + Lane()),
-        wants_cross_entropy(call.terms.cross_entropy) {
+        wants_cross_entropy(call.terms.cross_entropy),
+        has_sets(call.terms.sets) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       pred_sum[i] = R(0);
       if constexpr (!kBins) intersection[i] = label_sum[i] = R(0);
       if constexpr (kCrossEntropyRows) cross_entropy[i] = R(0);
+      if constexpr (kNegativeRows) negative_cross_entropy[i] = R(0);
     }
-    if constexpr (kBins) {
+    if constexpr (kBins || kUnknownBins) {
 #pragma unroll 1
       for (int i = 0; i < Kinds() * kItems; ++i) bins[i * kWarp] = R(0);
     }
@@ -69,7 +81,9 @@ struct Accumulators {
     for (int i = Lane(); i < kTotals; i += kWarp) totals[i] = 0;
     __syncwarp();
   }
-  DICE_OP_DEVICE int Kinds() const { return kCrossEntropyBins && wants_cross_entropy ? 3 : 2; }  // kinds of bins
+  DICE_OP_DEVICE int Kinds() const {  // of bins
+    return kUnknownBins ? (has_sets ? 1 : 0) : kCrossEntropyBins && wants_cross_entropy ? 3 : 2;
+  }
 
   template <class Term>
   DICE_OP_DEVICE void AddLabel(int item, R pred, R label, const Term& loss) {
@@ -79,6 +93,8 @@ struct Accumulators {
     if (kCrossEntropyBins && wants_cross_entropy) bin[2 * kItems * kWarp] += loss();
   }
 
+  DICE_OP_DEVICE void AddUnknown(int item, R m) { bins[item * kWarp] += m; }
+
   DICE_OP_DEVICE void Done(int voxels, bool last) {
     added += voxels;
     if (added >= kFlush || last) Flush();
@@ -86,11 +102,12 @@ struct Accumulators {
 
  private:
   DICE_OP_DEVICE void Flush() {
-    constexpr int kPred = static_cast<int>(Sum::kPredSum), kCrossEntropySum = static_cast<int>(Sum::kCrossEntropy);
+    constexpr int kPred = static_cast<int>(Sum::kPredSum), kCrossEntropySum = static_cast<int>(Sum::kCrossEntropy),
+                  kNegative = static_cast<int>(Sum::kNegativeCrossEntropy);
     if constexpr (kBins) {
       using Shares = LaneSums<kLanes, kItems>;
 #pragma unroll 1
-      for (int sum = 0; sum < (kCrossEntropyRows ? kClassSumCount : Kinds() + 1); ++sum) {
+      for (int sum = 0; sum < (kCrossEntropyRows ? kSums : Kinds() + 1); ++sum) {
         R values[Shares::kPadded] = {};
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
@@ -98,6 +115,8 @@ struct Accumulators {
             values[i] = Take(&pred_sum[i]);
           } else if (kCrossEntropyRows && sum == kCrossEntropySum) {
             values[i] = Take(&cross_entropy[kCrossEntropyRows ? i : 0]);
+          } else if (kNegativeRows && sum == kNegative) {
+            values[i] = Take(&negative_cross_entropy[kNegativeRows ? i : 0]);
           } else {  // the bins are in the order of the sums
             values[i] = Take(&bins[((sum < kPred ? sum : sum - 1) * kItems + i) * kWarp]);
           }
@@ -105,7 +124,8 @@ struct Accumulators {
         AddToTotals<Shares, kItems>(sum * kItems, values);
       }
     } else {
-      constexpr int kCount = (kCrossEntropyRows ? kClassSumCount : kClassSumCount - 1) * kItems;
+      constexpr int kRows = kNegativeRows ? kNegative + 1 : kCrossEntropyRows ? kCrossEntropySum + 1 : kCrossEntropySum;
+      constexpr int kCount = kRows * kItems;
       using Shares = LaneSums<kLanes, kCount>;
       R values[Shares::kPadded] = {};
       const auto at = [&](Sum sum, int i) -> R& { return values[static_cast<int>(sum) * kItems + i]; };
@@ -115,8 +135,18 @@ struct Accumulators {
         at(Sum::kPredSum, i) = Take(&pred_sum[i]);
         at(Sum::kLabelSum, i) = Take(&label_sum[i]);
         if constexpr (kCrossEntropyRows) at(Sum::kCrossEntropy, i) = Take(&cross_entropy[i]);
+        if constexpr (kNegativeRows) at(Sum::kNegativeCrossEntropy, i) = Take(&negative_cross_entropy[i]);
       }
       AddToTotals<Shares, kCount>(0, values);
+    }
+    if constexpr (kUnknownBins) {
+      if (has_sets) {
+        using Shares = LaneSums<kLanes, kItems>;
+        R values[Shares::kPadded] = {};
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) values[i] = Take(&bins[i * kWarp]);
+        AddToTotals<Shares, kItems>(static_cast<int>(Sum::kUnknownSum) * kItems, values);
+      }
     }
     if constexpr (VoxelAccess::kWeighted) {
       R value = Take(&weight_sum);
@@ -152,7 +182,7 @@ DICE_OP_DEVICE Terms<R> WithMode(Terms<R> terms) {
 
 template <class VoxelAccess, class Activation, CrossEntropyMode kMode>
 __global__ void __launch_bounds__(kThreads<VoxelAccess>, kBlocks<VoxelAccess>)
-    SumsKernel(const __grid_constant__ Call call) {
+    SumsKernel(const __grid_constant__ typename VoxelAccess::Parameter call) {
   using R = typename VoxelAccess::Number;
   constexpr bool kCrossEntropy = kMode != CrossEntropyMode::kWithout;
   using Sums = Accumulators<VoxelAccess, Activation, kCrossEntropy>;
@@ -182,14 +212,14 @@ __global__ void __launch_bounds__(kThreads<VoxelAccess>, kBlocks<VoxelAccess>)
   __syncthreads();
 
   // Write the block's row of sums, and behind it the number of warps that saw a bad value.
-  const int length = cuda::PartialLength(call.classes);
+  const int length = cuda::PartialLength(call.classes, Sums::kSums);
   double* const partials = call.partials + (sample * call.blocks_per_sample + blockIdx.y) * length;
 #pragma unroll 1
   for (int entry = threadIdx.x, sum = 0, c = entry; entry < length;
        entry += kThreads<VoxelAccess>, c += kThreads<VoxelAccess>) {
-    while (sum < kClassSumCount && c >= call.classes) c -= call.classes, ++sum;
+    while (sum < Sums::kSums && c >= call.classes) c -= call.classes, ++sum;
     const int row = sum * VoxelAccess::kItems + c / VoxelAccess::kLanes;
-    const int at = sum < kClassSumCount ? row * VoxelAccess::kLanes + c % VoxelAccess::kLanes : Sums::kWeight + c;
+    const int at = sum < Sums::kSums ? row * VoxelAccess::kLanes + c % VoxelAccess::kLanes : Sums::kWeight + c;
     double total = 0;
 #pragma unroll
     for (int w = 0; w < kWarps<VoxelAccess>; ++w) {
@@ -201,7 +231,7 @@ __global__ void __launch_bounds__(kThreads<VoxelAccess>, kBlocks<VoxelAccess>)
 
 template <class VoxelAccess, class Activation, CrossEntropyMode kMode>
 __global__ void __launch_bounds__(kThreads<VoxelAccess>, kBlocks<VoxelAccess>)
-    GradKernel(const __grid_constant__ Call call) {
+    GradKernel(const __grid_constant__ typename VoxelAccess::Parameter call) {
   using R = typename VoxelAccess::Number;
   constexpr int kItems = VoxelAccess::kItems;
   constexpr bool kCrossEntropy = kMode != CrossEntropyMode::kWithout;
@@ -215,7 +245,10 @@ __global__ void __launch_bounds__(kThreads<VoxelAccess>, kBlocks<VoxelAccess>)
   VoxelAccess access(call, sample, SharedMemory() + warp * call.shared_per_warp);
   const R *const d_intersection = of_sample(Sum::kIntersection), *const d_pred_sum = of_sample(Sum::kPredSum),
                  *const d_cross_entropy = of_sample(Sum::kCrossEntropy);
-  R a[VoxelAccess::kSingle ? 1 : kItems], b[kItems], e[kCrossEntropyOfHeld ? kItems : 1];  // for the classes held
+  const R* const d_negative = Activation::kBinary ? of_sample(Sum::kNegativeCrossEntropy) : nullptr;
+  constexpr bool kNegative = kCrossEntropy && Activation::kBinary;
+  R a[VoxelAccess::kSingle ? 1 : kItems], b[kItems], e[kCrossEntropyOfHeld ? kItems : 1],
+      n[kNegative ? kItems : 1];  // for the classes held
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int c = StridedClasses<kItems, VoxelAccess::kLanes>::Class(i);
@@ -223,6 +256,7 @@ __global__ void __launch_bounds__(kThreads<VoxelAccess>, kBlocks<VoxelAccess>)
     b[i] = there ? d_pred_sum[c] : R(0);
     if constexpr (!VoxelAccess::kSingle) a[i] = there ? d_intersection[c] : R(0);
     if constexpr (kCrossEntropyOfHeld) e[i] = there && d_cross_entropy ? d_cross_entropy[c] : R(0);
+    if constexpr (kNegative) n[i] = there && d_negative ? d_negative[c] : R(0);
   }
   access.template Run<true>(
       blockIdx.y * kWarps<VoxelAccess> + warp, call.blocks_per_sample * kWarps<VoxelAccess>,
@@ -231,7 +265,7 @@ __global__ void __launch_bounds__(kThreads<VoxelAccess>, kBlocks<VoxelAccess>)
         // The gradient may overwrite z, because z is read for the last time before.
         VoxelGrad<Activation, kCrossEntropy>(classes, z, p, h, z, label, m, WithMode<kMode>(terms),
                                              VoxelAccess::kSingle ? d_intersection : a, b,
-                                             kCrossEntropyOfHeld ? e : d_cross_entropy);
+                                             kCrossEntropyOfHeld ? e : d_cross_entropy, n);
       },
       [](int, bool) {});
 }
@@ -276,13 +310,21 @@ Variant VariantOf(const Problem& problem, bool grad) {
   }
   variant.access_bytes = VoxelAccess::Bytes(classes, variant.row_padding);
   variant.shared_per_warp = variant.access_bytes;
+  const auto set_kernel = [&](auto* kernel) {
+    if constexpr (std::is_same_v<typename VoxelAccess::Parameter, Call>) {
+      variant.plain = kernel;
+    } else {
+      variant.general = kernel;
+    }
+  };
   if constexpr (!Activation::kHard) {
-    if (grad) variant.kernel = GradKernel<VoxelAccess, Activation, kMode>;
+    if (grad) set_kernel(&GradKernel<VoxelAccess, Activation, kMode>);
   }
   if (!grad) {
-    variant.kernel = SumsKernel<VoxelAccess, Activation, kMode>;
+    set_kernel(&SumsKernel<VoxelAccess, Activation, kMode>);
     using Sums = Accumulators<VoxelAccess, Activation, kMode != CrossEntropyMode::kWithout>;
-    variant.shared_per_warp += Sums::Bytes(problem.options.cross_entropy);
+    variant.class_sums = Sums::kSums;
+    variant.shared_per_warp += Sums::Bytes(problem);
   }
   return variant;
 }

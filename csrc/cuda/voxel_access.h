@@ -24,10 +24,12 @@ namespace dice_op {
 namespace {
 
 using cuda::Call;
+using cuda::GeneralCall;
 
 // Distributes the classes of a voxel over kLanes neighbouring threads: thread c % kLanes holds class c.
 template <int kItems, int kLanes>
 struct StridedClasses {
+  static constexpr bool kTables = true;
   DICE_OP_DEVICE static constexpr int size() { return kItems; }
   DICE_OP_DEVICE static int Class(int i) { return i * kLanes + Lane() % kLanes; }
   DICE_OP_DEVICE static void Prefetch(int) {}
@@ -49,6 +51,7 @@ struct StridedClasses {
 // voxel, the sum that normalises the probabilities is infinite, so that all probabilities are 0.
 template <int kItems, int kLanes>
 struct StridedClassesIfThere : StridedClasses<kItems, kLanes> {
+  static constexpr bool kTables = false;
   bool there;
   template <class R>
   DICE_OP_DEVICE R Sum(R x) const {

@@ -58,6 +58,24 @@ Regions RegionsOfLists(const py::object& lists) {
   return regions;
 }
 
+// Makes label sets from Python's dict from a label value to its classes.
+LabelSets LabelSetsOfDict(const py::object& dict) {
+  std::vector<std::pair<int64_t, std::vector<int64_t>>> classes_of_labels;
+  try {
+    for (const auto& [label, classes] : dict.is_none() ? py::dict() : dict.cast<py::dict>()) {
+      classes_of_labels.push_back({label.cast<int64_t>(), {}});
+      for (const py::handle c : classes) classes_of_labels.back().second.push_back(c.cast<int64_t>());
+    }
+  } catch (const std::exception&) {
+    throw py::type_error(
+        "label_sets must be a dict from label values to the classes that each may stand for, such as "
+        "{200: (0, 2, 3), 201: (0, 1, 4)}");
+  }
+  LabelSets label_sets;
+  Require(LabelSetsOf(classes_of_labels, &label_sets));
+  return label_sets;
+}
+
 // How Python passes an option: the type that a function takes, the default, and the conversion to the option.
 template <class T>
 struct InPython {  // bool, double
@@ -90,6 +108,23 @@ struct InPython<Regions> {
   using Type = py::object;
   static py::object Default(const Regions&) { return py::none(); }
   static Regions Read(const Type& lists) { return RegionsOfLists(lists); }
+};
+
+template <>
+struct InPython<LabelSets> {
+  using Type = py::object;
+  static py::object Default(const LabelSets&) { return py::none(); }
+  static LabelSets Read(const Type& dict) { return LabelSetsOfDict(dict); }
+};
+template <>
+struct InPython<FocalGammas> {
+  using Type = std::optional<std::vector<float>>;
+  static py::object Default(const FocalGammas&) { return py::none(); }
+  static FocalGammas Read(const Type& values) {
+    FocalGammas gammas;
+    Require(FromAttribute(values.value_or(std::vector<float>()), &gammas));
+    return gammas;
+  }
 };
 
 // --- the calls ----------------------------------------------------------------------------------------------
@@ -197,8 +232,8 @@ py::dict CountsOf(const Tensor& prediction, const Tensor& labels, int64_t classe
 }
 
 py::dict ScoresOf(const py::object& prediction, const py::object& labels, const std::optional<int64_t>& classes,
-                  const std::optional<int64_t>& ignore_label, const py::object& regions, double threshold,
-                  const std::string& data_format, int threads) {
+                  const std::optional<int64_t>& ignore_label, const py::object& regions, const py::object& label_sets,
+                  double threshold, const std::string& data_format, int threads) {
   const Tensor predicted = LabelMapOf(prediction, "prediction"), truth = LabelMapOf(labels, "labels");
   if (predicted.on_device || truth.on_device) {
     throw py::value_error("prediction and labels must be in host memory: scores are counted there");
@@ -206,6 +241,7 @@ py::dict ScoresOf(const py::object& prediction, const py::object& labels, const 
   Options options;
   options.data_format = InPython<DataFormat>::Read(data_format);
   options.regions = RegionsOfLists(regions);
+  options.label_sets = LabelSetsOfDict(label_sets);
   options.ignore_label = InPython<IgnoreLabel>::Read(ignore_label);
   options.threshold = threshold;
   const bool has_regions = options.regions.labels > 0;
@@ -350,10 +386,18 @@ size_t FfiWorkspace(const std::string& platform, int64_t batch, int64_t voxels, 
 }
 #endif
 
-py::dict OpAttributes() {
-  const Options defaults;
+py::dict OpAttributes(const Options& options) {
   py::dict attributes;
-  ForEachOption([&](const auto& option) { attributes[option.attribute] = ToAttribute(defaults.*option.value); });
+  const auto in_python = [](const auto& attribute) -> py::object {
+    using Attribute = std::decay_t<decltype(attribute)>;
+    if constexpr (std::is_same_v<Attribute, std::vector<int64_t>> || std::is_same_v<Attribute, std::vector<float>>) {
+      return py::array_t<typename Attribute::value_type>(attribute.size(), attribute.data());
+    } else {
+      return py::cast(attribute);
+    }
+  };
+  ForEachOption(
+      [&](const auto& option) { attributes[option.attribute] = in_python(ToAttribute(options.*option.value)); });
   return attributes;
 }
 
@@ -388,12 +432,17 @@ constexpr char kSumsDoc[] =
     "  voxel_weight: [N, spatial...], any dtype; voxels of weight 0 are left out.\n"
     "  ignore_label: voxels with this class index are left out.\n"
     "  cross_entropy: whether sum t (1-p)^gamma (-log p) is computed too, with gamma = focal_gamma and the labels t\n"
-    "    smoothed by label_smoothing.\n"
+    "    smoothed by label_smoothing. For 'sigmoid' there is also sum (1-t) p^gamma (-log(1-p)).\n"
+    "  focal_gammas: one exponent for each class, used in place of focal_gamma.\n"
     "  regions: for overlapping classes, the label values of each, such as [(1, 2, 3), (2, 3), (3,)].\n"
+    "  label_sets: for label values that stand for one of several classes, a dict from the value to the classes,\n"
+    "    such as {200: (0, 2, 3)}. Such a voxel says nothing about these classes.\n"
     "  threads: the number of threads, or 0 for one per processor. It does not change a single bit of the result.\n"
     "  stream: for arrays on a device, the CUDA stream to work on, as a number\n"
     "    (torch.cuda.current_stream().cuda_stream). The arrays must be ready on it.\n\n"
-    "Returns: a dict with intersection, pred_sum, label_sum [, cross_entropy] of shape [N, C] and weight_sum [N].\n"
+    "Returns: a dict with intersection, pred_sum, label_sum [, cross_entropy] [, negative_cross_entropy]\n"
+    "  [, unknown_sum] of shape [N, C] and weight_sum [N]. negative_cross_entropy is for 'sigmoid' with\n"
+    "  cross_entropy, and unknown_sum, the weight of the voxels that may belong to a class, for label_sets.\n"
     "  The sums are float32, or float64 for float64 logits and for scores. On a device they are DeviceArrays, and\n"
     "  the sums of a sample are NaN if one of its labels is not a class.\n\n"
     "Raises: ValueError or TypeError, with a message that says which argument is wrong and what it must be.";
@@ -402,7 +451,8 @@ constexpr char kGradientDoc[] =
     "Compute the gradient of a loss with respect to the logits in one pass, from its derivatives with respect to\n"
     "the sums.\n\n"
     "Args:\n"
-    "  d_intersection, d_pred_sum, d_cross_entropy: [N, C], of the sums' dtype.\n"
+    "  d_intersection, d_pred_sum, d_cross_entropy, d_negative_cross_entropy: [N, C], of the sums' dtype. For\n"
+    "    'sigmoid', give both cross-entropies or neither; the same array twice counts both the same.\n"
     "  out: the array to write to, with the logits' dtype and shape; not a list, but it may be the logits array.\n"
     "  The other arguments are those of `sums`. A label that is not a class belongs to no class.\n\n"
     "Returns: an array of the logits' dtype and shape.";
@@ -434,24 +484,40 @@ void DefineCalls(py::module_& m, const std::tuple<Option<T>...>& list) {
             "gradient",
             [read](const py::object& logits, const py::object& labels, const py::object& d_intersection,
                    const py::object& d_pred_sum, const std::optional<py::object>& d_cross_entropy,
+                   const std::optional<py::object>& d_negative_cross_entropy,
                    const std::optional<py::object>& voxel_weight, const typename InPython<T>::Type&... values,
                    int threads, uintptr_t stream, const std::optional<py::object>& out) {
               Options options = read(values...);
-              if (options.cross_entropy && !d_cross_entropy) {
-                throw py::value_error("cross_entropy=True needs d_cross_entropy");
+              const bool binary = options.activation == Activation::kSigmoid;
+              if ((options.cross_entropy && !d_cross_entropy) ||
+                  (binary && d_cross_entropy.has_value() != d_negative_cross_entropy.has_value())) {
+                throw py::value_error(binary ? "a binary cross-entropy needs d_cross_entropy and "
+                                               "d_negative_cross_entropy: the same array twice if both count the same"
+                                             : "cross_entropy=True needs d_cross_entropy");
+              }
+              if (!binary && d_negative_cross_entropy) {
+                throw py::value_error("d_negative_cross_entropy is only for activation='sigmoid'");
               }
               options.cross_entropy = d_cross_entropy.has_value();
               PerSum<std::optional<py::object>> d_sums;
               d_sums[Sum::kIntersection] = d_intersection;
               d_sums[Sum::kPredSum] = d_pred_sum;
               d_sums[Sum::kCrossEntropy] = d_cross_entropy;
+              d_sums[Sum::kNegativeCrossEntropy] = d_negative_cross_entropy;
               return GradientOf(InputsOf(TensorOf(logits, "logits"), TensorOf(labels, "labels"), voxel_weight, options),
                                 d_sums, threads, stream, out);
             },
             arg("logits"), arg("labels"), py::kw_only(), arg("d_intersection"), arg("d_pred_sum"),
-            arg("d_cross_entropy") = py::none(), arg("voxel_weight") = py::none(),
-            (arg(option.name) = InPython<T>::Default(defaults.*option.value))..., arg("threads") = 0, arg("stream") = 0,
-            arg("out") = py::none(), kGradientDoc);
+            arg("d_cross_entropy") = py::none(), arg("d_negative_cross_entropy") = py::none(),
+            arg("voxel_weight") = py::none(), (arg(option.name) = InPython<T>::Default(defaults.*option.value))...,
+            arg("threads") = 0, arg("stream") = 0, arg("out") = py::none(), kGradientDoc);
+        m.def(
+            "op_attributes",
+            [read](const typename InPython<T>::Type&... values) { return OpAttributes(read(values...)); },
+            py::kw_only(), (arg(option.name) = InPython<T>::Default(defaults.*option.value))...,
+            "Convert options, given as for `sums`, to the attributes of the TensorFlow op and of XLA's handlers. All\n"
+            "options are in the result, with their defaults, in the attributes' order: strings, bools, floats, and\n"
+            "arrays of int64 or float32.");
       },
       list);
 }
@@ -480,29 +546,28 @@ PYBIND11_MODULE(core, m) {
           "Wait for the stream and return a copy on the host.");
 #endif
   m.attr("PROBABILITY_EPSILON") = kProbabilityEpsilon;
-  m.def("op_attributes", &OpAttributes,
-        "Return the options of a call with their defaults. Their names and their order are those of the attributes\n"
-        "of the TensorFlow op and of XLA's handlers.");
   m.def("build_info", &BuildInfo,
         "Describe this build: its version, the tensorflow and cuda versions it was built for (None if it was built\n"
         "without), its cuda_archs, the simd_levels it contains, the simd_level used here, and its compiler.");
   DefineCalls(m, kOptions);
-  m.def("scores", &ScoresOf, arg("prediction"), arg("labels"), py::kw_only(), arg("classes") = py::none(),
-        arg("ignore_label") = py::none(), arg("regions") = py::none(), arg("threshold") = 0.0,
-        arg("data_format") = "channels_last", arg("threads") = 0,
-        "Compute hard scores of each sample and class, for evaluation scripts.\n\n"
-        "Args:\n"
-        "  prediction: a label map [N, spatial...] like `labels`, or floating-point logits [N, spatial..., C]. With\n"
-        "    logits, a voxel belongs to the class of the largest logit; with one class or with regions, it belongs to\n"
-        "    each class whose logit is above `threshold`.\n"
-        "  labels: class indices [N, spatial...], of any dtype and byte order; with one class, the foreground mask.\n"
-        "    Pass a single volume as volume[numpy.newaxis].\n"
-        "  classes: the number of classes, needed if prediction is a label map and no regions are given.\n"
-        "  ignore_label, regions, data_format, threads: as for `sums`.\n\n"
-        "Returns: a dict with dice, 2 I / (P + T), and jaccard, I / (P + T - I), both float64 [N, C]. They are NaN\n"
-        "  for a class that is in neither map (numpy.nanmean leaves it out). The dict also has the voxel counts\n"
-        "  intersection (I), pred_sum (P) and label_sum (T), int64 [N, C].\n\n"
-        "Raises: ValueError or TypeError, with a message that says which argument is wrong and what it must be.");
+  m.def(
+      "scores", &ScoresOf, arg("prediction"), arg("labels"), py::kw_only(), arg("classes") = py::none(),
+      arg("ignore_label") = py::none(), arg("regions") = py::none(), arg("label_sets") = py::none(),
+      arg("threshold") = 0.0, arg("data_format") = "channels_last", arg("threads") = 0,
+      "Compute hard scores of each sample and class, for evaluation scripts.\n\n"
+      "Args:\n"
+      "  prediction: a label map [N, spatial...] like `labels`, or floating-point logits [N, spatial..., C]. With\n"
+      "    logits, a voxel belongs to the class of the largest logit; with one class or with regions, it belongs to\n"
+      "    each class whose logit is above `threshold`.\n"
+      "  labels: class indices [N, spatial...], of any dtype and byte order; with one class, the foreground mask.\n"
+      "    Pass a single volume as volume[numpy.newaxis].\n"
+      "  classes: the number of classes, needed if prediction is a label map and no regions are given.\n"
+      "  ignore_label, regions, label_sets, data_format, threads: as for `sums`. A predicted label map holds classes\n"
+      "    alone.\n\n"
+      "Returns: a dict with dice, 2 I / (P + T), and jaccard, I / (P + T - I), both float64 [N, C]. They are NaN\n"
+      "  for a class that is in neither map (numpy.nanmean leaves it out). The dict also has the voxel counts\n"
+      "  intersection (I), pred_sum (P) and label_sum (T), int64 [N, C].\n\n"
+      "Raises: ValueError or TypeError, with a message that says which argument is wrong and what it must be.");
   m.def(
       "label_kind", &LabelKindOf, arg("logits_shape"), arg("labels_shape"), arg("labels_dtype"), py::kw_only(),
       arg("ignore_label") = py::none(), arg("regions") = py::none(), arg("data_format") = "channels_last",
@@ -511,11 +576,6 @@ PYBIND11_MODULE(core, m) {
       "there is one class. None in a shape stands for a size that is not known yet. If the number of classes is not\n"
       "known, floats that may be indices give 'mask', and labels of the logits' rank give 'per class'.\n\n"
       "Raises: ValueError if the shapes do not fit together.");
-  m.def(
-      "region_masks", [](const py::object& regions) { return ToAttribute(RegionsOfLists(regions)); }, arg("regions"),
-      "Convert regions, given as for `sums`, to a list of masks, one for each label value 0, 1, ...: bit c is set\n"
-      "if the value belongs to class c. The TensorFlow op and XLA's handlers take this list as their attribute\n"
-      "`regions`.");
 #ifdef DICE_OP_WITH_FFI
   m.def("ffi_targets", &FfiTargets,
         "Return the same calls as handlers of XLA's foreign function interface, for jax.ffi.register_ffi_target(name,\n"

@@ -78,14 +78,18 @@ absl::Status GradShape(InferenceContext* c) {
       .Attr("label_smoothing: float = 0.0")                                                                 \
       .Attr("remainders: list(float) = []") /* of the floats, see attributes.h */                           \
       .Attr("ignore_label: list(int) = []") /* none or one */                                               \
-      .Attr("regions: list(int) = []")      /* of label values 0, 1, ...: bit c, belongs to class c */
+      .Attr("regions: list(int) = []")      /* these three: see ToAttribute in core/options.h */            \
+      .Attr("label_sets: list(int) = []")                                                                   \
+      .Attr("focal_gammas: list(float) = []")
 
 REGISTER_OP("DiceSums")
     .DICE_OP_INPUTS.Attr("activation: {'softmax', 'sigmoid', 'none', 'argmax', 'threshold'}")
     .Output("intersection: Tsums")
     .Output("pred_sum: Tsums")
     .Output("label_sum: Tsums")
-    .Output("cross_entropy: Tsums")  // [N, 0] if it is not asked for
+    .Output("cross_entropy: Tsums")  // these three are [N, 0] if they are not asked for
+    .Output("negative_cross_entropy: Tsums")
+    .Output("unknown_sum: Tsums")
     .Output("weight_sum: Tsums")
     .SetShapeFn(dice_op::SumsShape);
 
@@ -94,5 +98,6 @@ REGISTER_OP("DiceSumsGrad")
     .Input("d_intersection: Tsums")
     .Input("d_pred_sum: Tsums")
     .Input("d_cross_entropy: Tsums")
+    .Input("d_negative_cross_entropy: Tsums")
     .Output("d_logits: T")
     .SetShapeFn(dice_op::GradShape);

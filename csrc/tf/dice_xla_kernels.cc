@@ -144,6 +144,17 @@ class DiceXlaKernel : public XlaOpKernel {
     std::snprintf(text, sizeof(text), "0x%016llx : f64", bits);
     return text;
   }
+  static std::string Text(const std::vector<float>& values) {
+    std::string list;
+    for (const float value : values) {
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof(bits));
+      char text[16];
+      std::snprintf(text, sizeof(text), "0x%08x", static_cast<unsigned>(bits));
+      list += (list.empty() ? ": " : ", ") + std::string(text);
+    }
+    return "array<f32" + list + ">";
+  }
   static std::string Text(const std::vector<int64_t>& values) {
     std::string text;
     for (const int64_t value : values) text += (text.empty() ? ": " : ", ") + std::to_string(value);

@@ -81,13 +81,25 @@ std::string Describe(AnyBuffer buffer) {
   return text.str();
 }
 
+// The type in which XLA stores an attribute.
+template <class Attribute>
+struct StoredAs {
+  using type = Attribute;
+};
+template <>
+struct StoredAs<std::string> {
+  using type = std::string_view;
+};
+template <class T>
+struct StoredAs<std::vector<T>> {
+  using type = xla::ffi::Span<const T>;
+};
+
 // Reads an option from XLA's attributes.
 template <class Value, class OptionOf>
 Error ReadOption(const Dictionary& attributes, const OptionOf& option, Value* value) {
   using Attribute = AttributeOf<Value>;
-  using Stored = std::conditional_t<
-      std::is_same_v<Attribute, std::string>, std::string_view,
-      std::conditional_t<std::is_same_v<Attribute, std::vector<int64_t>>, xla::ffi::Span<const int64_t>, Attribute>>;
+  using Stored = typename StoredAs<Attribute>::type;
   const auto stored = attributes.get<Stored>(option.attribute);
   if (!stored.has_value())
     return InvalidArgument("attribute " + std::string(option.attribute) + ": " + stored.error().message());

@@ -9,7 +9,7 @@ from tensorflow.python.framework import op_def_registry
 import dice_op.ops  # TensorFlow knows the ops from here on.
 from dice_op import composite, core
 from helpers import reference
-from helpers.kernel_inputs import FORMATS
+from helpers.kernel_inputs import FORMATS, read_label_sets
 from helpers.tape import value_and_gradient
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
@@ -45,7 +45,7 @@ def volume(shape, seed=0):
 def weighted_total(sums, seed=5):
     """A scalar that depends on every sum, on each with another coefficient."""
     rng = np.random.default_rng(seed)
-    parts = [sums.intersection, sums.pred_sum, sums.label_sum, sums.cross_entropy]
+    parts = [s for s in sums if s is not None]
     return tf.add_n(
         [tf.reduce_sum(tf.constant(rng.normal(size=p.shape), p.dtype) * p) for p in parts]
     )
@@ -75,17 +75,18 @@ def default_of(attribute):
 def test_the_ops_have_the_options_and_the_sums_of_the_kernels(name):
     op = op_def_registry.get(name)
     defaults = {a.name: default_of(a) for a in op.attr if not a.name.startswith("T")}
-    options = core.op_attributes()
+    options = {k: list(v) if np.ndim(v) else v for k, v in core.op_attributes().items()}
     assert defaults.pop("remainders") == []  # What the numbers among the options lack as floats.
     assert defaults.pop("activation") is None and options.pop("activation") == "softmax"
     assert defaults == options
 
-    sums = list(core.sums(np.zeros((1, 1, 2), np.float32), [[0]], cross_entropy=True))
+    everything = {"activation": "sigmoid", "cross_entropy": True, "label_sets": {5: (0, 1)}}
+    sums = list(core.sums(np.zeros((1, 1, 2), np.float32), [[0]], **everything))
     assert list(dice_op.DiceSums._fields) == sums
     if name == "DiceSums":
         assert [o.name for o in op.output_arg] == sums
     else:
-        with_gradient = [s for s in sums if s not in ("label_sum", "weight_sum")]
+        with_gradient = [s for s in sums if s not in ("label_sum", "unknown_sum", "weight_sum")]
         assert [i.name for i in op.input_arg][3:] == [f"d_{s}" for s in with_gradient]
 
 
@@ -128,6 +129,110 @@ def test_gradients_of_soft_labels_agree_with_numeric_ones(activation, dtype):
     tolerance = 5e-3 if dtype == "float32" else 1e-6
     assert_jacobians(total, [x, t], tolerance)
     assert_jacobians(lambda x: value_and_gradient(lambda x: total(x, t), x)[1], [x], tolerance)
+
+
+SETS = {5: (0, 2), 6: (0, 1, 2), 7: (1,)}
+
+
+def labelled_by_sets(activation, data_format, dtype, shape=(2, 3, 2)):
+    """Logits, labels of which each names a class or a set of them, and what the labels say."""
+    x, _ = make("index uint8", activation, data_format, dtype, shape[1:], shape[0])
+    labels = np.random.default_rng(3).choice([0, 1, 2, *SETS], shape).astype(np.uint8)
+    return x, labels, *read_label_sets(SETS, labels, 3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "data_format"), [("float32", "channels_first"), ("float64", "channels_last")]
+)
+@pytest.mark.parametrize("focal_gamma", [0.0, [0, 1.5, 2]], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_label_sets_agree_with_numeric_ones(
+    activation, focal_gamma, dtype, data_format
+):
+    """To second order, and with respect to the weights of the voxels."""
+    tolerance = 5e-3 if dtype == "float32" else 1e-6
+    weight = tf.constant(np.random.default_rng(1).random((2, 3, 2)) + 0.5, dtype)
+    x, y, *_ = labelled_by_sets(activation, data_format, dtype)
+
+    def total(x, weight):
+        sums = dice_op.dice_sums(
+            y,
+            x,
+            activation=activation,
+            data_format=data_format,
+            voxel_weight=weight,
+            label_sets=SETS,
+            cross_entropy=True,
+            focal_gamma=focal_gamma,
+            label_smoothing=0.25,
+        )
+        return weighted_total(sums)
+
+    def gradient(x):
+        return value_and_gradient(lambda x: total(x, weight), x)[1]
+
+    assert_jacobians(total, [x, weight], tolerance)
+    assert_jacobians(gradient, [x], tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("focal_gamma", [0.0, 0.5, 1.0, [0, 1.5, 2]], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_second_order_gradients_are_finite_where_a_prediction_is_sure(
+    activation, focal_gamma, dtype
+):
+    """Its p is 1, and 1 - p is 0, of which negative powers are infinite. Voxels do not interact, so
+    that the other ones have the derivatives that they have alone."""
+    x, y, *_ = labelled_by_sets(activation, "channels_last", dtype)
+    sure = np.eye(3)[[[0, 1]] * 2] * (1 if activation == "none" else 100)
+    x = tf.concat([x[:, 0], sure.astype(dtype), -sure.astype(dtype)], 1)
+    y = np.concatenate([y[:, 0], [[0, 2], [5, 6]], [[1, 7], [6, 5]]], 1)
+    if activation == "none":
+        x = tf.abs(x)
+
+    def second(x, y):
+        def total(x):
+            options = {"label_sets": SETS, "cross_entropy": True, "focal_gamma": focal_gamma}
+            return weighted_total(dice_op.dice_sums(y, x, activation=activation, **options))
+
+        def square(x):
+            return tf.reduce_sum(value_and_gradient(total, x)[1] ** 2)
+
+        return value_and_gradient(square, x)[1].numpy()
+
+    found = second(x, y)
+    assert np.isfinite(found).all()
+    tolerance = 1e-5 if dtype == "float32" else 1e-12
+    reference.assert_gradient(found[:, :2], second(x[:, :2], y[:, :2]), tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("focal_gamma", [0.0, [0, 1.5, 2]], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_sums_and_gradients_of_label_sets_agree_with_float64(activation, focal_gamma, dtype):
+    """The tolerance of a half gradient is its rounding: half of the step from 1 to the next
+    number."""
+    x, y, t, unknown = labelled_by_sets(activation, "channels_last", dtype, (2, 40, 25))
+    options = {"activation": activation, "label_sets": SETS, "focal_gamma": focal_gamma}
+    coefficients = np.random.default_rng(0).normal(size=(4, 2, 3))
+
+    def total(x):
+        sums = dice_op.dice_sums(y, x, cross_entropy=True, **options)
+        parts = [sums.intersection, sums.pred_sum, sums.cross_entropy, sums.negative_cross_entropy]
+        given = zip(parts, coefficients, strict=True)
+        return tf.add_n([tf.reduce_sum(p * tf.cast(c, p.dtype)) for p, c in given if p is not None])
+
+    given = {"activation": activation, "gamma": focal_gamma, "unknown": reference.flat(unknown)}
+    x64, t = (reference.flat(tf.cast(v, tf.float64).numpy()) for v in (x, t))
+    sums = dice_op.dice_sums(y, x, cross_entropy=True, **options)._asdict()
+    rounding = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2e-6, "float64": 1e-13}[dtype]
+    for name, wanted in reference.sums(x64, t, **given).items():
+        assert reference.relative_error(sums[name], wanted) <= min(rounding, 2e-6), name
+    found = value_and_gradient(total, x)[1]
+    assert found.dtype == dtype
+    wanted = reference.gradient(x64, t, coefficients, **given)
+    found = reference.flat(tf.cast(found, tf.float64).numpy())
+    assert reference.gradient_error(found, wanted) <= rounding
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -178,16 +283,19 @@ def test_composite_computes_what_the_kernels_compute(classes, labels, activation
     """composite.py computes the rare derivatives, so that it must be the same function as the
     kernels."""
     same = {"with_cross_entropy": True, "focal_gamma": 0.0, "label_smoothing": 0.0}
-    same |= {"squared_pred": False, "soft_label": False, "ignore_label": [], "regions": []}
+    same |= {"squared_pred": False, "soft_label": False, "ignore_label": []}
+    tables = ("regions", "label_sets", "focal_gammas")
 
     def assert_same(x, y, data_format, **changes):
         attributes = {**same, "activation": activation, "data_format": data_format, **changes}
         arguments = {**attributes, "cross_entropy": attributes["with_cross_entropy"]}
         del arguments["with_cross_entropy"]
         arguments["ignore_label"] = next(iter(attributes["ignore_label"]), None)
+        if "focal_gammas" in arguments:
+            arguments["focal_gamma"] = arguments.pop("focal_gammas")
         fused = dice_op.dice_sums(y, x, **arguments)
-        if attributes["regions"]:
-            attributes["regions"] = dice_op.core.region_masks(attributes["regions"])
+        given = core.op_attributes(**{k: attributes.get(k) for k in tables})
+        attributes |= {k: given[k].tolist() for k in tables}
         for a, b in zip(fused, composite.sums(x, y, [], **attributes), strict=True):
             if a is not None:
                 assert reference.relative_error(a, b) <= 1e-12
@@ -200,6 +308,15 @@ def test_composite_computes_what_the_kernels_compute(classes, labels, activation
         if labels.startswith("index") and activation != "softmax":
             regions = [(0, 1), (1,), (1, 2), (3, 1)][:classes]
             assert_same(x, y, data_format, regions=regions)
+        gammas = [0, 0.5, 2, 1][:classes]
+        assert_same(x, y, data_format, focal_gammas=gammas, label_smoothing=0.25)
+        if labels.startswith("index") and classes > 1:
+            sets = {1: (0, classes - 1), 2: range(classes), 200: (0, 1)}
+            assert_same(x, y, data_format, label_sets=sets)
+            both = {"label_sets": sets, "focal_gammas": gammas}
+            assert_same(x, y, data_format, **both, label_smoothing=0.25, squared_pred=True)
+            assert_same(x, y, data_format, **both, soft_label=True, with_cross_entropy=False)
+            assert_same(x, y, data_format, label_sets={0: (0, 1)}, ignore_label=[1])
     if labels.startswith("index") and classes > 1:
         assert_same(x, y, data_format, ignore_label=[1], with_cross_entropy=False)
 
@@ -400,19 +517,31 @@ def test_the_gradient_is_the_only_extra_memory(function, run_python):
     assert 0.9 <= float(run_python(MEMORY.replace("{function}", function))) <= 1.05
 
 
-def test_masks_of_regions_are_made_once(monkeypatch):
-    """Also where the regions come as other containers; wrong ones are an error in every call."""
+def test_tables_of_labels_are_made_once(monkeypatch):
+    """Also where they come in other containers; wrong ones are an error in every call."""
     made = []
-    original = dice_op.core.region_masks
-    monkeypatch.setattr(dice_op.core, "region_masks", lambda r: made.append(r) or original(r))
+    original = core.op_attributes
+    monkeypatch.setattr(core, "op_attributes", lambda **a: made.append(a) or original(**a))
     x, y = np.zeros((1, 4, 2), np.float32), np.array([[0, 1, 5, 9]])
     for regions in ([(0, 9), (9,)], [[0, 9], np.array([9])], ({0, 9}, {9})):
         sums = dice_op.dice_sums(y, x, activation="sigmoid", regions=regions)
         np.testing.assert_array_equal(sums.label_sum, [[2, 1]])
     assert len(made) == 1
+    for sets in (
+        {5: (1,), 9: (0, 1)},
+        {5: [1], 9: {0, 1}},
+        {np.uint8(5): np.array([1]), 9: (0, 1)},
+    ):
+        sums = dice_op.dice_sums(y, x, activation="sigmoid", label_sets=sets)
+        np.testing.assert_array_equal(sums.label_sum, [[1, 2]])
+    assert len(made) == 2
+    pairs = dice_op.dice_sums(y, x, activation="sigmoid", label_sets=[(5, (1,)), (9, (0, 1))])
+    np.testing.assert_array_equal(pairs.label_sum, [[1, 2]])
     for _ in range(2):
         with pytest.raises(TypeError, match="regions must be a list of the label values"):
             dice_op.dice_sums(y, x, activation="sigmoid", regions=[(0.0, 9.0), (9,)])
+        with pytest.raises(TypeError, match="label_sets must be a dict"):
+            dice_op.dice_sums(y, x, activation="sigmoid", label_sets={5: (1.0,)})
 
 
 def test_graphs_work_with_unknown_shapes():
@@ -481,14 +610,22 @@ def test_wrong_arguments_are_errors_that_name_them():
         dice_op.dice_sums(y[0, 0], x[0, 0, 0], **options)
     with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match="tanh"):
         dice_op.dice_sums(y, x, activation="tanh")
+    ones, none = tf.ones((2, 3)), tf.ones((2, 0))
     with pytest.raises(tf.errors.InvalidArgumentError, match="d_pred_sum has shape"):
-        raw = dice_op.ops._ops.dice_sums_grad
-        raw(x, y, [], tf.ones((2, 3)), tf.ones((2, 2)), tf.ones((2, 0)), activation="softmax")
+        raw, ones, none = dice_op.ops._ops.dice_sums_grad, tf.ones((2, 3)), tf.ones((2, 0))
+        raw(x, y, [], ones, tf.ones((2, 2)), none, none, activation="softmax")
 
 
-def test_the_cross_entropy_is_none_where_nobody_asked_for_it():
+def test_sums_are_none_where_nobody_asked_for_them():
+    """A softmax has no cross-entropy of the label 0."""
     x, y = make("index uint8", "softmax", "channels_last", "float32")
-    assert dice_op.dice_sums(y, x, activation="softmax").cross_entropy is None
+    sums = dice_op.dice_sums(y, x, activation="softmax")
+    asked_for = ("cross_entropy", "negative_cross_entropy", "unknown_sum")
+    assert [n for n, s in sums._asdict().items() if s is None] == list(asked_for)
+    sums = dice_op.dice_sums(y, x, activation="softmax", cross_entropy=True, label_sets={9: (0, 1)})
+    assert [n for n, s in sums._asdict().items() if s is None] == ["negative_cross_entropy"]
+    sums = dice_op.dice_sums(y, x, activation="sigmoid", cross_entropy=True)
+    assert [n for n, s in sums._asdict().items() if s is None] == ["unknown_sum"]
 
 
 # --- numbers in double precision ------------------------------------------------------------------
@@ -504,7 +641,7 @@ def test_options_keep_the_digits_of_a_double(way, activation):
         x = reference.softmax(x)
         x[0, 0] = 0, 0.5, 0.5  # One is at the smallest probability of the cross-entropy.
     options = {"label_smoothing": 0.1, "focal_gamma": 1.7}
-    coefficients = np.random.default_rng(0).normal(size=(3, 4, 3))
+    coefficients = np.random.default_rng(0).normal(size=(4, 4, 3))
 
     def of_logits(logits):
         with tf.GradientTape(persistent=True) as tape:
@@ -514,21 +651,23 @@ def test_options_keep_the_digits_of_a_double(way, activation):
                 sums = dice_op.dice_sums(
                     y, logits, activation=activation, cross_entropy=True, **options
                 )
-                chosen = (sums.intersection, sums.pred_sum, sums.cross_entropy)
+                chosen = [sums.intersection, sums.pred_sum, sums.cross_entropy]
+                chosen += [] if activation != "sigmoid" else [sums.negative_cross_entropy]
                 total = tf.add_n(
-                    [tf.reduce_sum(a * b) for a, b in zip(chosen, coefficients, strict=True)]
+                    [tf.reduce_sum(a * b) for a, b in zip(chosen, coefficients, strict=False)]
                 )
             gradient = inner.gradient(total, logits)
             square = tf.reduce_sum(gradient**2)
-        return sums[:4], gradient, tape.gradient(square, logits)
+        named = {k: v for k, v in sums._asdict().items() if v is not None}
+        return named, gradient, tape.gradient(square, logits)
 
     if way != "eager":
         of_logits = tf.function(of_logits, jit_compile=way == "XLA")
     sums, gradient, second = of_logits(tf.constant(x))
     t = reference.one_hot(y, 3)
     given = {"activation": activation, "smoothing": 0.1, "gamma": 1.7}
-    for actual, wanted in zip(sums, reference.sums(x, t, **given), strict=True):
-        assert reference.relative_error(actual, wanted) <= 1e-14
+    for name, value in reference.sums(x, t, **given).items():
+        assert reference.relative_error(sums[name], value) <= 1e-14
     wanted = reference.gradient(x, t, coefficients, **given)
     assert reference.gradient_error(gradient, wanted) <= 1e-13
     # The change of |gradient|^2 along the gradient, by central differences of the reference's.
@@ -549,8 +688,8 @@ def test_weights_that_are_fractions_are_counted_in_double(prediction, dtype):
     t = reference.one_hot(y, 3)
     given = {"activation": prediction, "threshold": 0.1}
     wanted = reference.sums(x, t, weight, **given)
-    for actual, expected in zip(sums[:3], wanted[:3], strict=True):
-        assert reference.relative_error(actual, expected) <= 1e-14
+    for name in ("intersection", "pred_sum", "label_sum"):
+        assert reference.relative_error(getattr(sums, name), wanted[name]) <= 1e-14
     assert reference.relative_error(sums.weight_sum, weight.sum(1)) <= 1e-14
 
 
@@ -577,3 +716,24 @@ def test_options_may_be_numbers_of_numpy_and_stay_as_they_are():
     wanted = dice_op.dice_sums(y, x, label_smoothing=0.1, focal_gamma=2, **given)
     np.testing.assert_array_equal(found.cross_entropy, wanted.cross_entropy)
     assert smoothing == 0.1
+    for gamma in (np.array(2.0), tf.constant(2.0)):  # They have an iterator, but are no list.
+        found = dice_op.dice_sums(y, x, label_smoothing=0.1, focal_gamma=gamma, **given)
+        np.testing.assert_array_equal(found.cross_entropy, wanted.cross_entropy)
+    for gammas in ([2, 2, 2], (2.0, 2.0, 2.0), np.full(3, 2)):
+        found = dice_op.dice_sums(y, x, label_smoothing=0.1, focal_gamma=gammas, **given)
+        np.testing.assert_allclose(found.cross_entropy, wanted.cross_entropy, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("gammas", "says"),
+    [
+        ([], "focal_gamma is empty"),
+        ([1, -1, 0], "every focal_gamma must be finite and at least 0"),
+        ([1, float("nan"), 0], "every focal_gamma must be finite"),
+        ([1, 2], "focal_gamma has 2 exponents, but logits .* have 3 classes"),
+    ],
+)
+def test_exponents_that_do_not_fit_are_errors(gammas, says):
+    x, y = volume((2, 50))
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=says):
+        dice_op.dice_sums(y, x, activation="softmax", cross_entropy=True, focal_gamma=gammas)

@@ -79,7 +79,12 @@ OPTIONS = {
     "probabilities": {"activation": "none", "cross_entropy": True},
     "smoothing": {"cross_entropy": True, "label_smoothing": 0.25},
     "regions": {"activation": "sigmoid", "cross_entropy": True, "regions": [(1, 2), (2,), (0,)]},
-}
+    "label sets": {"cross_entropy": True, "label_sets": {1: (0, 1), 9: (2,)}},
+    "binary label sets": {
+        "activation": "sigmoid", "cross_entropy": True, "label_sets": {1: (0, 1), 9: (2,)},
+    },
+    "exponents": {"cross_entropy": True, "focal_gamma": [0, 0.5, 1.75]},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])

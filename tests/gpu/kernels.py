@@ -19,10 +19,11 @@ import numpy as np
 from benchmarks.cases import Case, decode, encode, itemsize
 from benchmarks.gpu import report
 from benchmarks.gpu.device import Device
-from benchmarks.gpu.kernels import COEFFICIENTS, GRADIENT_TOLERANCE, SUMS, sums_tolerance
+from benchmarks.gpu.kernels import GRADIENT_TOLERANCE, sums_tolerance
 from benchmarks.gpu.volume import RepeatedVolume, gradient_error
 from benchmarks.measuring import emit, say
 from helpers import reference
+from helpers.kernel_inputs import coefficients_by_name
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 CLASSES = (1, 2, 3, 4, 5, 8, 13, 14, 16, 17, 32, 33, 64, 104, 105, 120, 256)
@@ -89,7 +90,8 @@ class Expected:
         self.logits = np.where(mass[..., None] == 0, np.nan, x) if weight else x
         options = {"activation": activation, "squared": squared, "gamma": gamma}
         terms = reference.voxel_terms(x, self.t, **options)
-        self.terms = [mass[..., None] * term for term in terms] + [mass[..., None]]
+        self.terms = {name: mass[..., None] * term for name, term in terms.items()}
+        self.terms["weight_sum"] = mass[..., None]
         self.coefficients = [np.float32(rng.normal(size=(2, classes))) for _ in range(3)]
         self.gradients = [  # The first is without cross-entropy, and the second has it.
             reference.gradient(x, self.t, (*self.coefficients[:2], c), mass, **options)
@@ -100,8 +102,10 @@ class Expected:
         """The sums of a call, `[N, C]` each, and the sum of the weights, `[N]`."""
         whole, rest = divmod(voxels, self.period)
         which = np.arange(samples) % 2
-        sums = [(whole * s.sum(1) + s[:, :rest].sum(1))[which] for s in self.terms]
-        return dict(zip((*SUMS, "weight_sum"), (*sums[:4], sums[4][:, 0]), strict=True))
+        sums = {
+            name: (whole * s.sum(1) + s[:, :rest].sum(1))[which] for name, s in self.terms.items()
+        }
+        return sums | {"weight_sum": sums["weight_sum"][:, 0]}
 
 
 def repeated(array, samples, voxels):
@@ -178,7 +182,7 @@ class Checker:
         number = "float64" if call.dtype == "float64" else "float32"
         given = {
             name: self.device.array(encode(value, number), number)
-            for name, value in zip(COEFFICIENTS, coefficients, strict=False)
+            for name, value in coefficients_by_name(coefficients, call.activation).items()
         }
         self.core.gradient(logits, labels, out=out, **given, **options)
         return sums, out
@@ -303,7 +307,7 @@ class Checker:
             np.float32(np.random.default_rng(i).normal(size=(1, classes))) for i in range(3)
         ]
         sums, out = self.run(call, logits, labels, None, coefficients)
-        for name, value in zip(SUMS, volume.sums(), strict=True):
+        for name, value in volume.sums().items():
             self.within(what, "sums, huge", reference.relative_error(sums[name], value), 2e-6)
         error = gradient_error(self.device, out, volume.gradient(coefficients))
         self.within(what, "gradient, huge", error, GRADIENT_TOLERANCE["float16"])

@@ -5,9 +5,8 @@ import functools
 import ml_dtypes
 import numpy as np
 
-from dice_op import core
 from helpers import emulation, reference
-from helpers.kernel_inputs import NAMES, in_format, make, renamed, sure
+from helpers.kernel_inputs import in_format, make, renamed, sure, with_label_sets
 
 EPSILON = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-24, "float64": 2**-53}
 REGIONS = {1: [(1,)], 3: [(1, 2, 3), (2, 3), (3,)], 6: [(c, c + 1) for c in range(6)]}
@@ -47,7 +46,10 @@ class Cases:
             y = np.random.default_rng(seed).integers(0, max(map(max, regions)) + 1, y.shape)
             y = y.astype(label_kind)
             t = np.stack([np.isin(y, r) for r in regions], -1).astype(float)
-            options["regions"] = core.region_masks(regions)
+            options["regions"] = regions
+        unknown = None
+        if label_sets := options.get("label_sets"):
+            y, t, unknown = with_label_sets(label_sets, y, c, seed)
         x = x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
         m = weight
         rng = np.random.default_rng(seed + 1)
@@ -59,7 +61,7 @@ class Cases:
             y = y.copy()
             y[rng.random(y.shape) < 0.3] = ignore
             m = (y != ignore) * (1.0 if m is None else m)
-        coefficients = rng.normal(size=(3, n, c)).astype(
+        coefficients = rng.normal(size=(4, n, c)).astype(
             "float64" if dtype == "float64" else "float32"
         )
         x_, y_ = in_format(data_format, x, y)
@@ -74,11 +76,15 @@ class Cases:
         of_reference = ("squared_pred", "soft_label", "focal_gamma", "label_smoothing", "threshold")
         given = {k: v for k, v in options.items() if k in of_reference}
         given = {"activation": activation, **renamed(given)}
-        wanted = dict(zip(NAMES, reference.sums(x, t, m, **given), strict=True))
+        if unknown is not None:
+            given["unknown"] = unknown
+        if "focal_gammas" in options:
+            given["gamma"] = np.float32(options["focal_gammas"])
+        wanted = reference.sums(x, t, m, **given)
         wanted["weight_sum"] = np.full(n, float(v)) if m is None else m.sum(1)
         if not loss:
-            coefficients[2] = 0
-            del wanted["cross_entropy"]
+            coefficients[2:] = 0
+            wanted = {k: v for k, v in wanted.items() if "cross_entropy" not in k}
         if activation not in ("argmax", "threshold"):
             gradient = reference.gradient(x, t, coefficients, m, **given)
             wanted["gradient"] = in_format(data_format, gradient)[0]
@@ -129,9 +135,13 @@ def few_cases(small=False):
     cases.add((2, v // 4 + 1, 3), label_smoothing=0.25, weight="uint8")
     cases.add((2, v // 8 + 1, 4), activation="argmax", cross_entropy=False)
     cases.add((1, v // 8 + 1, 3), activation="sigmoid", regions=REGIONS[3], ignore=200)
+    sets = {200: (0, 2), 3: (1, 2, 3), 9: (1,)}
+    cases.add((2, v // 8 + 1, 4), label_sets=sets, label_smoothing=0.25)
+    cases.add((1, v // 8 + 1, 4), label_sets=sets, activation="sigmoid", weight="uint8")
+    cases.add((1, v // 8 + 1, 4), label_sets={5: (0, 1), 6: (1, 2)}, cross_entropy=False)
+    cases.add((1, v // 8 + 1, 3), focal_gammas=[2.0, 0.0, 0.5])
     return cases
 
 
 def bits(results):
-    keys = [k for k in results[0] if isinstance(results[0][k], np.ndarray)]
-    return [[None if r[k] is None else r[k].tobytes() for k in keys] for r in results]
+    return [{k: v.tobytes() for k, v in r.items() if isinstance(v, np.ndarray)} for r in results]

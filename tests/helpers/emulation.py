@@ -11,6 +11,7 @@ import subprocess
 
 import numpy as np
 
+from dice_op import core
 from helpers.paths import BUILD, CSRC, TESTS
 from helpers.processes import alone_in
 
@@ -33,12 +34,13 @@ SANITIZER_OPTIONS = {
 }
 # These are in the order of the enumerations in csrc/core/dice_op.h and csrc/core/options.h.
 DTYPES = "bool uint8 int8 uint16 int16 int32 int64 float16 bfloat16 float32 float64".split()
+TABLES = ("regions", "label_sets", "focal_gammas")
 ACTIVATIONS = "softmax sigmoid none argmax threshold".split()
 
 
 def _flags(kind, csrc):
     include = [f"-I{csrc}", f"-I{EMULATOR}"]
-    return [*FLAGS[kind], *include, "-Wno-unknown-pragmas", "-Wno-psabi"]
+    return [*FLAGS[kind], *include, "-DDICE_OP_WITH_PTX", "-Wno-unknown-pragmas", "-Wno-psabi"]
 
 
 def _compile(source, output, flags):
@@ -127,32 +129,42 @@ def build_handlers(include):
 
 def case(x, y, *, weight=None, coefficients, activation="softmax", data_format="channels_last",
          squared_pred=False, soft_label=False, cross_entropy=True, focal_gamma=0.0,
-         label_smoothing=0.0, threshold=0.0, ignore_label=None, regions=(), in_place=False,
-         misalign=0):  # fmt: skip
-    """One call. x: [N, V, C] or [N, C, V]; y: [N, V], or as x; coefficients: three of [N, C]."""
+         focal_gammas=None, label_smoothing=0.0, threshold=0.0, ignore_label=None, regions=None,
+         label_sets=None, in_place=False, misalign=0):  # fmt: skip
+    """One call. x: [N, V, C] or [N, C, V]; y: [N, V], or as x; coefficients: three or four of
+    [N, C], those of the sums that have a gradient. Of three, the last is for both
+    cross-entropies."""
     n, *rest = x.shape
     planar = data_format == "channels_first"
     v, c = rest[::-1] if planar else rest
+    tables = core.op_attributes(regions=regions, label_sets=label_sets, focal_gammas=focal_gammas)
     header = np.array(
         [n, v, c, ACTIVATIONS.index(activation), planar, squared_pred, soft_label, cross_entropy]
         + [ignore_label is not None, ignore_label or 0, DTYPES.index(x.dtype.name)]
         + [DTYPES.index(y.dtype.name), y.ndim == 3]
         + [-1 if weight is None else DTYPES.index(weight.dtype.name), in_place, misalign]
-        + [len(regions), *regions, *[0] * (8 - len(regions))],
+        + [len(tables[name]) for name in TABLES],
         np.int64,
     )
     counts = activation in ("argmax", "threshold")
     number = np.float64 if counts or x.dtype == np.float64 else np.float32
+    binary = cross_entropy and activation == "sigmoid"
+    a, b, e, *negative = coefficients
+    asked = [a, b, *([e] if cross_entropy else []), *([*negative, e][:1] if binary else [])]
     arrays = [x, y, *([] if weight is None else [weight])]
-    arrays += [np.asarray(k, number) for k in coefficients[: 3 if cross_entropy else 2]]
+    arrays += [np.asarray(k, number) for k in asked]
     data = header.tobytes() + np.float64([focal_gamma, label_smoothing, threshold]).tobytes()
+    data += b"".join(tables[name].tobytes() for name in TABLES)
     data += b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)
     return {
         "data": data,
         "shape": (n, v, c),
         "like": x,
         "number": number,
-        "loss": cross_entropy,
+        "sums": ["intersection", "pred_sum", "label_sum"]
+        + ["cross_entropy"] * cross_entropy
+        + ["negative_cross_entropy"] * binary
+        + ["unknown_sum"] * bool(label_sets),
         "activation": ACTIVATIONS.index(activation),
     }
 
@@ -204,9 +216,8 @@ def run(program, cases, folder, order="forward", seed=1, **environment):
         n, _, c = call["shape"]
         number = call["number"]
         result = {"bad_label": complaint, "specialised": tuple(specialised == 1)}
-        for name in ("intersection", "pred_sum", "label_sum"):
+        for name in call["sums"]:
             result[name] = take(number, (n, c))
-        result["cross_entropy"] = take(number, (n, c)) if call["loss"] else None
         result["weight_sum"] = take(number, (n,))
         result["gradient"] = take(call["like"].dtype, call["like"].shape)
         out.append(result)

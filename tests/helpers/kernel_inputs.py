@@ -43,6 +43,27 @@ def sure(x, gap, seed=0):
     return np.where(at, x.max(-1, keepdims=True) + gap, x).astype(x.dtype)
 
 
+def with_label_sets(label_sets, index, classes, seed=0):
+    """Class indices of which some are replaced by the values of label sets.
+
+    Returns the labels, t [N, V, C], and 1 for the classes that a voxel may belong to.
+    """
+    rng = np.random.default_rng(seed)
+    values = [*label_sets, *(c for c in range(classes) if c not in label_sets)]
+    labels = rng.choice(values, index.shape)
+    return labels.astype(index.dtype), *read_label_sets(label_sets, labels, classes)
+
+
+def read_label_sets(label_sets, labels, classes):
+    """t [..., C] of labels [...], and 1 for the classes that a voxel may belong to."""
+    t, unknown = np.zeros((2, *labels.shape, classes))
+    for value in np.unique(labels):
+        stands_for = label_sets.get(value, (value,))
+        for c in stands_for:
+            (t if len(stands_for) == 1 else unknown)[labels == value, c] = 1
+    return t, unknown
+
+
 def in_format(data_format, *arrays):
     """Arrays of shape [N, V, C] laid out as asked; those of rank 2 stay as they are."""
     if data_format == "channels_last":
@@ -55,6 +76,19 @@ def renamed(options):
         "squared_pred": "squared",
         "soft_label": "soft",
         "focal_gamma": "gamma",
+        "focal_gammas": "gamma",
         "label_smoothing": "smoothing",
     }
-    return {names.get(k, k): v for k, v in options.items() if k != "ignore_label"}
+    of_labels = ("ignore_label", "regions", "label_sets")  # What these do is in t and the weights.
+    return {names.get(k, k): v for k, v in options.items() if k not in of_labels}
+
+
+def coefficients_by_name(coefficients, activation):
+    """Derivatives with respect to intersection, pred_sum, cross_entropy and
+    negative_cross_entropy, as arguments of `core.gradient`. Those that a call must not have are
+    left out; where there are three, the last is for both cross-entropies."""
+    names = ["d_intersection", "d_pred_sum", "d_cross_entropy"]
+    given = dict(zip(names, coefficients, strict=False))
+    if activation == "sigmoid" and "d_cross_entropy" in given:
+        given["d_negative_cross_entropy"] = coefficients[-1]
+    return given

@@ -43,58 +43,101 @@ def _least(p, t):
 
 
 def voxel_terms(
-    x, t, activation, squared=False, soft=False, gamma=0.0, smoothing=0.0, threshold=0.0
+    x,
+    t,
+    activation,
+    squared=False,
+    soft=False,
+    gamma=0.0,
+    smoothing=0.0,
+    threshold=0.0,
+    unknown=None,
 ):
-    """What each voxel adds to intersection, pred_sum, label_sum and cross_entropy: [..., C]
-    each."""
+    """What each voxel adds to each of the sums, by its name: [..., C] each.
+
+    Args:
+      gamma: one focal exponent, or one for each class.
+      unknown: [..., C], 1 for the classes that a voxel may belong to. Its t is then 0.
+    """
     both = _least if soft else np.multiply
     power = 2 if squared else 1
     classes = x.shape[-1]
+    gamma = np.broadcast_to(gamma, [classes])
+    known = 1 if unknown is None else 1 - unknown
     smooth_t = (1 - smoothing) * t + smoothing / (2 if activation == "sigmoid" else classes)
+    negative = None
     if activation in ("argmax", "threshold"):
         largest = np.arange(classes) == x.argmax(-1)[..., None]
         p = (largest if activation == "argmax" else x > threshold).astype(float)
-        return both(p, t), p**power, t**power + 0 * p, 0 * p
-    if activation == "softmax":
-        log_p = log_softmax(x)
-        p = np.exp(log_p)
+        cross_entropy = 0 * p
     elif activation == "sigmoid":
         log_p = -_softplus(-x)
         p = np.exp(log_p)
+        present = np.where(smooth_t != 0, -smooth_t * (1 - p) ** gamma * log_p, 0)
+        cross_entropy = known * present
+        negative = known * (1 - smooth_t) * p**gamma * _softplus(x)
+    elif activation == "softmax":
+        log_p = log_softmax(x)
+        p = np.exp(log_p)
+        cross_entropy = np.where(smooth_t != 0, -smooth_t * (1 - p) ** gamma * log_p, 0)
     else:
         p = x + 0
-        cut = np.where(p.real < 1e-7, 1e-7, p)  # the smallest probability of the cross-entropy
-        return both(p, t), p**power, t**power + 0 * p, -smooth_t * (1 - cut) ** gamma * np.log(cut)
-    present = np.where(smooth_t != 0, -smooth_t * (1 - p) ** gamma * log_p, 0)
-    if activation == "sigmoid":
-        present = present + (1 - smooth_t) * p**gamma * _softplus(x)
-    return both(p, t), p**power, t**power + 0 * p, present
+        # The cross-entropy of a smaller probability is that of this one.
+        cut = np.where(p.real < 1e-7, 1e-7, p)
+        cross_entropy = -smooth_t * (1 - cut) ** gamma * np.log(cut)
+    terms = {
+        "intersection": known * both(p, t),
+        "pred_sum": known * p**power,
+        "label_sum": known * t**power + 0 * p,
+        "cross_entropy": cross_entropy,
+    }
+    if negative is not None:
+        terms["negative_cross_entropy"] = negative
+    if unknown is not None:
+        if activation in ("softmax", "none"):
+            q = (unknown * p).sum(-1)
+            q = np.where(q.real < 1e-7, 1e-7, q) if activation == "none" else q
+            q = np.where(unknown.any(-1), q, 1)
+            q, rest = q[..., None], ((1 - unknown) * p).sum(-1, keepdims=True)
+            rest = 1 - q if activation == "none" else rest
+            rest = np.where(rest.real < 0, 0, rest)
+            lowest = np.arange(classes) == unknown.argmax(-1)[..., None]
+            share = unknown * ((1 - smoothing) * lowest + smoothing / classes)
+            marginal = share * -(rest**gamma) * np.log(q)
+            terms["cross_entropy"] = np.where(unknown == 1, marginal, cross_entropy)
+        terms["unknown_sum"] = unknown + 0 * p
+    return terms
 
 
 def sums(x, t, weight=None, **options):
-    """intersection, pred_sum, label_sum and cross_entropy, [N, C] each, of x and t, [N, V, C]."""
+    """The sums of x and t, [N, V, C], by their names: [N, C] each, but not that of the weights."""
     x, t = np.asarray(x, np.float64), np.asarray(t, np.float64)
     m = np.ones(x.shape[:2]) if weight is None else np.asarray(weight, np.float64)
     x = np.where(m[..., None] == 0, 0, x)
-    return tuple((m[..., None] * term).sum(1) for term in voxel_terms(x, t, **options))
+    terms = voxel_terms(x, t, **options)
+    return {name: (m[..., None] * term).sum(1) for name, term in terms.items()}
 
 
 def gradient(x, t, coefficients, weight=None, **options):
     """The gradient with respect to x of a weighted total of the sums.
 
     Args:
-      coefficients: the weights of intersection, pred_sum and cross_entropy, [N, C] each.
+      coefficients: the weights of intersection, pred_sum, cross_entropy and
+        negative_cross_entropy, [N, C] each. Of three, the last is for both cross-entropies.
     """
     x, t = np.asarray(x, np.float64), np.asarray(t, np.float64)
     m = np.ones(x.shape[:2]) if weight is None else np.asarray(weight, np.float64)
     x = np.where(m[..., None] == 0, 0, x)
-    a, b, e = (np.asarray(k, np.float64)[:, None, :] for k in coefficients)
+    a, b, e, *n = (np.asarray(k, np.float64)[:, None, :] for k in coefficients)
+    factors = {"intersection": a, "pred_sum": b, "cross_entropy": e}
+    factors["negative_cross_entropy"] = n[0] if n else e
     result = np.empty_like(x)
     for c in range(x.shape[-1]):  # Voxels do not interact, so that one step serves them all.
         stepped = x.astype(complex)
         stepped[..., c] += 1j * STEP
-        i, p, _, ce = voxel_terms(stepped, t, **options)
-        result[..., c] = m * (a * i + b * p + e * ce).sum(-1).imag / STEP
+        terms = voxel_terms(stepped, t, **options)
+        total = sum(factors[name] * terms[name] for name in factors if name in terms)
+        result[..., c] = m * total.sum(-1).imag / STEP
     return result
 
 
@@ -108,20 +151,26 @@ def mean_dice(i, p, t):
     return np.mean(dice_losses(i, p, t))
 
 
-def loss_and_gradient(x, t, of_sums, weight=None, **options):
+def loss_and_gradient(x, t, of_sums, weight=None, with_cross_entropy=False, **options):
     """A loss and its gradient with respect to x.
 
     Args:
       of_sums: makes the loss of intersection, pred_sum and label_sum, [N, C] each.
+      with_cross_entropy: whether of_sums gets the cross-entropies as well, of which there are two
+        for "sigmoid".
     """
-    values = sums(x, t, weight, **options)
-    coefficients = [np.zeros_like(values[0]) for _ in range(3)]
-    for which in (0, 1):
-        for at in np.ndindex(values[0].shape):
-            stepped = [v.astype(complex) for v in values[:3]]
+    with_gradient = ["intersection", "pred_sum", "cross_entropy", "negative_cross_entropy"]
+    given = sums(x, t, weight, **options)
+    names = ["intersection", "pred_sum", "label_sum"]
+    names += [name for name in with_gradient[2:] if name in given] if with_cross_entropy else []
+    values = [given[name] for name in names]
+    coefficients = {name: np.zeros_like(values[0]) for name in with_gradient}
+    for which, name in enumerate(names):
+        for at in np.ndindex(values[0].shape) if name in with_gradient else ():
+            stepped = [v.astype(complex) for v in values]
             stepped[which][at] += 1j * STEP
-            coefficients[which][at] = np.imag(of_sums(*stepped)) / STEP
-    return of_sums(*values[:3]), gradient(x, t, coefficients, weight, **options)
+            coefficients[name][at] = np.imag(of_sums(*stepped)) / STEP
+    return of_sums(*values), gradient(x, t, coefficients.values(), weight, **options)
 
 
 def relative_error(actual, expected):

@@ -13,7 +13,17 @@ import pytest
 
 from dice_op import core
 from helpers import reference
-from helpers.kernel_inputs import FORMATS, NAMES, REGIONS, in_format, make, renamed, sure
+from helpers.kernel_inputs import (
+    FORMATS,
+    NAMES,
+    REGIONS,
+    coefficients_by_name,
+    in_format,
+    make,
+    renamed,
+    sure,
+    with_label_sets,
+)
 
 # Shapes (N, V, C), each with the part of the CPU kernels that it reaches.
 REGIMES = {
@@ -36,29 +46,29 @@ REGIMES = {
 }
 
 
-def check(x, y, t, *, data_format="channels_last", weight=None, tolerance=1e-6, **options):
+def check(
+    x, y, t, *, data_format="channels_last", weight=None, unknown=None, tolerance=1e-6, **options
+):
     """Compares the sums and the gradient of one call with the reference."""
-    expected = reference.sums(
-        x, t, weight, **{k: v for k, v in renamed(options).items() if k != "ignore_label"}
-    )
+    of_reference = renamed(options) | ({} if unknown is None else {"unknown": unknown})
+    expected = reference.sums(x, t, weight, **of_reference)
     x_, y_ = in_format(data_format, x, y)
     actual = core.sums(
         x_, y_, data_format=data_format, cross_entropy=True, voxel_weight=weight, **options
     )
-    for name, value in zip(NAMES, expected, strict=True):
+    assert expected.keys() == actual.keys() - {"weight_sum"}
+    for name, value in expected.items():
         assert reference.relative_error(actual[name], value) <= tolerance, name
 
     rng = np.random.default_rng(1)
     kind = actual["pred_sum"].dtype
-    coefficients = [rng.normal(size=(x.shape[0], x.shape[2])).astype(kind) for _ in range(3)]
-    given = dict(
-        zip(("d_intersection", "d_pred_sum", "d_cross_entropy"), coefficients, strict=True)
-    )
+    coefficients = [rng.normal(size=(x.shape[0], x.shape[2])).astype(kind) for _ in range(4)]
+    given = coefficients_by_name(coefficients, options.get("activation", "softmax"))
     gradient = core.gradient(
         x_, y_, data_format=data_format, voxel_weight=weight, **given, **options
     )
     assert gradient.dtype == x.dtype
-    wanted = reference.gradient(x, t, coefficients, weight, **renamed(options))
+    wanted = reference.gradient(x, t, coefficients, weight, **of_reference)
     if np.any(wanted):  # One class under softmax has no gradient.
         (gradient,) = in_format(data_format, gradient)
         if data_format == "channels_first":
@@ -206,7 +216,8 @@ def test_scores_are_counted_exactly(regime, dtype, data_format):
             options = {"activation": activation, "threshold": threshold}
             actual = core.sums(x_, y_, data_format=data_format, **options)
             wanted = reference.sums(x, t, **options)
-            for name, value in zip(NAMES[:3], wanted, strict=False):
+            for name in NAMES[:3]:
+                value = wanted[name]
                 tolerance = 1e-6 if label_kind == "soft" else 0
                 assert reference.relative_error(actual[name], value) <= tolerance, (name, options)
 
@@ -259,8 +270,8 @@ def test_regions_give_what_masks_of_them_give(dtype, activation, data_format):
             np.testing.assert_array_equal(actual[name], value)
         if activation != "threshold":
             del options["threshold"]
-            a, b, e = rng.normal(size=(3, 2, classes)).astype(np.float32)
-            d = {"d_intersection": a, "d_pred_sum": b, "d_cross_entropy": e}
+            d = rng.normal(size=(4, 2, classes)).astype(np.float32)
+            d = coefficients_by_name(d, activation)
             actual = core.gradient(x_, y, regions=regions, **d, **options)
             np.testing.assert_array_equal(actual, core.gradient(x_, t_, **d, **options))
         weight = rng.integers(0, 3, size=y.shape).astype(np.float32)
@@ -284,6 +295,7 @@ def test_infinite_logits_that_are_right_cost_nothing():
     by_mask = core.sums(x, np.uint8([[[1, 0]]]), **options)
     for sums in (by_region, by_mask):
         np.testing.assert_array_equal(sums["cross_entropy"], [[0, 0]])
+        np.testing.assert_array_equal(sums["negative_cross_entropy"], [[0, 0]])
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
@@ -297,7 +309,7 @@ def test_every_dtype_agrees_with_the_reference(dtype, data_format):
         expected = reference.sums(x, t, activation="softmax")
         x_, y_ = in_format(data_format, x, y)
         actual = core.sums(x_, y_, data_format=data_format, cross_entropy=True)
-        for name, value in zip(NAMES, expected, strict=True):
+        for name, value in expected.items():
             assert actual[name].dtype == (np.float64 if x.itemsize == 8 else np.float32)
             assert reference.relative_error(actual[name], value) <= (
                 1e-6 if x.itemsize < 8 else 1e-12
@@ -375,7 +387,7 @@ def test_ignored_voxels_count_for_nothing(ignore, dtype):
     weight = (y != ignore).astype(np.float32)
     expected = reference.sums(x, reference.one_hot(y, 4), weight, activation="softmax")
     actual = core.sums(x, y, ignore_label=ignore, cross_entropy=True)
-    for name, value in zip(NAMES, expected, strict=True):
+    for name, value in expected.items():
         assert reference.relative_error(actual[name], value) <= 1e-6
     np.testing.assert_array_equal(actual["weight_sum"], weight.sum(1))
     ones = np.ones((2, 4), np.float32)
@@ -438,8 +450,8 @@ def test_sums_of_extreme_logits_are_right():
         finite = np.where(np.isinf(x), -1e30, x)
         sums = core.sums(finite if activation == "sigmoid" else x, y, activation=activation)
         expected = reference.sums(np.maximum(x, -1e4), t, activation=activation)
-        for name, value in zip(NAMES[:3], expected[:3], strict=True):
-            np.testing.assert_allclose(sums[name], value, rtol=1e-6, atol=1e-30)
+        for name in NAMES[:3]:
+            np.testing.assert_allclose(sums[name], expected[name], rtol=1e-6, atol=1e-30)
     x = np.float32([[[1e4, -1e4, 0], [-1e4, 1e4, 1e4]]])
     y = np.array([[1, 0]], np.uint8)  # Both voxels are wrong by 20000.
     sums = core.sums(x, y, cross_entropy=True)
@@ -474,9 +486,7 @@ def test_confident_false_positives_keep_their_gradient(data_format):
                 t_,
                 activation="sigmoid",
                 data_format=data_format,
-                d_intersection=coefficients[0],
-                d_pred_sum=coefficients[1],
-                d_cross_entropy=coefficients[2],
+                **coefficients_by_name(coefficients, "sigmoid"),
             )
             (gradient,) = in_format(data_format, gradient)  # The conversion is its own inverse.
             np.testing.assert_allclose(gradient.reshape(wanted.shape), wanted, rtol=2e-6)
@@ -852,3 +862,154 @@ def test_an_error_advises_what_to_do_about_a_value_of_no_region():
 )
 def test_labels_are_taken_for_what_their_shape_and_dtype_say(logits, labels, dtype, options, kind):
     assert core.label_kind(logits, labels, dtype, **options) == kind
+
+
+# --- options that are tables ----------------------------------------------------------------------
+
+SETS = {200: (0, 2), 255: (0, 1, 2), 3: (1, 2), 9: (1,)}
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none", "argmax", "threshold"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_label_sets_agree_with_the_reference(dtype, activation, data_format):
+    """Values of several classes, of one class, and one that is a class too (3), on volumes of few
+    classes, of more than a word of 32, and of more than 256; also where only a set of one class is
+    beyond the first word."""
+    for classes, sets in (
+        (3, SETS),
+        (6, SETS),
+        (40, {200: (0, 1), 201: (33,)}),
+        (70, {200: (0, 1), 201: (2, 3), 202: (69,)}),
+        (70, {0: (0, 33, 69), 200: range(40)}),
+        (300, SETS),
+    ):
+        x, y, _ = make((2, 700 if classes < 10 else 37, classes), "int64", activation)
+        y, t, unknown = with_label_sets(sets, y, classes)
+        given = {"label_sets": sets, "activation": activation}
+        if activation in ("argmax", "threshold"):
+            x_, y_ = in_format(data_format, x, y)
+            actual = core.sums(x_, y_, data_format=data_format, **given)
+            wanted = reference.sums(x, t, activation=activation, unknown=unknown)
+            for name in ("intersection", "pred_sum", "label_sum", "unknown_sum"):
+                np.testing.assert_array_equal(actual[name], wanted[name])
+            continue
+        weight = np.random.default_rng(3).integers(0, 3, y.shape).astype(np.float32)
+        tolerance = 1e-12 if dtype == "float64" else 1e-6
+        every_option = [
+            {},
+            {"focal_gamma": 2.0, "label_smoothing": 0.25},
+            {"squared_pred": True, "weight": weight},
+        ]
+        if classes <= 256:  # Above that, there is one exponent for all.
+            every_option.append({"focal_gammas": np.resize([2.0, 0.0, 0.5], classes)})
+        for options in every_option:
+            check(
+                x.astype(dtype), y, t, data_format=data_format, tolerance=tolerance,
+                unknown=unknown, **given, **options,
+            )  # fmt: skip
+
+
+def test_the_gradient_of_a_label_set_is_exact_where_the_network_is_sure():
+    """Each element by itself: that of the classes of the set is nearly 0 where they have it all."""
+    rng = np.random.default_rng(0)
+    for gap in (0, 8, 20, 40):
+        x = (3 * rng.normal(size=(1, 500, 4))).astype(np.float32)
+        x[..., :2] += np.float32(gap) * np.where(rng.random((1, 500, 1)) < 0.5, 1, -1)
+        y = np.full((1, 500), 200, np.uint8)
+        unknown = np.broadcast_to([1.0, 1.0, 0.0, 0.0], x.shape)
+        e = np.ones((1, 4), np.float32)
+        wanted = reference.gradient(
+            x, 0 * x, (0 * e, 0 * e, e), activation="softmax", unknown=unknown
+        )
+        given = {"label_sets": {200: (0, 1)}, "d_intersection": 0 * e, "d_pred_sum": 0 * e}
+        found = core.gradient(x, y, d_cross_entropy=e, **given)
+        # The textbook's own q - 1 is exact to 1e-16, and where it is larger than that.
+        large = np.abs(wanted) > 1e-11
+        assert large.mean() > 0.25
+        np.testing.assert_allclose(found[large], wanted[large], rtol=1e-5)
+
+
+def test_a_set_without_probability_has_an_infinite_loss():
+    """As a class without any has. No gradient can say which of its classes is the right one."""
+    x = np.array([[[-np.inf, -np.inf, 1, 1]]], np.float32)
+    given = {"label_sets": {200: (0, 1)}, "cross_entropy": True}
+    assert core.sums(x, np.uint8([[200]]), **given)["cross_entropy"][0, 0] == np.inf
+    d = np.ones((1, 4), np.float32)
+    gradient = core.gradient(
+        x, np.uint8([[200]]), d_intersection=0 * d, d_pred_sum=0 * d, d_cross_entropy=d, **given
+    )
+    np.testing.assert_array_equal(gradient, [[[0, 0, 0, 0]]])
+
+
+def test_regions_may_be_many():
+    """117 classes of a whole body, each a region, and ten groups of them; labels up to 255."""
+    rng = np.random.default_rng(0)
+    body = [(c,) for c in range(1, 118)] + [range(a, a + 12) for a in range(1, 105, 11)]
+    for regions in (body, [(0, 255), (255,), (31, 32, 33)], [(v,) for v in range(64, 128)]):
+        classes = len(regions)
+        x = rng.normal(size=(2, 333, classes)).astype(np.float32)
+        y = rng.integers(0, max(map(max, regions)) + 1, (2, 333)).astype(np.uint8)
+        t = np.stack([np.isin(y, r) for r in regions], -1).astype(np.uint8)
+        options = {"activation": "sigmoid", "cross_entropy": True}
+        actual = core.sums(x, y, regions=regions, **options)
+        for name, value in core.sums(x, t, **options).items():
+            np.testing.assert_array_equal(actual[name], value)
+        scores = core.scores((x > 0).any(-1) * y, y, regions=regions)
+        np.testing.assert_array_equal(scores["label_sum"], t.sum(1))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (
+            {"label_sets": {256: (0, 1)}},
+            "label value 256, but their label values must be from 0 to",
+        ),
+        ({"label_sets": {7: ()}}, r"label_sets\[7\] must be the classes"),
+        ({"label_sets": {7: (1, 1)}}, "at least one, and each once"),
+        ({"label_sets": {7: (0, 3)}}, "label_sets name class 3, but logits .* have 3 classes"),
+        ({"label_sets": {7: (0, 1)}, "ignore_label": 7}, "ignore_label 7 is also in label_sets"),
+        ({"label_sets": [7, (0, 1)]}, "label_sets must be a dict from label values to the classes"),
+        (
+            {"label_sets": {7: (0, 1)}, "regions": [(0,), (1,), (2,)], "activation": "sigmoid"},
+            "regions and label_sets cannot be combined",
+        ),
+        (
+            {"label_sets": {7: (0, 1)}},
+            r"value 5, but must be in \[0, 3\), or one of label_sets \(7\)",
+        ),
+        ({"focal_gammas": [1, 2]}, "focal_gamma has 2 exponents, but logits .* have 3 classes"),
+        ({"focal_gammas": [1, 2, -1]}, "every focal_gamma must be finite and at least 0"),
+        ({"focal_gammas": [1, 2, np.inf]}, "every focal_gamma must be finite and at least 0"),
+        ({"regions": [(0,), (256,)]}, "at least one, from 0 to 255"),
+    ],
+)
+def test_errors_of_tables_say_what_to_do(options, words):
+    y = np.array([[0, 7, 5, 1]]) if "value 5" in words else np.array([[0, 1]])
+    with pytest.raises((ValueError, TypeError), match=words):
+        core.sums(np.zeros((*y.shape, 3), np.float32), y, **options)
+
+
+def test_label_sets_refuse_labels_per_class_and_one_class():
+    x = np.zeros((1, 2, 3), np.float32)
+    with pytest.raises(ValueError, match="label_sets are for class indices, but labels"):
+        core.sums(x, x, label_sets={7: (0, 1)})
+    with pytest.raises(ValueError, match="label_sets need two classes or more"):
+        core.sums(x[..., :1].copy(), np.zeros((1, 2)), label_sets={7: (0,)}, activation="sigmoid")
+
+
+def test_attributes_of_label_sets_hold_what_was_given():
+    sets = {9: (33,), 200: (0, 1), 201: (2, 40), 255: (20_000,)}
+    found = core.op_attributes(label_sets=sets)["label_sets"].tolist()
+    assert found == [9, 1, 33, 200, 2, 0, 1, 201, 2, 2, 40, 255, 1, 20_000]
+
+
+def test_too_many_different_sets_are_refused():
+    """The tables have room for 512 words of 32 classes."""
+    x, y = np.zeros((1, 2, 200), np.float32), np.zeros((1, 2))
+    core.sums(x, y, label_sets={v: (v, 199) for v in range(72)})
+    with pytest.raises(ValueError, match="73 different sets of 200 classes, but at most 72"):
+        core.sums(x, y, label_sets={v: (v, 199) for v in range(73)})
+    with pytest.raises(ValueError, match="1 different sets of 20001 classes, but at most 0"):
+        core.sums(x, y, label_sets={200: (0, 20_000)})

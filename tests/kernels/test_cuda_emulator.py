@@ -232,8 +232,8 @@ KERNEL_BUGS = {
     ),
     "general: regions of a voxel without label": (
         "general.h",
-        "has_regions && index >= 0 ? call_.options.regions.classes_of[index] : 0",
-        "has_regions ? call_.options.regions.classes_of[index] : 0",
+        "const int set = index < 0                ? 0",
+        "const int set = index < -1               ? 0",
         "address",
     ),
     "scores: every class of a tie": (
@@ -254,10 +254,52 @@ KERNEL_BUGS = {
         "if (false) return cardinality",
         "plain",
     ),
+    "label sets: unknown classes count": (
+        "../core/voxel.h",
+        "if (terms.sets) return Select(label.IsUnknown(i), R(0), x);",
+        "if (false) return Select(label.IsUnknown(i), R(0), x);",
+        "plain",
+    ),
+    "label sets: one term for each class": (
+        "../core/voxel.h",
+        "Select(label.IsLowestUnknown(i), R(1), R(0))",
+        "R(1)",
+        "plain",
+    ),
+    "label sets: the derivative of a single class": (
+        "../core/voxel.h",
+        "set.scale * set.rest, -p)",
+        "set.scale, -p)",
+        "plain",
+    ),
+    "label sets: no place for their sums": (
+        "kernels.h",
+        "? problem.has_label_sets()",
+        "? 0",
+        "address",
+    ),
+    "label sets: class 0 is the lowest of all": (
+        "general.h",
+        "while (c < call_.sets.classes && !call_.sets.Holds(set, c)) ++c;",
+        "",
+        "plain",
+    ),
+    "exponents: that of class 0 for all": (
+        "../core/voxel.h",
+        "terms.gammas[k.Class(i)]",
+        "terms.gammas[0]",
+        "plain",
+    ),
+    "binary cross-entropy: one derivative for both halves": (
+        "kernels.h",
+        "there && d_negative ? d_negative[c]",
+        "there && d_negative ? d_cross_entropy[c]",
+        "plain",
+    ),
     "smoothing: none for the absent classes": (
         "../core/voxel.h",
-        "k.Class(i), i) + R(terms.spread);",
-        "k.Class(i), i);",
+        "R(terms.keep) * t + R(terms.spread);",
+        "R(terms.keep) * t;",
         "plain",
     ),
     "sums: the wrong lanes in the mask": (
@@ -286,8 +328,8 @@ KERNEL_BUGS = {
     ),
     "sums: bins of too few classes": (
         "kernels.h",
-        "kCrossEntropyBins && cross_entropy ? 3 : 2;",
-        "kCrossEntropyBins && cross_entropy ? 2 : 2;",
+        "problem.options.cross_entropy ? 3",
+        "problem.options.cross_entropy ? 2",
         "address",
     ),
     "sums: a class beyond the last": (

@@ -149,7 +149,7 @@ NAN[0, 0, 0, 0, 1] = np.nan
         (P + 0.5, T, {"classes": 4}, "value .*5, but must be whole numbers"),
         (P[:1], T, {"classes": 3}, r"prediction has shape \[1, 5, 5, 41\], but labels \[2, 5, 5"),
         (P[:1] / 1.0, T, {}, r"labels .* \[2, 5, 5, 41\], but for logits .* \[1, 5, 5, 41\]"),
-        (P, T, {"regions": [(1, 40)]}, "regions must be the label values of each class"),
+        (P, T, {"regions": [(1, 256)]}, "regions must be the label values of each class"),
         (P, T, {"regions": [(1,), ()]}, "regions must be the label values of each class"),
         (P, T, {"regions": [(1, 2), (2,)], "classes": 3}, "classes is 3, but there are 2"),
     ],

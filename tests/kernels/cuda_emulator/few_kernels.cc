@@ -34,7 +34,7 @@ Variant FindPlain(const Problem& problem, const void* d_logits) {
 Variant FindGeneral(const Problem& problem, const void* d_logits) {
   using PerClass = General<float, true, 4, 1>;
   if (problem.hard()) return Of<PerClass, Argmax>(problem, d_logits);
-  if (problem.has_regions()) return Of<PerClass, Sigmoid>(problem, d_logits);
+  if (problem.options.activation == Activation::kSigmoid) return Of<PerClass, Sigmoid>(problem, d_logits);
   if (problem.labels_per_class()) return Of<PerClass>(problem, d_logits);
   return problem.classes <= 4 ? Of<General<float, false, 4, 1>>(problem, d_logits)
                               : Of<General<float, false, 8, 32>>(problem, d_logits);

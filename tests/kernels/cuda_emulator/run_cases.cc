@@ -15,6 +15,8 @@
 namespace dice_op {
 namespace cuda {
 const char* Archs() { return "emulated"; }
+// There is no machine code here, so both kinds of code are the same.
+Variant FindPortable(const Problem& problem, const void* d_logits) { return FindGeneral(problem, d_logits); }
 }  // namespace cuda
 
 namespace {
@@ -25,7 +27,7 @@ struct Header {
   int64_t logits_dtype, labels_dtype, dense_labels, weight_dtype;  // weight_dtype < 0: no weight
   int64_t in_place;                                                // the gradient takes the logits' memory
   int64_t misalign;                                                // bytes by which the arrays miss 16-byte alignment
-  int64_t region_labels, regions[8];
+  int64_t regions, label_sets, focal_gammas;                       // the lengths of these tables
   double focal_gamma, label_smoothing, threshold;
 };
 
@@ -56,6 +58,14 @@ class Array {
   char* data_;
 };
 
+// Reads an option that is a table.
+template <class T, class Table>
+void Read(FILE* in, int64_t length, Table* table) {
+  std::vector<T> values(length);
+  Require(length == 0 || std::fread(values.data(), length * sizeof(T), 1, in) == 1, "the cases end too early");
+  Require(FromAttribute(values, table));
+}
+
 void Run(const Header& header, FILE* in, FILE* out) {
   Problem problem;
   Options& options = problem.options;
@@ -68,7 +78,9 @@ void Run(const Header& header, FILE* in, FILE* out) {
   options.label_smoothing = header.label_smoothing;
   options.threshold = header.threshold;
   options.ignore_label = {header.has_ignore_label != 0, header.ignore_label};
-  Require(FromAttribute({header.regions, header.regions + header.region_labels}, &options.regions));
+  Read<int64_t>(in, header.regions, &options.regions);
+  Read<int64_t>(in, header.label_sets, &options.label_sets);
+  Read<float>(in, header.focal_gammas, &options.focal_gammas);
   problem.logits_dtype = static_cast<DType>(header.logits_dtype);
   problem.labels_dtype = static_cast<DType>(header.labels_dtype);
   const bool weighted = header.weight_dtype >= 0;
@@ -118,8 +130,8 @@ void Run(const Header& header, FILE* in, FILE* out) {
   if (!error && differentiable) error = cuda::DiceSumsGrad(problem, grad, nullptr);
 
   // whether a specialised kernel takes the call
-  const int64_t specialised[2] = {cuda::FindPlain(problem, nullptr).kernel != nullptr,
-                                  differentiable && cuda::FindPlain(problem, d_logits.data()).kernel};
+  const int64_t specialised[2] = {cuda::FindPlain(problem, nullptr).plain != nullptr,
+                                  differentiable && cuda::FindPlain(problem, d_logits.data()).plain};
   std::fwrite(specialised, sizeof(specialised), 1, out);
   for (const std::string& text : {error.message, complaint}) {
     const int64_t length = text.size();

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "core/dice_op.h"
+#include "cuda/call.h"
 #include "xla/ffi/api/c_api.h"
 
 struct XLA_FFI_Error {
@@ -26,6 +27,8 @@ struct XLA_FFI_Error {
 namespace dice_op {
 namespace cuda {
 const char* Archs() { return "emulated"; }
+// There is no machine code here, so both kinds of code are the same.
+Variant FindPortable(const Problem& problem, const void* d_logits) { return FindGeneral(problem, d_logits); }
 }  // namespace cuda
 
 // In place of the CPU kernels: work that counts how often each of its blocks is done.
@@ -144,6 +147,7 @@ struct Attributes {
       type = XLA_FFI_AttrType_SCALAR, value = &scalar;
     }
     void Set(const std::vector<int64_t>&) {}  // none
+    void Set(const std::vector<float>&) { array.dtype = XLA_FFI_DataType_F32; }
   };
   std::map<std::string, One> all;
   std::vector<XLA_FFI_ByteSpan*> names;
@@ -233,13 +237,14 @@ void RunBoth(const char* platform, int64_t place, void (*after_sums)(), void (*a
   size_t bytes = 0;
   if (ffi::DiceSumsWorkspace(problem, platform, &bytes)) std::abort();
   const std::vector<int64_t> shape = {kBatch, kClasses};
-  Floats intersection(shape), pred_sum(shape), label_sum(shape), cross_entropy(shape), weight_sum({kBatch});
+  Floats intersection(shape), pred_sum(shape), label_sum(shape), cross_entropy(shape), weight_sum({kBatch}),
+      none({kBatch, 0});
   Buffer workspace(XLA_FFI_DataType_U8, 1, {static_cast<int64_t>(bytes)});
   Call(platform, "dice_op_sums", {&logits, &labels},
-       {&intersection, &pred_sum, &label_sum, &cross_entropy, &weight_sum, &workspace});
+       {&intersection, &pred_sum, &label_sum, &cross_entropy, &none, &none, &weight_sum, &workspace});
   after_sums();
   Floats gradient({kBatch, kVoxels, kClasses});  // with the sums as coefficients
-  Call(platform, "dice_op_sums_grad", {&logits, &labels, &intersection, &pred_sum, &cross_entropy}, {&gradient});
+  Call(platform, "dice_op_sums_grad", {&logits, &labels, &intersection, &pred_sum, &cross_entropy, &none}, {&gradient});
   after_gradient();
   if (std::string(platform) == "Host") return;
   for (Buffer* sums : {&intersection, &pred_sum, &label_sum, &cross_entropy, &weight_sum}) sums->Print();
