@@ -16,6 +16,7 @@ import keras
 
 from dice_op import core
 from dice_op._types import DataFormat
+from dice_op.ops import is_list
 
 # People pass these arguments because losses of other libraries have them. The advice says what to
 # do here.
@@ -88,11 +89,41 @@ def label(argument: str, value: typing.Any) -> int | None:
         raise ValueError(f"{argument} is {value!r}, but must be an integer or None") from None
 
 
+def regions_or_label_sets(regions: object, label_sets: object) -> None:
+    if regions and label_sets:
+        raise ValueError(
+            "regions and label_sets cannot be combined: label_sets are for classes that do not "
+            "overlap"
+        )
+
+
+def exponents(argument: str, value: typing.Any) -> float | list[float]:
+    """One exponent, or a list of one for each class."""
+    if isinstance(value, dict):
+        raise ValueError(
+            f"{argument} is {value!r}, but must be a number, or a list of one for each class, in "
+            "order"
+        )
+    if not is_list(value):
+        return at_least_0(argument, value)
+    result = [at_least_0(argument, v) for v in value]
+    if not result:
+        raise ValueError(f"{argument} is empty, but must have one exponent for each class")
+    return result
+
+
+def weight_or_list(argument: str, value: typing.Any) -> float | list[float] | None:
+    """One weight for all classes, or a list of one for each class."""
+    if value is None or is_list(value):
+        return weight_list(argument, value)
+    return at_least_0(argument, value)
+
+
 def weight_list(argument: str, weights: typing.Any) -> list[float] | None:
     """One weight per class, or for deep supervision one per output."""
     if weights is None:
         return None
-    if isinstance(weights, (str, dict)) or not hasattr(weights, "__iter__"):
+    if not is_list(weights):
         raise ValueError(
             f"{argument} is {weights!r}, but must be a list of one weight per class, in order"
         )
@@ -117,13 +148,38 @@ def region_list(regions: typing.Any, include_background: bool) -> list[list[int]
         ) from None
     if not regions:
         raise ValueError("regions is empty, but must have the label values of each class")
-    core.region_masks(regions)  # raises an error where labels or classes are out of range
+    core.op_attributes(regions=regions)  # raises an error where labels are out of range
     if not include_background:
         raise ValueError(
             "include_background=False would leave out the first of the regions: name those that "
             "count in regions"
         )
     return regions
+
+
+def label_set_dict(label_sets: typing.Any) -> dict[int, list[int]] | None:
+    """The classes of each label value, as a configuration can hold them.
+
+    Configurations that were saved as JSON have strings as keys.
+    """
+    if label_sets is None:
+        return None
+    try:
+        label_sets = {
+            int(label) if isinstance(label, str) else operator.index(label): [
+                operator.index(c) for c in classes
+            ]
+            for label, classes in label_sets.items()
+        }
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(
+            f"label_sets is {label_sets!r}, but must be a dict from label values to the classes "
+            "that each may stand for, such as {200: (0, 2, 3)}"
+        ) from None
+    if not label_sets:
+        raise ValueError("label_sets is empty, but must name the classes of a label value")
+    core.op_attributes(label_sets=label_sets)  # raises an error where they are out of range
+    return label_sets
 
 
 def data_format(value: DataFormat | None) -> DataFormat:

@@ -1,7 +1,7 @@
 """The losses as formulas over the sums of `dice_op.dice_sums`: small tensors, readable mathematics.
 
 I, P and T are the intersection and the cardinalities of prediction and label, `[N, C]`. M is the
-sum of the weights, `[N]`.
+sum of the weights, `[N]`, or `[N, C]` without the voxels that say nothing about the class.
 """
 
 from __future__ import annotations
@@ -72,8 +72,16 @@ def precision(sums: DiceSums) -> tf.Tensor:
 
 def specificity(sums: DiceSums) -> tf.Tensor:
     """TN / (M - T) with TN = M - P - T + I. Where T = M there are no negatives, and it is 1."""
-    negatives = sums.weight_sum[:, tf.newaxis] - sums.label_sum
+    negatives = _known_weight(sums) - sums.label_sum
     return ratio(negatives - sums.pred_sum + sums.intersection, negatives)
+
+
+def _known_weight(sums: DiceSums) -> tf.Tensor:
+    """M of each class, `[N, C]`, without the voxels that say nothing about it."""
+    m = sums.weight_sum[:, tf.newaxis]
+    if sums.unknown_sum is None:
+        return m * tf.ones_like(sums.label_sum)
+    return m - sums.unknown_sum
 
 
 def _share(whole: tf.Tensor, part: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
@@ -89,7 +97,7 @@ def matthews(sums: DiceSums, *, smooth_nr: float = 0.0, smooth_dr: float = 0.0) 
     FN = T - I and TN = M - P - T + I. It is 1 where nothing is wrong, also where a class is
     nowhere or everywhere, and otherwise 0 where the root is 0.
     """
-    m = sums.weight_sum[:, tf.newaxis]
+    m = _known_weight(sums)
     i, p, t = sums.intersection, sums.pred_sum, sums.label_sum
     square = p * t * (m - p) * (m - t) + smooth_dr
     undefined = square <= 0
@@ -140,8 +148,11 @@ def log_cosh_loss(score: tf.Tensor) -> tf.Tensor:
     return tf.math.log(tf.cosh(1 - score))
 
 
-def focal_loss(score: tf.Tensor, gamma: float) -> tf.Tensor:
-    """(1 - score)^gamma: focal Tversky (Abraham & Khan, 2019, whose exponent is 1 / gamma)."""
+def focal_loss(score: tf.Tensor, gamma: float | tf.Tensor) -> tf.Tensor:
+    """(1 - score)^gamma: focal Tversky (Abraham & Khan, 2019, whose exponent is 1 / gamma).
+
+    gamma: one exponent, or `[C]`.
+    """
     error = 1 - score
     wrong = error > 0  # For gamma < 1 the derivative of the power is infinite at 0.
     return tf.where(wrong, tf.pow(tf.where(wrong, error, tf.ones_like(error)), gamma), 0.0)
@@ -184,12 +195,23 @@ def cross_entropy(sums: DiceSums, class_weight: tf.Tensor | None = None) -> tf.T
     return _mean(total, tf.reduce_sum(class_weight * sums.label_sum, 1))
 
 
-def binary_cross_entropy(sums: DiceSums, class_weight: tf.Tensor | None = None) -> tf.Tensor:
-    """Mean binary cross-entropy of voxels and classes, `[N]`: sum_c w CE / (M sum_c w)."""
+def binary_cross_entropy(
+    sums: DiceSums,
+    class_weight: tf.Tensor | None = None,
+    positive: tf.Tensor | float = 1.0,
+    negative: tf.Tensor | float = 1.0,
+) -> tf.Tensor:
+    """Mean binary cross-entropy of voxels and classes, `[N]`: sum_c w (a CE + b CE-) / sum_c w M.
+
+    CE is that of the label 1 and CE- that of the label 0; a is `positive`, and b `negative`, each a
+    number or `[C]`. The same in PyTorch is `BCEWithLogitsLoss(pos_weight=a)` with b = 1.
+    """
     if class_weight is None:
         class_weight = tf.ones_like(sums.intersection[:1])
-    total = tf.reduce_sum(class_weight * sums.cross_entropy, 1)
-    return _mean(total, sums.weight_sum * tf.reduce_sum(class_weight))
+    both = tf.multiply(sums.cross_entropy, positive)
+    both += tf.multiply(sums.negative_cross_entropy, negative)
+    total = tf.reduce_sum(class_weight * both, 1)
+    return _mean(total, tf.reduce_sum(class_weight * _known_weight(sums), 1))
 
 
 def _mean(total: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
@@ -254,7 +276,7 @@ def over_classes(sums: DiceSums, class_weight: tf.Tensor | None = None) -> DiceS
 
 
 def _map(function: Callable[[tf.Tensor], tf.Tensor], sums: DiceSums) -> DiceSums:
-    """Applies `function` to each of the sums. `cross_entropy` may be None, and stays so."""
+    """Applies `function` to each of the sums. Those that are None stay so."""
     return type(sums)(*(None if s is None else function(s) for s in sums))
 
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 # Importing the losses checks Keras, and lets it load them with a model that has both.
 from dice_op import _checks, _inputs, _keras, formulas, losses  # noqa: F401
-from dice_op._types import Average, DataFormat, Prediction, Regions, TensorLike
+from dice_op._types import Average, DataFormat, LabelSets, Prediction, Regions, TensorLike
 from dice_op.ops import DiceSums, dense_tensor, dice_sums
 
 if typing.TYPE_CHECKING:
@@ -32,6 +32,7 @@ class ScoreOptions(typing.TypedDict, total=False):
     absent: _Absent
     ignore_label: int | None
     regions: Regions | None
+    label_sets: LabelSets | None
     data_format: DataFormat | None
     dtype: str | keras.DTypePolicy | None
 
@@ -61,6 +62,8 @@ class OverlapScore(keras.metrics.Metric):
       ignore_label: Voxels with this integer label do not count.
       regions: The label values of each class, for overlapping regions; with
         `prediction="threshold"`.
+      label_sets: The classes that a label value may stand for, such as `{200: (0, 2, 3)}`. A voxel
+        with such a label does not count for these classes, and is none of the others.
       data_format: `"channels_last"` or `"channels_first"`. None means Keras' setting,
         `keras.config.image_data_format()`, at the time when the metric is made.
       name, dtype: They are those of every Keras metric. Totals are kept in float64.
@@ -87,6 +90,7 @@ class OverlapScore(keras.metrics.Metric):
         "absent",
         "ignore_label",
         "regions",
+        "label_sets",
         "data_format",
     )
 
@@ -102,6 +106,7 @@ class OverlapScore(keras.metrics.Metric):
         absent: _Absent = "skip",
         ignore_label: int | None = None,
         regions: Regions | None = None,
+        label_sets: LabelSets | None = None,
         data_format: DataFormat | None = None,
         name: str | None = None,
         dtype: str | keras.DTypePolicy | None = None,
@@ -132,6 +137,8 @@ class OverlapScore(keras.metrics.Metric):
             raise ValueError(
                 'regions overlap, but prediction="argmax" gives a voxel one class: use "threshold"'
             )
+        self.label_sets = _checks.label_set_dict(label_sets)
+        _checks.regions_or_label_sets(self.regions, self.label_sets)
         self.data_format = _checks.data_format(data_format)
         self._direction = "up"  # Keras' callbacks ask for this attribute.
         self._totals: list[keras.Variable] | None = None
@@ -161,6 +168,8 @@ class OverlapScore(keras.metrics.Metric):
             shapes = dict.fromkeys(("i", "p", "t"), 1 if self.average == "micro" else counted)
             if self._needs_weight_sum:
                 shapes["m"] = 1
+                if self.label_sets:
+                    shapes["u"] = shapes["t"]
         return [
             self.add_variable((shape,), "zeros", dtype="float64", name=name)
             for name, shape in shapes.items()
@@ -194,6 +203,7 @@ class OverlapScore(keras.metrics.Metric):
             voxel_weight=voxel_weight,
             ignore_label=self.ignore_label,
             regions=self.regions,
+            label_sets=self.label_sets,
             data_format=self.data_format,
         )
         if not self.include_background:
@@ -214,6 +224,8 @@ class OverlapScore(keras.metrics.Metric):
             added = [sums.intersection, sums.pred_sum, sums.label_sum]
             if self._needs_weight_sum:
                 added.append(sums.weight_sum[:, tf.newaxis])
+                if self.label_sets:
+                    added.append(sums.unknown_sum)
         for total, values in zip(self._totals, added, strict=True):
             total.assign_add(tf.reduce_sum(values, 0))
 
@@ -241,8 +253,9 @@ class OverlapScore(keras.metrics.Metric):
             counted = weights > 0
             scores = tf.math.divide_no_nan(scores, weights)
         else:
-            i, p, t = (total[tf.newaxis] for total in totals[:3])
-            sums = DiceSums(i, p, t, None, totals[3] if self._needs_weight_sum else None)
+            i, p, t, *_ = per_class = [total[tf.newaxis] for total in totals]
+            m = totals[3] if self._needs_weight_sum else None
+            sums = DiceSums(i, p, t, None, None, per_class[4] if len(totals) > 4 else None, m)
             scores, counted = (v[0] for v in self._averaged(self.score(sums), sums))
         if self.average == "none":
             nan = tf.constant(np.nan, scores.dtype)
@@ -307,6 +320,8 @@ class TverskyScore(OverlapScore):
         super().__init__(name=name, **options)
         self.alpha = _checks.at_least_0("alpha", alpha)
         self.beta = _checks.at_least_0("beta", beta)
+        if self.alpha == self.beta == 0:
+            raise ValueError("alpha and beta are both 0, so that no error would count")
 
     def score(self, sums: DiceSums) -> tf.Tensor:
         return formulas.tversky(sums, alpha=self.alpha, beta=self.beta)

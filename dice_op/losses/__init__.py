@@ -1,7 +1,12 @@
 """Keras losses of the Dice family over the fused sums."""
 
 from dice_op.losses._base import SumsLoss
-from dice_op.losses._cross_entropy import DiceCELoss, DiceFocalLoss, GeneralizedDiceFocalLoss
+from dice_op.losses._cross_entropy import (
+    DiceCELoss,
+    DiceFocalLoss,
+    GeneralizedDiceFocalLoss,
+    UnifiedFocalLoss,
+)
 from dice_op.losses._deep_supervision import DownsampledLabels, deep_supervision
 from dice_op.losses._overlap import (
     DiceLoss,
@@ -22,6 +27,7 @@ __all__ = [
     "OverlapLoss",
     "SumsLoss",
     "TverskyLoss",
+    "UnifiedFocalLoss",
     "deep_supervision",
 ]
 

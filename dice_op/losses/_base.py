@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from dice_op import _checks, _inputs, _keras, formulas
-from dice_op._types import Activation, DataFormat, Reduction, Regions, TensorLike
+from dice_op._types import Activation, DataFormat, LabelSets, Reduction, Regions, TensorLike
 from dice_op.losses import _compiled
 from dice_op.ops import DiceSums, dense_tensor, dice_sums
 
@@ -28,6 +28,7 @@ class SumsOptions(typing.TypedDict, total=False):
     batch: bool
     ignore_label: int | None
     regions: Regions | None
+    label_sets: LabelSets | None
     data_format: DataFormat | None
     reduction: Reduction | None
     dtype: str | keras.DTypePolicy | None
@@ -66,6 +67,10 @@ class SumsLoss(keras.losses.Loss):
       ignore_label: Voxels with this integer label do not count.
       regions: The label values of each class, for overlapping regions, such as
         `[(1, 2, 3), (2, 3), (3,)]`; with `activation="sigmoid"`.
+      label_sets: The classes that a label value may stand for, such as `{200: (0, 2, 3)}`, for data
+        in which not every class is annotated (marginal loss; Shi et al., 2021).
+        `dice_op.dice_sums` says what such a voxel adds. A class that no voxel of a sample is known
+        to belong to is absent from it, so that `absent="skip"` is often wanted as well.
       data_format: `"channels_last"` or `"channels_first"`. None means Keras' setting,
         `keras.config.image_data_format()`, at the time when the loss is made.
       reduction, name, dtype: They are those of every Keras loss. `dtype` is the type of the loss,
@@ -94,6 +99,7 @@ class SumsLoss(keras.losses.Loss):
         "batch",
         "ignore_label",
         "regions",
+        "label_sets",
         "data_format",
         "dtype",
     )
@@ -108,6 +114,7 @@ class SumsLoss(keras.losses.Loss):
         batch: bool = False,
         ignore_label: int | None = None,
         regions: Regions | None = None,
+        label_sets: LabelSets | None = None,
         data_format: DataFormat | None = None,
         reduction: Reduction | None = "sum_over_batch_size",
         name: str | None = None,
@@ -128,6 +135,8 @@ class SumsLoss(keras.losses.Loss):
             raise ValueError(
                 'regions overlap, but activation="softmax" gives a voxel one class: use "sigmoid"'
             )
+        self.label_sets = _checks.label_set_dict(label_sets)
+        _checks.regions_or_label_sets(self.regions, self.label_sets)
         self.data_format = _checks.data_format(data_format)
         self._reduce = _Reduce(name=self.name, reduction=reduction, dtype=dtype)
 
@@ -228,7 +237,11 @@ class SumsLoss(keras.losses.Loss):
         return share if weight is None else tf.cast(weight, share.dtype) * share
 
     def _sums(
-        self, y_true: tf.Tensor, y_pred: tf.Tensor, voxel_weight: tf.Tensor | None
+        self,
+        y_true: tf.Tensor,
+        y_pred: tf.Tensor,
+        voxel_weight: tf.Tensor | None,
+        **options: typing.Any,
     ) -> DiceSums:
         return dice_sums(
             y_true,
@@ -239,8 +252,9 @@ class SumsLoss(keras.losses.Loss):
             voxel_weight=voxel_weight,
             ignore_label=self.ignore_label,
             regions=self.regions,
+            label_sets=self.label_sets,
             data_format=self.data_format,
-            **self.sum_options(),
+            **{**self.sum_options(), **options},
         )
 
     def _reduced_from_sums(self, sums: DiceSums, weight: tf.Tensor | None) -> tf.Tensor:

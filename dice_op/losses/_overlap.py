@@ -161,8 +161,8 @@ class DiceLoss(OverlapLoss):
       jaccard: Whether the loss is 1 - intersection over union (Jaccard, IoU) and not Dice.
       **options: `class_weight`, `smooth_nr`, `smooth_dr`, `average`, `absent` and `transform` are
         those of `OverlapLoss`; `activation`, `include_background`, `squared_pred`, `soft_label`,
-        `batch`, `ignore_label`, `regions`, `data_format`, `reduction`, `name` and `dtype` are those
-        of `SumsLoss`.
+        `batch`, `ignore_label`, `regions`, `label_sets`, `data_format`, `reduction`, `name` and
+        `dtype` are those of `SumsLoss`.
     """
 
     _arguments: tuple[str, ...] = ("jaccard",)

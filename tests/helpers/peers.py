@@ -1,8 +1,9 @@
 """Losses of other libraries, and how ours are compared with them.
 
 MONAI, PyTorch and Keras compute themselves; of nnU-Net, segmentation_models,
-segmentation_models_pytorch, tensorflow-mri and kornia the published formulas stand here. The others
-compute in double precision on the very float32 logits that ours get.
+segmentation_models_pytorch, tensorflow-mri, kornia, medicai, the unified focal loss, the Combo loss
+and the marginal loss the published formulas stand here. The others compute in double precision on
+the very float32 logits that ours get.
 """
 
 import importlib.util
@@ -257,3 +258,174 @@ def kornia_loss(x, y, *, tversky=None, micro=False, ignore_index=-100):
         return (1 - score).mean()
     present = (t > 0).to(x.dtype)  # Where no class is in the sample's labels, the loss is 1.
     return (1 - (score * present).sum(1) / present.sum(1).clamp_min(1)).mean()
+
+
+def medicai_loss(
+    x,
+    y,
+    *,
+    kind,
+    alpha=0.5,
+    beta=0.5,
+    dice_weight=1.0,
+    ce_weight=0.0,
+    weight_type="square",
+    binary=False,
+    first_class=0,
+    ignored=None,
+):
+    """The losses of medicai/losses, with from_logits=True; `ce_weight` is that of its DiceCELoss.
+
+    Args:
+      kind: "dice", "iou", "tversky" or "generalized".
+      binary: whether the probabilities are those of a sigmoid.
+    """
+    smooth = 1e-7
+    valid = torch.ones_like(y) if ignored is None else y != ignored
+    valid = valid.to(x.dtype)
+    t = hot(torch.where(valid == 0, 0, y), x.shape[1], x.dtype)[:, first_class:]
+    p = torch.sigmoid(x) if binary else torch.softmax(x, 1)
+    p = p.clip(smooth, 1 - smooth)[:, first_class:]
+    i, s, v = ((valid * term).sum(spatial(x)) for term in (p * t, p, t))
+    if kind == "generalized":
+        w = 1 / (v ** {"square": 2, "simple": 1}[weight_type] + smooth)
+        w = torch.where(v < smooth, 0, w)
+        score = 2 * (w * i).sum(1) / ((w * (s + v)).sum(1) + smooth)
+    else:
+        numerator, denominator = {
+            "dice": (2 * i, s + v),
+            "iou": (i, s + v - i),
+            "tversky": (i, i + alpha * (s - i) + beta * (v - i)),
+        }[kind]
+        score = (numerator + smooth) / (denominator + smooth)
+    if not ce_weight:
+        return dice_weight * (1 - score).mean()
+    each = -t * torch.log(p)
+    if binary:
+        each = each - (1 - t) * torch.log(1 - p)
+    cross_entropy = (valid * each).sum(spatial(x)) / valid.sum(spatial(x))
+    return (dice_weight * (1 - score) + ce_weight * cross_entropy).mean()
+
+
+def combo_loss(x, y, *, alpha, beta, smooth=1e-5):
+    """Combo loss (Taghanaki et al., 2019, equation 3) of each sample, and the mean of these.
+
+    alpha weighs the cross-entropy, which is a mean over voxels and classes, against the Dice scores
+    of all classes, which are added up; beta weighs the label 1.
+    """
+    t = hot(y, x.shape[1], x.dtype) if x.shape[1] > 1 else y.to(x.dtype)
+    log_p, log_q, p = (torch.nn.functional.logsigmoid(s * x) for s in (1, -1, 1))
+    p = p.exp()
+    cross_entropy = -(beta * t * log_p + (1 - beta) * (1 - t) * log_q).mean((1, *spatial(x)))
+    i, total = (p * t).sum(spatial(x)), (p + t).sum(spatial(x))
+    dice = ((2 * i + smooth) / (total + smooth)).sum(1)
+    return (alpha * cross_entropy - (1 - alpha) * dice).mean()
+
+
+def read_labels(y, classes, label_sets, dtype):
+    """What labels `[N, 1, spatial...]` say when some of them name a set of classes.
+
+    Returns, `[N, C, spatial...]` each: whether the voxel may belong to the class; the label t,
+    which is 1 only where the voxel surely belongs to it; and 1 where the voxel tells which of the
+    two it is.
+    """
+    sets = {c: (c,) for c in range(classes)} | label_sets
+    may = torch.stack(
+        [
+            sum((y[:, 0] == v) for v, members in sets.items() if c in members)
+            for c in range(classes)
+        ],
+        1,
+    ).bool()
+    several = may.sum(1, keepdim=True) > 1
+    return may, (may & ~several).to(dtype), (~(may & several)).to(dtype)
+
+
+def log_of_set(x, may):
+    """log sum p over the classes that a voxel may belong to, of a softmax, `[N, spatial...]`."""
+    may = may | ~may.any(1, keepdim=True)  # A voxel with no class has the weight 0.
+    return torch.log_softmax(x, 1).masked_fill(~may, -torch.inf).logsumexp(1)
+
+
+def unified_focal_loss(x, y, *, weight, delta, gamma, asymmetric, smooth=1e-7, label_sets=None):
+    """Unified focal loss (Yeung et al., 2022), as the authors' loss_functions.py has it for two
+    classes: class 0 is the background, and every other class is treated as their foreground.
+
+    They clip all p to [1e-7, 1 - 1e-7]. Here no p is as small as that, so that clipping would only
+    hide the gradients of voxels that are nearly sure, and is left out. An error of 0, of which they
+    take a negative power, which is NaN, has the loss 0 and no gradient.
+    """
+    p, classes = torch.softmax(x, 1), x.shape[1]
+    may, t, known = read_labels(y, classes, label_sets or {}, x.dtype)
+    tp, fn, fp = ((known * v).sum(spatial(x)) for v in (t * p, t * (1 - p), (1 - t) * p))
+    error = 1 - (tp + smooth) / (tp + delta * fn + (1 - delta) * fp + smooth)
+    of_class = [(1.0 if asymmetric else 1 - gamma), *[1 - gamma] * (classes - 1)]
+    tversky = power_of(error, torch.tensor(of_class, dtype=x.dtype)).mean()
+
+    first = may.int().argmax(1)  # A set counts for the lowest of its classes.
+    gammas = torch.tensor([gamma, *[0.0 if asymmetric else gamma] * (classes - 1)])[first]
+    deltas = torch.where(first == 0, 1 - delta, delta)
+    miss = torch.where(may, 0, p).sum(1)  # 1 - q without its rounding
+    focal = -(deltas * power_of(miss, gammas) * log_of_set(x, may)).mean()
+    return weight * tversky + (1 - weight) * focal
+
+
+def power_of(error, exponent):
+    """error^exponent without a gradient where the error is 0, and 1 where the exponent is."""
+    positive = torch.where(error > 0, error, 1)
+    return torch.where((error > 0) | (exponent == 0), positive**exponent, 0)
+
+
+def marginal_loss(
+    x,
+    y,
+    label_sets,
+    *,
+    activation="softmax",
+    batch=False,
+    first_class=0,
+    ignore_label=None,
+    voxel_weight=None,
+    sample_weight=None,
+    lambda_ce=1.0,
+    skip_absent=False,
+    smooth=1e-5,
+):
+    """Dice + cross-entropy of labels of which some name a set of classes (Shi et al., 2021).
+
+    The categorical cross-entropy is that of the sum of the set's p. The binary one leaves the
+    classes of the set out, and so does Dice.
+    """
+    m = torch.ones_like(y, dtype=x.dtype)
+    if voxel_weight is not None:
+        m = m * torch.as_tensor(voxel_weight, dtype=x.dtype)[:, None]
+    if ignore_label is not None:
+        m = m * (y != ignore_label)
+    each = torch.ones(len(x), dtype=x.dtype)
+    if sample_weight is not None:
+        each = torch.as_tensor(sample_weight, dtype=x.dtype)
+    if batch:
+        m = m * each.reshape(-1, *[1] * (x.ndim - 1))
+    may, t, known = read_labels(y, x.shape[1], label_sets, x.dtype)
+    p = torch.softmax(x, 1) if activation == "softmax" else torch.sigmoid(x)
+    if activation == "softmax":
+        terms, counted = -log_of_set(x, may)[:, None], torch.ones_like(m)
+    else:
+        terms = torch.nn.functional.binary_cross_entropy_with_logits(x, t, reduction="none")
+        counted = known
+
+    def total(v):
+        v = (m * v).sum(spatial(x))
+        return v.sum(0, keepdim=True) if batch else v
+
+    i, both, labels = (total(known * v) for v in (p * t, p + t, t))
+    dice = 1 - (2 * i + smooth) / (both + smooth)
+    dice, labels = dice[:, first_class:], labels[:, first_class:]
+    if skip_absent:
+        present = (labels > 0).to(x.dtype)
+        dice = (dice * present).sum(1) / present.sum(1).clamp_min(1)
+    else:
+        dice = dice.mean(1)
+    terms, counted = total(counted * terms).sum(1), total(counted).sum(1)
+    losses = dice + lambda_ce * torch.where(counted > 0, terms / counted.clamp_min(1e-30), 0)
+    return losses.mean() if batch else (each * losses).mean()

@@ -1,9 +1,10 @@
 """Our losses have the values and gradients of other libraries, on ordinary and degenerate volumes.
 
 The others are MONAI, PyTorch and Keras themselves, and the published formulas of nnU-Net,
-segmentation_models, segmentation_models_pytorch, tensorflow-mri and kornia (helpers/peers.py). They
-compute in double precision on the very float32 logits that ours get. `make test-full` installs what
-this needs. tests/docs/test_migration.py runs docs/migration.md with the same formulas.
+segmentation_models, segmentation_models_pytorch, tensorflow-mri, kornia, and of the unified focal,
+Combo and marginal losses (helpers/peers.py). They compute in double precision on the very float32
+logits that ours get. `make test-full` installs what this needs. tests/docs/test_migration.py runs
+docs/migration.md with the same formulas.
 """
 
 import keras
@@ -19,9 +20,11 @@ from helpers.peers import (
     VOLUMES,
     W,
     assert_conforms,
+    combo_loss,
     hot,
     keras_tversky,
     kornia_loss,
+    marginal_loss,
     mri_loss,
     nnunet_loss,
     of_keras,
@@ -30,6 +33,7 @@ from helpers.peers import (
     sm_loss,
     smp_loss,
     soft_labels,
+    unified_focal_loss,
     volume,
 )
 
@@ -352,3 +356,164 @@ def test_losses_conform_to_published_formulas(form, volume_name):
     x, y = volume(volume_name)
     expected = of_torch(lambda x, y: theirs(x, y, **arguments), x, y)
     assert_conforms(of_ours(ours, x, y), expected)
+
+
+# --- the unified focal loss (Yeung et al., 2022) --------------------------------------------------
+
+UNIFIED = {
+    "the authors' defaults": {"weight": 0.5, "delta": 0.6, "gamma": 0.5},
+    "other numbers": {"weight": 0.3, "delta": 0.8, "gamma": 0.2},
+}
+
+
+@pytest.mark.parametrize("volume_name", VOLUMES)
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("asymmetric", [True, False])
+@pytest.mark.parametrize("numbers", UNIFIED)
+def test_unified_focal_loss_conforms_to_its_authors(numbers, asymmetric, classes, volume_name):
+    """They have two classes. With more, all but class 0 are what their foreground is."""
+    arguments = UNIFIED[numbers] | {"asymmetric": asymmetric}
+    x, y = volume(volume_name, classes)
+    theirs = of_torch(lambda x, y: unified_focal_loss(x, y, **arguments), x, y)
+    assert_conforms(of_ours(losses.UnifiedFocalLoss(**arguments), x, y), theirs)
+
+
+def test_the_defaults_of_the_unified_focal_loss_are_its_authors():
+    config = losses.UnifiedFocalLoss().get_config()
+    wanted = UNIFIED["the authors' defaults"] | {"asymmetric": True, "smooth": 1e-7}
+    assert {name: config[name] for name in wanted} == wanted
+
+
+# --- weights of the label 1 in the binary cross-entropy -------------------------------------------
+
+
+@pytest.mark.parametrize("volume_name", VOLUMES)
+@pytest.mark.parametrize(
+    ("classes", "weight", "batch"), [(1, 3.0, False), (4, 0.2, True), (4, W, False)]
+)
+def test_pos_weight_conforms_to_pytorch(classes, weight, batch, volume_name):
+    x, y = volume(volume_name, classes)
+    dice = monai.DiceLoss(sigmoid=True, batch=batch)
+
+    def theirs(x, y):
+        t = y.to(x.dtype) if classes == 1 else hot(y, classes, x.dtype)
+        of_label_1 = torch.tensor(weight, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 2))
+        return dice(x, t) + torch.nn.BCEWithLogitsLoss(pos_weight=of_label_1)(x, t)
+
+    ours = losses.DiceCELoss(activation="sigmoid", pos_weight=weight, batch=batch)
+    assert_conforms(of_ours(ours, x, y), of_torch(theirs, x, y))
+
+
+@pytest.mark.parametrize("volume_name", VOLUMES)
+@pytest.mark.parametrize(
+    ("classes", "alpha", "gamma"), [(1, 0.25, 2.0), (4, 0.9, 0.5), (4, 0.4, 0.0)]
+)
+def test_focal_alpha_conforms_to_monai_and_keras(alpha, gamma, classes, volume_name):
+    """MONAI's focal loss computes in float32, whatever it is given."""
+    x, y = volume(volume_name, classes)
+    dice = monai.DiceLoss(sigmoid=True)
+    focal = monai.FocalLoss(alpha=alpha, gamma=gamma, use_softmax=False)
+    of_keras_itself = keras.losses.BinaryFocalCrossentropy(
+        apply_class_balancing=True, alpha=alpha, gamma=gamma, from_logits=True, dtype="float64"
+    )
+
+    def of_monai(x, y):
+        t = y.to(x.dtype) if classes == 1 else hot(y, classes, x.dtype)
+        return dice(x, t) + focal(x, t)
+
+    def keras_loss(y, x):
+        t = np.float64(y[..., None]) if classes == 1 else np.eye(classes)[y]
+        return of_keras_itself(t, x)
+
+    arguments = {"activation": "sigmoid", "focal_alpha": alpha, "focal_gamma": gamma}
+    ours = of_ours(losses.DiceFocalLoss(**arguments), x, y)
+    assert_conforms(ours, of_torch(of_monai, x, y))
+    ours = of_ours(losses.DiceFocalLoss(lambda_dice=0, **arguments), x, y)
+    assert_conforms(ours, of_keras(keras_loss, x, y))
+
+
+@pytest.mark.parametrize("volume_name", VOLUMES)
+@pytest.mark.parametrize("classes", [1, 4])
+def test_combo_loss_is_dice_and_a_weighted_cross_entropy(classes, volume_name):
+    """The published one adds up the Dice scores of the classes, and subtracts them from 0, not
+    from the number of classes."""
+    alpha, beta = 0.3, 0.6
+    x, y = volume(volume_name, classes)
+    of_dice = (1 - alpha) * classes
+    ours = losses.DiceCELoss(
+        activation="sigmoid", focal_alpha=beta, lambda_ce=alpha, lambda_dice=of_dice
+    )
+
+    def theirs(x, y):
+        return of_dice + combo_loss(x, y, alpha=alpha, beta=beta)
+
+    assert_conforms(of_ours(ours, x, y), of_torch(theirs, x, y))
+
+
+# --- labels that name a set of classes (Shi et al., 2021) -----------------------------------------
+
+# One value means any class; one is another name of class 1.
+LABEL_SETS = {200: (0, 2, 3), 201: (1, 2), 202: (0, 1, 2, 3), 203: (1,)}
+
+
+def partly_labelled(name, classes=CLASSES):
+    """A volume in which nearly half of the voxels, or all of a sample, name a set of classes."""
+    x, y = volume(name, classes)
+    rng = np.random.default_rng(3)
+    return x, np.where(rng.random(y.shape) < 0.4, rng.choice(list(LABEL_SETS), y.shape), y)
+
+
+def weights(name, y):
+    """Weights per voxel, of which some are 0, or per sample."""
+    rng = np.random.default_rng(4)
+    return rng.integers(0, 3, y.shape) if name == "voxel_weight" else rng.random(len(y)) + 0.5
+
+
+# The arguments of ours and of the formula, and which weights are given.
+PARTLY = {
+    "sums per sample": ({}, {}, None),
+    "the batch without background": (
+        {"batch": True, "include_background": False}, {"batch": True, "first_class": 1}, None,
+    ),
+    "ignored voxels": ({"ignore_label": 255}, {"ignore_label": 255}, None),
+    "absent classes skipped": (
+        {"absent": "skip", "lambda_ce": 0.5}, {"skip_absent": True, "lambda_ce": 0.5}, None,
+    ),
+    "weighted voxels without background": (
+        {"include_background": False}, {"first_class": 1}, "voxel_weight",
+    ),
+    "weighted and ignored voxels": (
+        {"ignore_label": 255, "batch": True}, {"ignore_label": 255, "batch": True}, "voxel_weight",
+    ),
+    "weighted samples": ({}, {}, "sample_weight"),
+    "weighted samples of a batch": ({"batch": True}, {"batch": True}, "sample_weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("volume_name", VOLUMES)
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("form", PARTLY)
+def test_label_sets_conform_to_the_marginal_loss(form, activation, volume_name):
+    arguments, their_arguments, weighted = PARTLY[form]
+    x, y = partly_labelled(volume_name)
+    if "ignore_label" in arguments:
+        y = np.where(np.random.default_rng(5).random(y.shape) < 0.3, 255, y)
+    weight = weights(weighted, y) if weighted else None
+    given = {weighted: weight} if weighted else {}
+    ours = losses.DiceCELoss(label_sets=LABEL_SETS, activation=activation, **arguments)
+
+    def theirs(x, y):
+        options = {"activation": activation, **their_arguments, **given}
+        return marginal_loss(x, y, LABEL_SETS, **options)
+
+    assert_conforms(of_ours(lambda y, x: ours(y, x, weight), x, y), of_torch(theirs, x, y))
+
+
+@pytest.mark.parametrize("volume_name", VOLUMES)
+@pytest.mark.parametrize("asymmetric", [True, False])
+def test_label_sets_of_the_unified_focal_loss_count_for_their_lowest_class(asymmetric, volume_name):
+    x, y = partly_labelled(volume_name)
+    arguments = {"weight": 0.4, "delta": 0.7, "gamma": 0.5, "asymmetric": asymmetric}
+    arguments["label_sets"] = LABEL_SETS
+    theirs = of_torch(lambda x, y: unified_focal_loss(x, y, **arguments), x, y)
+    assert_conforms(of_ours(losses.UnifiedFocalLoss(**arguments), x, y), theirs)

@@ -29,7 +29,7 @@ if sys.argv[1] == "mirrored":
 else:
     strategy = tf.distribute.get_strategy()
 import keras
-from dice_op.losses import DiceCELoss, DiceFocalLoss, DiceLoss, GeneralizedDiceLoss, TverskyLoss
+from dice_op.losses import *
 from dice_op.metrics import DiceScore
 
 rng = np.random.default_rng(0)
@@ -56,6 +56,8 @@ LOSSES = [
     "DiceFocalLoss(activation='sigmoid')",
     "TverskyLoss(batch=True, beta=0.7, alpha=0.3)",
     "GeneralizedDiceLoss(batch=True)",
+    "UnifiedFocalLoss(batch=True)",
+    "DiceCELoss(batch=True, activation='sigmoid', pos_weight=[1, 2, 3], label_sets={1: (0, 1)})",
 ]
 
 
@@ -114,7 +116,7 @@ import tensorflow as tf
 strategy = tf.distribute.get_strategy()
 if sys.argv[1] == "workers":
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
-from dice_op.losses import DiceCELoss, DiceFocalLoss, DiceLoss, GeneralizedDiceLoss, TverskyLoss
+from dice_op.losses import *
 
 replicas = strategy.num_replicas_in_sync
 rng = np.random.default_rng(0)

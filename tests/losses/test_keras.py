@@ -12,6 +12,7 @@ import tensorflow as tf
 from dice_op import losses, metrics
 from dice_op.losses import DiceCELoss, DiceLoss
 from helpers import reference
+from helpers.kernel_inputs import NAMES
 
 CLASSES = 3
 SHAPES = {"a signal": (4, 7), "an image": (4, 6, 5), "a volume": (4, 3, 4, 5)}  # [N, spatial...]
@@ -28,7 +29,8 @@ def expected_losses(x, y, weight=None, lambda_dice=1.0, lambda_ce=1.0):
     """The weighted sum of Dice and cross-entropy of each sample, in float64."""
     t = reference.one_hot(y.reshape(len(y), -1), CLASSES)
     m = np.ones(t.shape[:2]) if weight is None else np.asarray(weight, float).reshape(len(y), -1)
-    i, p, t_sum, ce = reference.sums(reference.flat(x), t, m, activation="softmax")
+    sums = reference.sums(reference.flat(x), t, m, activation="softmax")
+    i, p, t_sum, ce = (sums[name] for name in NAMES)
     total = m.sum(1)
     ce = np.divide(ce.sum(1), total, out=np.zeros(len(y)), where=total > 0)
     return lambda_dice * reference.dice_losses(i, p, t_sum).mean(1) + lambda_ce * ce

@@ -1,5 +1,7 @@
 """The Keras losses: values, gradients, training, saving, and errors about wrong arguments."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import tensorflow as tf
 from dice_op import losses
 from dice_op.losses import DiceLoss, GeneralizedDiceLoss, TverskyLoss
 from helpers import reference
+from helpers.kernel_inputs import read_label_sets
 from helpers.reference import dice_losses, flat, mean_dice
 from helpers.tape import value_and_gradient
 
@@ -177,8 +180,8 @@ def test_soft_labels_without_an_option_for_them_warn_once(given, run_python):
     assert soft.count("are fractions") == (0 if given else 1)
 
 
-def score(i, p, t, alpha=0.5, beta=0.5):
-    return (i + 1e-5) / (i + alpha * (p - i) + beta * (t - i) + 1e-5)
+def score(i, p, t, alpha=0.5, beta=0.5, smooth=1e-5):
+    return (i + smooth) / (i + alpha * (p - i) + beta * (t - i) + smooth)
 
 
 def matthews(i, p, t, voxels=VOXELS, nr=0.0, dr=1e-5):
@@ -242,6 +245,14 @@ FAMILY = {
         losses.MatthewsLoss(batch=True, smooth_nr=2.0, smooth_dr=5.0),
         lambda *s: (1 - matthews(*over_batch(*s), SHAPE[0] * VOXELS, 2.0, 5.0)).mean(),
     ),
+    "the overlap of the unified focal loss": (
+        losses.UnifiedFocalLoss(weight=1, delta=0.7, gamma=0.25),
+        lambda *s: ((1 - score(*s, 0.3, 0.7, 1e-7)) ** [1, 0.75, 0.75]).mean(),
+    ),
+    "the overlap of the symmetric one": (
+        losses.UnifiedFocalLoss(weight=1, delta=0.7, gamma=0.25, asymmetric=False, smooth=1.0),
+        lambda *s: ((1 - score(*s, 0.3, 0.7, 1.0)) ** 0.75).mean(),
+    ),
     "generalized": (GeneralizedDiceLoss(), lambda *s: generalized(*s, 2).mean()),
     "generalized, simple": (
         GeneralizedDiceLoss(weight_type="simple", smooth_nr=0.5, smooth_dr=0.5),
@@ -276,8 +287,14 @@ ALL = {
     "Dice + focal": lambda: losses.DiceFocalLoss(batch=True, include_background=False),
     "generalized + focal": lambda: losses.GeneralizedDiceFocalLoss(lambda_ce=0.5),
     "Matthews": lambda: losses.MatthewsLoss(average="weighted"),
-    "regions": lambda: losses.DiceCELoss(activation="sigmoid", regions=[(0,), (1, 2), (2,)]),
-    "deep supervision": lambda: losses.DownsampledLabels(DiceLoss(transform="log")),
+    "unified focal": lambda: losses.UnifiedFocalLoss(gamma=0.3),
+    "label sets": lambda: losses.DiceFocalLoss(label_sets={2: (1, 2)}, focal_gamma=[0, 1, 2]),
+    "regions": lambda: losses.DiceCELoss(
+        activation="sigmoid", regions=[(0,), (1, 2), (2,)], pos_weight=[1, 2, 3]
+    ),
+    "deep supervision": lambda: losses.DownsampledLabels(
+        DiceLoss(transform="log", absent="skip", label_sets={1: (0, 1)})
+    ),
 }
 
 
@@ -328,6 +345,161 @@ def test_sample_weights_of_unknown_rank_count_as_those_of_known_rank(batch):
         for shape in ((3,), (3, 1), y.shape, (*y.shape, 1)):
             weight = tf.constant(np.random.default_rng(1).random(shape), tf.float32)
             np.testing.assert_allclose(traced(weight), loss(y, x, weight), rtol=1e-6)
+
+
+SETS = {200: (0, 2), 201: (0, 1, 2), 7: (1,)}
+# Losses of the sums, with and without the cross-entropy, and what people write in NumPy for them.
+# `c` is the cross-entropy of each sample, [N], and `m` is [N, C]: the voxels that tell about it.
+OF_SETS = {
+    "Dice": (DiceLoss, {}, lambda i, p, t, m, c: mean_dice(i, p, t)),
+    "Dice of the labelled classes": (
+        DiceLoss,
+        {"absent": "skip"},
+        lambda i, p, t, m, c: of_present(dice_losses(i, p, t), t, False),
+    ),
+    "weighted by support": (
+        DiceLoss,
+        {"average": "weighted"},
+        lambda i, p, t, m, c: ((t * dice_losses(i, p, t)).sum(1) / t.sum(1)).mean(),
+    ),
+    "Dice of all classes together": (
+        DiceLoss,
+        {"average": "micro"},
+        lambda i, p, t, m, c: mean_dice(*over_classes(i, p, t)),
+    ),
+    "Tversky": (
+        TverskyLoss,
+        {"alpha": 0.3, "beta": 0.7},
+        lambda i, p, t, m, c: (1 - score(i, p, t, 0.3, 0.7)).mean(),
+    ),
+    "generalized Dice": (
+        GeneralizedDiceLoss, {}, lambda i, p, t, m, c: generalized(i, p, t, 2).mean(),
+    ),
+    "Matthews": (
+        losses.MatthewsLoss, {}, lambda i, p, t, m, c: (1 - matthews(i, p, t, m)).mean(),
+    ),
+    "Matthews of all classes": (
+        losses.MatthewsLoss,
+        {"average": "micro"},
+        lambda i, p, t, m, c: (1 - matthews(*over_classes(i, p, t, m))).mean(),
+    ),
+    "generalized Dice and focal": (
+        losses.GeneralizedDiceFocalLoss,
+        {"focal_gamma": [0, 0.5, 2]},
+        lambda i, p, t, m, c: (generalized(i, p, t, 2) + c).mean(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("name", OF_SETS)
+def test_each_loss_of_labels_that_name_sets_is_what_people_write_in_numpy(name, activation):
+    """In the last sample no voxel is labelled as class 2, but some may belong to it."""
+    kind, options, formula = OF_SETS[name]
+    x, y = make()
+    rng = np.random.default_rng(1)
+    y = np.where(rng.random(y.shape) < 0.4, rng.choice(list(SETS), y.shape), y)
+    t, unknown = read_label_sets(SETS, y, SHAPE[-1])
+    m = VOXELS - flat(unknown).sum(1)
+
+    def of_sums(i, p, t, *cross_entropy):
+        total = m.sum(1) if activation == "sigmoid" else VOXELS
+        return formula(i, p, t, m, sum(cross_entropy).sum(1) / total)
+
+    expected, gradient = reference.loss_and_gradient(
+        flat(x),
+        flat(t),
+        of_sums,
+        with_cross_entropy=True,
+        activation=activation,
+        unknown=flat(unknown),
+        gamma=options.get("focal_gamma", 0.0),
+    )
+    x = tf.constant(x)
+    loss = kind(label_sets=SETS, activation=activation, **options)
+    value, found = value_and_gradient(lambda x: loss(y, x), x)
+    assert abs(float(value) - expected) <= 1e-6
+    reference.assert_gradient(found, gradient.reshape(x.shape))
+
+
+EACH = {
+    "Dice": DiceLoss,
+    "log Dice": lambda **o: DiceLoss(transform="log", **o),
+    "Dice + focal": lambda **o: losses.DiceFocalLoss(focal_gamma=[0, 1, 2], **o),
+    "unified focal": losses.UnifiedFocalLoss,
+    "Matthews": losses.MatthewsLoss,
+}
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_a_set_of_one_class_is_another_name_of_the_class(name):
+    """A value that is a class loses that meaning: 2 stands for class 1 here, and 100 for 2."""
+    x, y = make()
+    other_names = np.array([0, 2, 100], np.uint8)[y]
+    sets = {2: (1,), 100: (2,)}
+    x = tf.constant(x)
+    value, found = value_and_gradient(lambda x: EACH[name](label_sets=sets)(other_names, x), x)
+    expected, gradient = value_and_gradient(lambda x: EACH[name]()(y, x), x)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    reference.assert_gradient(found, gradient, 1e-6)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_a_set_of_all_classes_says_nothing(activation):
+    """To the overlap it is ignore_label, and so it is to a binary cross-entropy. To a categorical
+    one, too, but for the mean, in which the voxel counts with a loss of 0."""
+    x, y = make()
+    y[np.random.default_rng(1).random(y.shape) < 0.4] = 255
+    share = np.mean(y != 255, axis=(1, 2, 3))
+    x = tf.constant(x)
+    for ce in (0.0, 1.0):
+        every, none = (
+            losses.DiceCELoss(activation=activation, lambda_ce=ce, lambda_dice=1 - ce, **options)
+            for options in ({"label_sets": {255: (0, 1, 2)}}, {"ignore_label": 255})
+        )
+        weight = share if ce and activation == "softmax" else np.ones(3)
+        value, found = value_and_gradient(lambda x, loss=every: loss(y, x), x)
+        expected, gradient = value_and_gradient(lambda x, loss=none, w=weight: loss(y, x, w), x)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        reference.assert_gradient(found, gradient, 1e-6)
+        assert not found.numpy()[y == 255].any()
+
+
+def test_a_class_that_surely_is_nowhere_in_a_sample_is_absent_from_it():
+    """Voxels of other classes still say that it is not there, unless every voxel may be it."""
+    x, y = make()
+    y[0] = np.where(y[0] == 0, 0, 200)
+    y[1] = 200
+    options = {"label_sets": {200: (1, 2)}, "reduction": "none"}
+    keep = DiceLoss(average="none", **options)(y, x).numpy()
+    one = DiceLoss(average="none", absent="one", **options)(y, x).numpy()
+    assert (keep[0, 1:] > 0.99).all() and not keep[1, 1:].any()
+    wanted = np.where([[1, 0, 0], [0, 0, 0], [1, 1, 0]], keep, 0)
+    np.testing.assert_array_equal(one, wanted)
+    skip = DiceLoss(absent="skip", **options)(y, x)
+    np.testing.assert_allclose(skip, wanted.sum(1) / [1, 1, 2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("asymmetric", [True, False])
+def test_the_unified_focal_loss_without_focus_is_half_dice_and_cross_entropy(asymmetric):
+    """With delta one half background and foreground count alike, and Tversky is Dice."""
+    x, y = make()
+    unified = losses.UnifiedFocalLoss(gamma=0, delta=0.5, weight=0.3, asymmetric=asymmetric)
+    dice = {"lambda_dice": 0.3, "smooth_nr": 2e-7, "smooth_dr": 2e-7}
+    both = losses.DiceCELoss(lambda_ce=0.5 * 0.7, **dice)
+    np.testing.assert_allclose(unified(y, x), both(y, x), rtol=1e-6)
+
+
+def test_numbers_may_be_arrays_without_an_axis():
+    """They have an iterator, as a list of one number for each class has, but are no list."""
+    x, y = make()
+    for number in (np.array(1.5), np.float32(1.5), tf.constant(1.5)):
+        given = {"activation": "sigmoid", "pos_weight": number, "focal_gamma": number}
+        wanted = losses.DiceCELoss(activation="sigmoid", pos_weight=1.5, focal_gamma=1.5)
+        assert losses.DiceCELoss(**given).get_config() == wanted.get_config()
+    lists = {"pos_weight": [1.5] * 3, "focal_gamma": np.array([1.5] * 3)}
+    loss = losses.DiceCELoss(activation="sigmoid", **lists)
+    np.testing.assert_allclose(loss(y, x), wanted(y, x), rtol=1e-6)
 
 
 def test_ignored_voxels_count_for_nothing():
@@ -504,29 +676,47 @@ CONFIGURED = {
         dtype="float64",
     ),
     losses.TverskyLoss: dict(alpha=1, beta=2, gamma=0.5, absent="skip"),
-    losses.MatthewsLoss: dict(smooth_nr=1, average="weighted", transform="log_cosh"),
+    losses.MatthewsLoss: dict(
+        smooth_nr=1, average="weighted", transform="log_cosh",
+        label_sets={np.uint8(200): np.array([0, 2]), 7: {1}},
+    ),
     losses.GeneralizedDiceLoss: dict(weight_type="simple", soft_label=True, smooth_nr=2),
-    losses.GeneralizedDiceFocalLoss: dict(infinite_weight="zero", focal_gamma=1, lambda_dice=3),
+    losses.GeneralizedDiceFocalLoss: dict(
+        infinite_weight="zero", focal_gamma=(0, 1.5), lambda_dice=3, focal_alpha=0.25,
+        activation="sigmoid",
+    ),
     losses.DiceCELoss: dict(
         lambda_dice=2, lambda_ce=3, ce_class_weight=[1, 2], label_smoothing=0.5, transform="log",
-        activation="sigmoid", regions=((1, 2), {2}),
+        activation="sigmoid", regions=((1, 2), {2}), pos_weight=(3, 4),
     ),
     losses.DiceFocalLoss: dict(focal_gamma=3),
+    losses.UnifiedFocalLoss: dict(
+        weight=0.25, delta=0.75, gamma=0, asymmetric=False, smooth=1, ignore_label=255,
+    ),
 }  # fmt: skip
+# What a configuration holds in the place of the arrays, tuples and sets above.
+IN_CONFIGURATION = {
+    "class_weight": [1, 2],
+    "regions": [[1, 2], [2]],
+    "label_sets": {200: [0, 2], 7: [1]},
+    "focal_gamma": [0, 1.5],
+    "pos_weight": [3, 4],
+}
 
 
 @pytest.mark.parametrize("cls", CONFIGURED)
 def test_a_configuration_brings_back_the_loss(cls):
     given = CONFIGURED[cls]
     loss = cls(**given)
-    again = keras.losses.deserialize(keras.losses.serialize(loss))
+    text = json.dumps(keras.losses.serialize(loss))  # JSON makes strings of the keys of a dict.
+    again = keras.losses.deserialize(json.loads(text))
     assert type(again) is cls
     assert again.get_config() == loss.get_config()
     assert again.get_config() == cls.from_config(loss.get_config()).get_config()
     assert set(loss.get_config()) == arguments_of(cls)
     for name, value in given.items():
-        value = {"regions": [[1, 2], [2]], "class_weight": [1, 2]}.get(name, value)
-        assert again.get_config()[name] == value, name
+        wanted = IN_CONFIGURATION.get(name, value) if np.iterable(value) else value
+        assert again.get_config()[name] == wanted, name
 
 
 def test_a_saved_keras_model_trains_in_another_process(tmp_path, run_python):
@@ -613,10 +803,23 @@ def test_a_saved_model_runs_in_another_process(tmp_path, run_python):
         (dict(regions=[(1,), (2,)]), 'activation="softmax" gives a voxel one class'),
         (dict(regions=[]), "regions is empty"),
         (dict(regions=3), "regions is 3, but must be lists"),
-        (dict(regions=[(1, 40)]), "regions must be the label values of each class"),
+        (dict(regions=[(1, 256)]), "regions must be the label values of each class"),
         (
             dict(regions=[(1,), (2,)], activation="sigmoid", include_background=False),
             "would leave out the first of the regions",
+        ),
+        (dict(label_sets={}), "label_sets is empty"),
+        (dict(label_sets=[200]), r"label_sets is \[200\], but must be a dict from label values"),
+        (dict(label_sets={200: 1}), r"label_sets is \{200: 1\}, but must be a dict"),
+        (dict(label_sets={200: (0, 1.5)}), r"label_sets is .*1.5\)\}, but must be a dict"),
+        (dict(label_sets={"a": (0, 1)}), "label_sets is {'a'.*, but must be a dict"),
+        (dict(label_sets={256: (0, 1)}), "the label value 256, but .* must be from 0 to 255"),
+        (dict(label_sets={200: ()}), r"label_sets\[200\] must be the classes .* at least one"),
+        (dict(label_sets={200: (0, 0)}), r"label_sets\[200\] must be the classes .* each once"),
+        (dict(label_sets={200: (0, -1)}), r"label_sets\[200\] must be the classes"),
+        (
+            dict(activation="sigmoid", regions=[(1,), (2,)], label_sets={200: (0, 1)}),
+            "regions and label_sets cannot be combined",
         ),
     ],
 )
@@ -644,6 +847,42 @@ def test_wrong_arguments_are_errors_in_words(arguments, says):
         (losses.DiceCELoss, dict(label_smoothing=1.5), "label_smoothing is 1.5"),
         (losses.DiceCELoss, dict(activation="none", regions=[(1,)]), "binary cross-entropy"),
         (losses.DiceFocalLoss, dict(focal_gamma=-1), "focal_gamma is -1"),
+        (losses.DiceFocalLoss, dict(focal_gamma=[1, -1]), "focal_gamma is -1"),
+        (losses.DiceFocalLoss, dict(focal_gamma=[]), "must have one exponent for each class"),
+        (
+            losses.DiceFocalLoss,
+            dict(focal_gamma={1: 2}),
+            r"is \{1: 2\}, but must be a number, or a",
+        ),
+        (losses.DiceCELoss, dict(pos_weight=2), "for the binary .* of 'softmax', pass ce_class"),
+        (losses.DiceCELoss, dict(focal_alpha=0.2, activation="none"), "for the binary .* 'none'"),
+        (losses.DiceCELoss, dict(focal_alpha=1.5, activation="sigmoid"), r"must be in \[0, 1\]"),
+        (losses.DiceCELoss, dict(focal_alpha=[0.5]), "focal_alpha is .*, but must be a number"),
+        (losses.DiceCELoss, dict(pos_weight=-1), "pos_weight is -1, but must be finite"),
+        (losses.DiceCELoss, dict(pos_weight=[0, 0]), "pos_weight is .*not all 0"),
+        (
+            losses.DiceCELoss,
+            dict(pos_weight=2, focal_alpha=0.2, activation="sigmoid"),
+            "both weight the label 1: pass one of them",
+        ),
+        (
+            losses.DiceCELoss,
+            dict(ce_class_weight=[1, 2], label_sets={200: (0, 1)}),
+            "which label_sets do not tell",
+        ),
+        (losses.UnifiedFocalLoss, dict(weight=1.5), r"weight is 1.5, but must be in \[0, 1\]"),
+        (losses.UnifiedFocalLoss, dict(delta=2), r"delta is 2.0, but must be in \[0, 1\]"),
+        (losses.UnifiedFocalLoss, dict(gamma=1), "gamma is 1, but must be below 1"),
+        (losses.UnifiedFocalLoss, dict(gamma=[0, 1]), "gamma is .*, but must be a number"),
+        (losses.UnifiedFocalLoss, dict(asymmetric="no"), "asymmetric is 'no', but must be True"),
+        (losses.UnifiedFocalLoss, dict(activation="sigmoid"), "an output for the background"),
+        (losses.UnifiedFocalLoss, dict(include_background=False), "has a part for the background"),
+        (losses.UnifiedFocalLoss, dict(squared_pred=True), "would make FP = P - I negative"),
+        (
+            losses.UnifiedFocalLoss,
+            dict(activation="none", regions=[(0,), (1,)]),
+            "regions overlap, but the unified focal loss",
+        ),
     ],
 )
 def test_wrong_arguments_of_the_family_are_errors_in_words(loss, arguments, says):
@@ -708,6 +947,57 @@ def test_arguments_that_do_not_fit_the_logits_are_errors(arguments, classes, say
     x, y = make(classes)
     with pytest.raises(ValueError, match=says):
         DiceLoss(**arguments)(y, x)
+
+
+SET = {"label_sets": {200: (0, 2)}}
+
+
+@pytest.mark.parametrize(
+    ("loss", "arguments", "classes", "says"),
+    [
+        (losses.DiceFocalLoss, dict(focal_gamma=[1, 2]), 3, "focal_gamma has 2 exponents.* 3 cl"),
+        (
+            losses.DiceCELoss,
+            dict(activation="sigmoid", pos_weight=[1, 2]),
+            3,
+            "pos_weight has 2 entries, but 3 classes count",
+        ),
+        (losses.UnifiedFocalLoss, {}, 1, "one class, .* give the model an output for each"),
+        (losses.UnifiedFocalLoss, dict(activation="none"), 1, "one class, .* an output for each"),
+        (DiceLoss, SET, 2, "label_sets name class 2, but logits .* have 2 classes"),
+        (DiceLoss, SET | dict(activation="sigmoid"), 1, "label_sets need two classes or more"),
+        (DiceLoss, SET | dict(ignore_label=200), 3, "200 is also in label_sets"),
+    ],
+)
+def test_arguments_of_the_family_that_do_not_fit_the_logits_are_errors(
+    loss, arguments, classes, says
+):
+    x, y = make(classes)
+    x = np.full_like(x, 0.5) if arguments.get("activation") == "none" else x
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=says):
+        loss(**arguments)(y, x)
+
+
+def test_labels_that_do_not_fit_label_sets_are_errors():
+    x, y = make()
+    loss = DiceLoss(label_sets={200: (0, 2)})
+    says = r"\[0, 0, 0, 0\] have the value 9, but must be in \[0, 3\), or one of label_sets \(200\)"
+    with pytest.raises(tf.errors.InvalidArgumentError, match=says):
+        loss(np.full_like(y, 9), x)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="label_sets are for class indices"):
+        loss(reference.one_hot(y, 3).astype(np.float32), x)
+
+
+def test_the_asymmetric_loss_needs_a_known_number_of_classes():
+    """Its exponents, one for each of them, are an attribute of the op. The symmetric loss has
+    one."""
+    x, y = make()
+    signature = [tf.TensorSpec(y.shape, tf.uint8), tf.TensorSpec([None] * 5)]
+    with pytest.raises(ValueError, match="unknown number of classes.* a fixed number"):
+        tf.function(losses.UnifiedFocalLoss(), input_signature=signature)(y, x)
+    loss = losses.UnifiedFocalLoss(asymmetric=False)
+    compiled = tf.function(loss, input_signature=signature)
+    np.testing.assert_allclose(compiled(y, x), loss(y, x), rtol=1e-6)
 
 
 @pytest.mark.parametrize("last", [[], [keras.layers.Activation("linear", dtype="float32")]])

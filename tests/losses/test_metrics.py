@@ -1,5 +1,7 @@
 """The Keras metrics give the hard scores that NumPy gives: over several batches, and in fit."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import tensorflow as tf
 from dice_op import metrics
 from dice_op.metrics import DiceScore, JaccardScore
 from helpers import reference
+from helpers.kernel_inputs import read_label_sets
 
 CLASSES = 4
 
@@ -38,6 +41,8 @@ def scores_of(i, p, t, kind, absent):
 
 
 SCORES = {
+    DiceScore: lambda i, p, t, m: 2 * i / (p + t),
+    JaccardScore: lambda i, p, t, m: i / (p + t - i),
     metrics.TverskyScore: lambda i, p, t, m: i / (0.5 * p + 0.5 * t),
     metrics.Sensitivity: lambda i, p, t, m: i / t,
     metrics.Precision: lambda i, p, t, m: i / p,
@@ -52,29 +57,64 @@ def masks_of(i, p, t, m):
     return place < p, (place < i) | ((place >= p) & (place < p + t - i))
 
 
+@pytest.mark.parametrize("label_sets", [{}, {200: (0, 2, 3), 201: (1, 2), 7: (3,)}], ids=str)
 @pytest.mark.parametrize("average", ["macro", "weighted", "micro", "none"])
 @pytest.mark.parametrize("over", ["samples", "dataset"])
 @pytest.mark.parametrize("metric", SCORES, ids=lambda metric: metric.__name__)
-def test_every_score_is_what_its_counts_say(metric, over, average):
-    """All classes are in all samples here, so that no score is undefined."""
+def test_every_score_is_what_its_counts_say(metric, over, average, label_sets):
+    """All classes are in all samples here, so that no score is undefined. A voxel whose label names
+    a set counts for none of these classes, also not among the voxels that are not of a class."""
     rng = np.random.default_rng(3)
     x = rng.normal(size=(5, 8, 9, CLASSES)).astype(np.float32)
-    y = rng.integers(0, CLASSES, size=x.shape[:-1]).astype(np.uint8)
-    sums = counts(*(reference.one_hot(v, CLASSES) for v in (x.argmax(-1), y)))
-    m = np.full((5, 1), 72.0)
+    y = rng.choice([*range(CLASSES), *label_sets], size=x.shape[:-1]).astype(np.uint8)
+    t, unknown = read_label_sets(label_sets, y, CLASSES)
+    p = (1 - unknown) * reference.one_hot(x.argmax(-1), CLASSES)
+    sums, m = counts(p, t), (1 - unknown).sum((1, 2))
     if average == "micro":
-        sums, m = [s.sum(1, keepdims=True) for s in sums], CLASSES * m
+        sums, m = [s.sum(1, keepdims=True) for s in sums], m.sum(1, keepdims=True)
     if over == "dataset":
         sums, m = [s.sum(0, keepdims=True) for s in sums], m.sum(0, keepdims=True)
-    scores = np.vectorize(SCORES[metric])(*sums, np.broadcast_to(m, sums[0].shape))
+    scores = np.vectorize(SCORES[metric])(*sums, m)
     expected = {
         "none": lambda: scores.mean(0),
         "weighted": lambda: np.mean((scores * sums[2]).sum(1) / sums[2].sum(1)),
     }.get(average, lambda: scores.mean())()
-    score = metric(over=over, average=average)
+    score = metric(over=over, average=average, label_sets=label_sets or None)
     score.update_state(y[:2], x[:2])
     score.update_state(y[2:], x[2:])
     np.testing.assert_allclose(score.result(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("over", ["samples", "dataset"])
+@pytest.mark.parametrize("metric", [metrics.Specificity, metrics.Matthews])
+def test_weights_of_voxels_whose_label_names_a_set_do_not_count(metric, over):
+    """With weights that are whole numbers it is as if each voxel were there that many times, and
+    for two classes, of which both are unknown, as if it were not there."""
+    x, y = make()
+    x, y = x[..., :2], (y > 0).astype(np.uint8)
+    rng = np.random.default_rng(1)
+    weight = rng.integers(1, 4, y.shape)
+    unknown = rng.random(y.shape) < 0.3
+    options = {"over": over, "include_background": False}
+    found, expected = metric(label_sets={200: (0, 1)}, **options), metric(**options)
+    per_sample = np.arange(1.0, 8.0)
+    for of_voxels in (weight, None):
+        found.update_state(np.where(unknown, 200, y), x, of_voxels)
+        expected.update_state(y, x, ~unknown if of_voxels is None else ~unknown * of_voxels)
+    np.testing.assert_allclose(found.result(), expected.result(), rtol=1e-6)
+    found.reset_state()
+    found.update_state(np.where(unknown, 200, y), x, per_sample)
+    if over == "dataset":
+        expected.reset_state()
+        expected.update_state(y, x, ~unknown * per_sample[:, None, None])
+        wanted = expected.result()
+    else:
+        wanted, present = 0.0, per_sample * (y == 1).any((1, 2))
+        for n in np.flatnonzero(present):
+            alone = metric(**options)
+            alone.update_state(y[n : n + 1], x[n : n + 1], ~unknown[n : n + 1])
+            wanted += present[n] / present.sum() * float(alone.result())
+    np.testing.assert_allclose(found.result(), wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("over", ["samples", "dataset"])
@@ -245,13 +285,17 @@ def test_a_configuration_brings_back_the_metric():
         data_format="channels_first",
         name="mine",
     )
-    again = keras.metrics.deserialize(keras.metrics.serialize(metric))
+    text = json.dumps(keras.metrics.serialize(metric))  # JSON makes strings of the keys of a dict.
+    again = keras.metrics.deserialize(json.loads(text))
     assert type(again) is JaccardScore
     assert again.get_config() == metric.get_config()
     assert again.threshold == 0.25 and again.regions == [[1, 2], [2]] and again.name == "mine"
-    tversky = metrics.TverskyScore(alpha=0.3, beta=0.7, absent="predicted")
-    again = keras.metrics.deserialize(keras.metrics.serialize(tversky))
+    tversky = metrics.TverskyScore(
+        alpha=0.3, beta=0.7, absent="predicted", label_sets={np.uint8(200): {0, 2}, 7: (1,)}
+    )
+    again = keras.metrics.deserialize(json.loads(json.dumps(keras.metrics.serialize(tversky))))
     assert again.get_config() == tversky.get_config() and again.alpha == 0.3
+    assert again.label_sets == {200: [0, 2], 7: [1]}
 
 
 @pytest.mark.parametrize(
@@ -271,11 +315,22 @@ def test_a_configuration_brings_back_the_metric():
         ),
         (dict(regions=[(1,), (2,)]), 'use "threshold"'),
         (dict(regions=[(1,), ()], prediction="threshold"), "regions must be"),
+        (dict(label_sets={}), "label_sets is empty"),
+        (dict(label_sets=[(200, (0, 1))]), "label_sets is .*, but must be a dict"),
+        (
+            dict(regions=[(1,)], prediction="threshold", label_sets={200: (0, 1)}),
+            "regions and label_sets cannot be combined",
+        ),
     ],
 )
 def test_wrong_arguments_are_errors_in_words(arguments, says):
     with pytest.raises(ValueError, match=says):
         DiceScore(**arguments)
+
+
+def test_a_tversky_score_that_would_count_no_error_is_refused():
+    with pytest.raises(ValueError, match="alpha and beta are both 0"):
+        metrics.TverskyScore(alpha=0, beta=0)
 
 
 def test_one_class_needs_a_threshold():
