@@ -21,3 +21,14 @@ def run_python():
         return output_of(*command, **environment)
 
     return run
+
+
+@pytest.fixture
+def operation_by_operation():
+    """Losses run operation by operation: compiling takes longer than the one call that a test
+    makes."""
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)

@@ -30,6 +30,7 @@ from helpers.peers import (
     hot,
     keras_tversky,
     kornia_loss,
+    medicai_loss,
     mri_loss,
     nnunet_loss,
     nnunet_regions_loss,
@@ -42,6 +43,7 @@ from helpers.peers import (
     spatial,
     volume,
 )
+from helpers.peers import unified_focal_loss as unified_focal
 from helpers.reference import dice_losses
 from helpers.tape import value_and_gradient
 
@@ -52,6 +54,8 @@ if HAS_PEERS:
     from monai.losses import unified_focal_loss
 
     from benchmarks import stability
+
+pytestmark = pytest.mark.usefixtures("operation_by_operation")
 
 PAGE = DOCS / "migration.md"
 TESTS_OF_ROWS = {}  # {row: the names of the tests that run it}, filled by `runs`
@@ -81,7 +85,7 @@ def rows_of_page():
     return rows
 
 
-in_monai, in_nnunet, in_keras, in_sm, in_smp, in_mri, in_kornia = (
+in_monai, in_nnunet, in_keras, in_sm, in_smp, in_mri, in_kornia, in_medicai = (
     functools.partial(Row, heading)
     for heading in (
         "MONAI 1.6",
@@ -91,6 +95,7 @@ in_monai, in_nnunet, in_keras, in_sm, in_smp, in_mri, in_kornia = (
         "segmentation_models_pytorch 0.5",
         "tensorflow-mri 0.23",
         "kornia 0.9",
+        "medicai 0.0.4",
     )
 )
 
@@ -283,6 +288,14 @@ EQUAL = {
             )
             for g, d, f in ((2, 1, 1), (0.5, 2, 3))
         ],
+        "`DiceFocalLoss(sigmoid=True, alpha=a)`": [
+            Case("{0}", by_monai("DiceFocalLoss", sigmoid=True, alpha=a), {"a": a}, classes=c)
+            for a, c in ((0.25, CLASSES), (0.8, 1))
+        ],
+        "`DiceCELoss(sigmoid=True, weight=[w])` of one class": [
+            Case("{}", by_monai("DiceCELoss", sigmoid=True, weight=[w]), {"w": w}, classes=1)
+            for w in (0.5, 3.0)
+        ],
         "`MCCLoss(softmax=True)`": [
             Case(
                 "{0}.from_config({0}.get_config() | o)",
@@ -465,6 +478,62 @@ EQUAL = {
             )
         ],
     },
+    "unified-focal-loss (TensorFlow)": {
+        f"`{kind}_unified_focal_loss(weight=w, delta=d, gamma=g)`": [
+            Case(
+                "{}",
+                by_torch(unified_focal, weight=w, delta=d, gamma=g, asymmetric=kind == "asym"),
+                {"w": w, "d": d, "g": g},
+                classes=2,
+            )
+            for w, d, g in ((0.5, 0.6, 0.5), (0.3, 0.8, 0.2))
+        ]
+        for kind in ("asym", "sym")
+    },
+    "medicai 0.0.4": {
+        "`SparseDiceLoss(from_logits=True, num_classes=C)`": [
+            Case("{}", by_torch(medicai_loss, kind="dice")),
+        ],
+        "`SparseIoULoss`": [Case("{}", by_torch(medicai_loss, kind="iou"))],
+        "`SparseTverskyLoss(alpha=a, beta=b)`": [
+            Case("{}", by_torch(medicai_loss, kind="tversky", alpha=a, beta=b), {"a": a, "b": b})
+            for a, b in ((0.3, 0.7), (1.2, 0.4))
+        ],
+        "`SparseGeneralizedDiceLoss(weight_type=t)`": [
+            Case("{0}", by_torch(medicai_loss, kind="generalized", weight_type=t), {"t": t})
+            for t in ("square", "simple")
+        ],
+        "`SparseDiceCELoss(dice_weight=d, ce_weight=e)`": [
+            Case(
+                "{}",
+                by_torch(medicai_loss, kind="dice", dice_weight=d, ce_weight=e),
+                {"C": c, "d": d, "e": e},
+                classes=c,
+            )
+            for d, e, c in ((1, 1, CLASSES), (0.5, 2, 3), (1, 1, 2))
+        ],
+        "`BinaryDiceCELoss(from_logits=True, num_classes=C)`": [
+            Case("{}", by_torch(medicai_loss, kind="dice", ce_weight=1, binary=True), classes=c)
+            for c in (CLASSES, 2)
+        ],
+        "`target_class_ids` without background, of Dice, IoU and Tversky": [
+            Case(template, by_torch(medicai_loss, kind=kind, first_class=1))
+            for kind, template in (
+                ("dice", "DiceLoss({}, smooth_nr=1e-7, smooth_dr=1e-7)"),
+                ("iou", "DiceLoss({}, jaccard=True, smooth_nr=2e-7, smooth_dr=2e-7)"),
+                ("tversky", "TverskyLoss({}, smooth_nr=1e-7, smooth_dr=1e-7)"),
+            )
+        ],
+        "`ignore_class_ids=k`": [
+            Case(
+                "DiceCELoss({}, lambda_ce=e / C, smooth_nr=1e-7, smooth_dr=1e-7)",
+                by_torch(medicai_loss, kind="dice", ce_weight=e, ignored=k),
+                {"k": k, "e": e, "C": CLASSES},
+                ignored=k,
+            )
+            for k, e in ((9, 0), (-1, 1), (2, 1))
+        ],
+    },
 }
 FORMS = {
     f"{heading}, {cell} {i}": (Row(heading, cell), form)
@@ -511,15 +580,6 @@ def with_ignored(y, label, share=0.3):
     hit = np.random.default_rng(9).random(y.shape) < share
     hit.reshape(len(y), -1)[:, 0] = False
     return np.where(hit, label, y)
-
-
-@pytest.fixture(autouse=True)
-def operation_by_operation():
-    """Losses run operation by operation: compiling takes longer than the one call that a test
-    makes."""
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
 
 
 @pytest.mark.parametrize(
@@ -611,6 +671,25 @@ def test_monai_soft_labels_are_equal(name, volume_name):
     if name == "GeneralizedDiceLoss":
         ours = changed(ours, smooth_nr=1e-5, smooth_dr=1e-5)  # MONAI's
     assert_conforms(of_ours(lambda y, x: ours(t, x), x, y), of_torch(of_theirs, x, y))
+
+
+@pytest.mark.parametrize("volume_name", SOME)
+@pytest.mark.parametrize("w", [0.5, 0.2])
+@runs(
+    in_monai(
+        "`AsymmetricUnifiedFocalLoss(weight=w, gamma=g, delta=d)` of the softmax of two classes"
+    )
+)
+def test_monai_unified_focal_loss_differs(w, volume_name):
+    x, y = volume(volume_name, 2)
+    row = in_monai(
+        "`AsymmetricUnifiedFocalLoss(weight=w, gamma=g, delta=d)` of the softmax of two classes"
+    )
+    ours, again = (written(row, c, w=w, g=0.3, d=0.7) for c in ("{0}", "{1}"))
+    theirs = monai.AsymmetricUnifiedFocalLoss(to_onehot_y=True, weight=w, gamma=0.3, delta=0.7)
+    monais = of_torch(lambda x, y: theirs(torch.softmax(x, 1), y), x, y)
+    assert_differ(of_ours(ours, x, y), monais)
+    assert_conforms(of_ours(lambda y, x: (1 - w / 2) * again(y, x), x, y), monais)
 
 
 def of_masked(loss, x, y, mask):
