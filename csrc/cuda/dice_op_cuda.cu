@@ -153,8 +153,8 @@ Error MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   call.has_gammas = problem.has_gammas();
   call.has_regions = problem.has_regions();
   call.has_label_sets = problem.has_label_sets();
-  static_cast<ClassSets&>(call.sets) = problem.sets();
-  call.focal_gammas = problem.options.focal_gammas;
+  if (call.has_regions || call.has_label_sets) static_cast<ClassSets&>(call.sets) = problem.sets();
+  if (call.has_gammas) call.focal_gammas = problem.options.focal_gammas;
   call.classes = static_cast<int>(problem.classes);
   call.first_class = static_cast<int>(problem.first_class());
   call.label_limit = static_cast<int>(std::min(problem.label_limit(), LabelsEnd(problem.labels_dtype)));
