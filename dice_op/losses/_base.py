@@ -236,12 +236,13 @@ class SumsLoss(keras.losses.Loss):
             share *= tf.math.divide_no_nan(total, tf.reduce_sum(share))
         return share if weight is None else tf.cast(weight, share.dtype) * share
 
+    def _sum_options_of(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> dict[str, typing.Any]:
+        """`sum_options` for these labels and logits. A loss that cannot take them raises an
+        error."""
+        return self.sum_options()
+
     def _sums(
-        self,
-        y_true: tf.Tensor,
-        y_pred: tf.Tensor,
-        voxel_weight: tf.Tensor | None,
-        **options: typing.Any,
+        self, y_true: tf.Tensor, y_pred: tf.Tensor, voxel_weight: tf.Tensor | None
     ) -> DiceSums:
         return dice_sums(
             y_true,
@@ -254,7 +255,7 @@ class SumsLoss(keras.losses.Loss):
             regions=self.regions,
             label_sets=self.label_sets,
             data_format=self.data_format,
-            **{**self.sum_options(), **options},
+            **self._sum_options_of(y_true, y_pred),
         )
 
     def _reduced_from_sums(self, sums: DiceSums, weight: tf.Tensor | None) -> tf.Tensor:

@@ -135,13 +135,7 @@ class _WithCrossEntropy(SumsLoss):
     def _each_sample_counts(self) -> bool:
         return super()._each_sample_counts() and self.lambda_dice != 0
 
-    def _sums(
-        self,
-        y_true: tf.Tensor,
-        y_pred: tf.Tensor,
-        voxel_weight: tf.Tensor | None,
-        **options: typing.Any,
-    ) -> DiceSums:
+    def _sum_options_of(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> dict[str, typing.Any]:
         if (
             self.ce_class_weight
             and self.squared_pred
@@ -157,7 +151,7 @@ class _WithCrossEntropy(SumsLoss):
                 "ce_class_weight is normalised by the sum of the labels, which squared_pred=True "
                 "squares: with soft labels leave one of the two out"
             )
-        return super()._sums(y_true, y_pred, voxel_weight, **options)
+        return super()._sum_options_of(y_true, y_pred)
 
 
 @keras.saving.register_keras_serializable(package="dice_op")
@@ -329,22 +323,17 @@ class UnifiedFocalLoss(SumsLoss):
         weighted = sums._replace(cross_entropy=weight * sums.cross_entropy)
         return self.weight * overlap + (1 - self.weight) * formulas.cross_entropy(weighted)
 
-    def _sums(
-        self,
-        y_true: tf.Tensor,
-        y_pred: tf.Tensor,
-        voxel_weight: tf.Tensor | None,
-        **options: typing.Any,
-    ) -> DiceSums:
-        if self.asymmetric and self.gamma:
-            classes = y_pred.shape[_inputs.channel_axis(self.data_format)]
-            if classes is None:
-                raise ValueError(
-                    "y_pred has an unknown number of classes, but the asymmetric loss has an "
-                    "exponent for each: give the model's last layer a fixed number"
-                )
-            options["focal_gamma"] = [self.gamma, *[0.0] * (classes - 1)]
-        return super()._sums(y_true, y_pred, voxel_weight, **options)
+    def _sum_options_of(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> dict[str, typing.Any]:
+        options = super()._sum_options_of(y_true, y_pred)
+        if not self.asymmetric or self.gamma == 0:
+            return options
+        classes = y_pred.shape[_inputs.channel_axis(self.data_format)]
+        if classes is None:
+            raise ValueError(
+                "y_pred has an unknown number of classes, but the asymmetric loss has an exponent "
+                "for each: give the model's last layer a fixed number"
+            )
+        return {**options, "focal_gamma": [self.gamma, *[0.0] * (classes - 1)]}
 
     def _each_sample_counts(self) -> bool:
         return super()._each_sample_counts() and self.weight != 0
