@@ -931,7 +931,8 @@ def test_the_gradient_of_a_label_set_is_exact_where_the_network_is_sure():
 
 
 def test_a_set_without_probability_has_an_infinite_loss():
-    """As a class without any has. No gradient can say which of its classes is the right one."""
+    """The loss is infinite, as it is for a class without probability. The gradient is 0, because
+    nothing tells which class of the set is the right one."""
     x = np.array([[[-np.inf, -np.inf, 1, 1]]], np.float32)
     given = {"label_sets": {200: (0, 1)}, "cross_entropy": True}
     assert core.sums(x, np.uint8([[200]]), **given)["cross_entropy"][0, 0] == np.inf

@@ -695,7 +695,7 @@ def logits(p):
 
 
 def focal_terms(p, gamma):
-    """Of the probabilities of what is right."""
+    """The focal cross-entropy of each element, whose right answer has the probability p."""
     return -((1 - np.array(p)) ** gamma) * np.log(p)
 
 
@@ -1484,8 +1484,8 @@ TAKEN_TWICE = {
         )
     },
 }
-# Of the voxels of each resolution this share has the probability 0 where it should be 1. That is
-# also Dice. In the cross-entropy, 0 counts as 1e-7.
+# At each resolution, this share of the voxels has the probability 0 for its class, which should be
+# 1. The Dice loss is the same share. In the cross-entropy, the 0 counts as 1e-7.
 WRONG = (1 / 6, 3 / 4, 1 / 2)
 
 
