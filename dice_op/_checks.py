@@ -13,6 +13,7 @@ import typing
 from collections.abc import Mapping
 
 import keras
+import numpy as np
 
 from dice_op import core
 from dice_op._types import DataFormat
@@ -180,6 +181,24 @@ def label_set_dict(label_sets: typing.Any) -> dict[int, list[int]] | None:
         raise ValueError("label_sets is empty, but must name the classes of a label value")
     core.op_attributes(label_sets=label_sets)  # raises an error where they are out of range
     return label_sets
+
+
+def distance_matrix(dist_matrix: typing.Any) -> list[list[float]]:
+    """Distances of the classes as lists, divided by the largest of them."""
+    try:
+        distances = np.asarray(dist_matrix, np.float64)
+    except (TypeError, ValueError):
+        distances = np.zeros(0)
+    if distances.ndim != 2 or len(distances) < 2:
+        raise ValueError(
+            f"dist_matrix is {dist_matrix!r}, but must be a distance for each pair of classes, "
+            "[C, C], such as [[0, 1, 1], [1, 0, 0.5], [1, 0.5, 0]]"
+        )
+    core.op_attributes(dist_matrix=distances.tolist())  # checks the distances
+    if not distances.any():
+        raise ValueError("dist_matrix holds only zeros, so that no error would count")
+    rows: list[list[float]] = (distances / distances.max()).tolist()
+    return rows
 
 
 def data_format(value: DataFormat | None) -> DataFormat:

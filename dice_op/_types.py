@@ -16,6 +16,7 @@ if typing.TYPE_CHECKING:
 TensorLike: typing.TypeAlias = "tf.Tensor | npt.ArrayLike"
 Regions: typing.TypeAlias = Sequence[Collection[int]]
 LabelSets: typing.TypeAlias = Mapping[int, Collection[int]]
+DistMatrix: typing.TypeAlias = "Sequence[Sequence[float]] | npt.NDArray[typing.Any]"
 ClassWeight: typing.TypeAlias = "Sequence[float] | npt.NDArray[typing.Any]"
 
 Activation = typing.Literal["softmax", "sigmoid", "none"]
@@ -27,3 +28,4 @@ Reduction = typing.Literal[
 ]  # Keras' names
 WeightType = typing.Literal["square", "simple", "uniform"]  # of generalized Dice
 InfiniteWeight = typing.Literal["largest", "zero"]
+WeightingMode = typing.Literal["default", "GDL"]  # of generalized Wasserstein Dice, MONAI's names

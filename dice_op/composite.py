@@ -34,6 +34,7 @@ def sums(
     regions: Sequence[int],
     label_sets: Sequence[int],
     focal_gammas: Sequence[float],
+    dist_matrix: Sequence[float],
 ) -> list[tf.Tensor]:
     """The sums of `DiceSums`, in its order. One that is not asked for has no classes.
 
@@ -99,6 +100,11 @@ def sums(
                 marginal = smoothed * _marginal(activation, x, p, unknown, gamma)
                 losses = tf.where(unknown == 1, marginal, losses)
             cross_entropy = tf.reduce_sum(m * losses, 1)
+    distance_sum = nothing
+    if dist_matrix:
+        distances = tf.reshape(tf.constant(dist_matrix, dtype), [classes, classes])
+        distance = tf.reduce_sum(tf.matmul(t, distances) * p, -1, keepdims=True)
+        distance_sum = tf.reduce_sum(m * t * distance, 1)
     return [
         tf.reduce_sum(known * (_least(p, t) if soft else p * t), 1),
         tf.reduce_sum(known * power(p), 1),
@@ -106,6 +112,7 @@ def sums(
         cross_entropy,
         negative,
         nothing if unknown is None else tf.reduce_sum(m * unknown, 1),
+        distance_sum,
         tf.reduce_sum(weight, 1),
     ]
 

@@ -43,7 +43,7 @@ def ffi_workspace(platform: str, batch: typing.SupportsInt | typing.SupportsInde
     """
     Return the size in bytes of the workspace, which is one of the results of dice_op_sums.
     """
-def gradient(logits: typing.Any, labels: typing.Any, *, d_intersection: typing.Any, d_pred_sum: typing.Any, d_cross_entropy: typing.Any | None = None, d_negative_cross_entropy: typing.Any | None = None, voxel_weight: typing.Any | None = None, activation: str = 'softmax', data_format: str = 'channels_last', squared_pred: bool = False, soft_label: bool = False, cross_entropy: bool = False, focal_gamma: typing.SupportsFloat | typing.SupportsIndex = 0.0, label_smoothing: typing.SupportsFloat | typing.SupportsIndex = 0.0, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0, ignore_label: typing.SupportsInt | typing.SupportsIndex | None = None, regions: typing.Any = None, label_sets: typing.Any = None, focal_gammas: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0, stream: typing.SupportsInt | typing.SupportsIndex = 0, out: typing.Any | None = None) -> typing.Any:
+def gradient(logits: typing.Any, labels: typing.Any, *, d_intersection: typing.Any, d_pred_sum: typing.Any, d_cross_entropy: typing.Any | None = None, d_negative_cross_entropy: typing.Any | None = None, d_distance_sum: typing.Any | None = None, voxel_weight: typing.Any | None = None, activation: str = 'softmax', data_format: str = 'channels_last', squared_pred: bool = False, soft_label: bool = False, cross_entropy: bool = False, focal_gamma: typing.SupportsFloat | typing.SupportsIndex = 0.0, label_smoothing: typing.SupportsFloat | typing.SupportsIndex = 0.0, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0, ignore_label: typing.SupportsInt | typing.SupportsIndex | None = None, regions: typing.Any = None, label_sets: typing.Any = None, focal_gammas: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] | None = None, dist_matrix: collections.abc.Sequence[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex]] | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0, stream: typing.SupportsInt | typing.SupportsIndex = 0, out: typing.Any | None = None) -> typing.Any:
     """
     Compute the gradient of a loss with respect to the logits in one pass, from its derivatives with respect to
     the sums.
@@ -51,6 +51,7 @@ def gradient(logits: typing.Any, labels: typing.Any, *, d_intersection: typing.A
     Args:
       d_intersection, d_pred_sum, d_cross_entropy, d_negative_cross_entropy: [N, C], of the sums' dtype. For
         'sigmoid', give both cross-entropies or neither; the same array twice counts both the same.
+      d_distance_sum: the same, needed with dist_matrix.
       out: the array to write to, with the logits' dtype and shape; not a list, but it may be the logits array.
       The other arguments are those of `sums`. A label that is not a class belongs to no class.
     
@@ -65,7 +66,7 @@ def label_kind(logits_shape: collections.abc.Sequence[typing.SupportsInt | typin
     
     Raises: ValueError if the shapes do not fit together.
     """
-def op_attributes(*, activation: str = 'softmax', data_format: str = 'channels_last', squared_pred: bool = False, soft_label: bool = False, cross_entropy: bool = False, focal_gamma: typing.SupportsFloat | typing.SupportsIndex = 0.0, label_smoothing: typing.SupportsFloat | typing.SupportsIndex = 0.0, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0, ignore_label: typing.SupportsInt | typing.SupportsIndex | None = None, regions: typing.Any = None, label_sets: typing.Any = None, focal_gammas: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] | None = None) -> dict:
+def op_attributes(*, activation: str = 'softmax', data_format: str = 'channels_last', squared_pred: bool = False, soft_label: bool = False, cross_entropy: bool = False, focal_gamma: typing.SupportsFloat | typing.SupportsIndex = 0.0, label_smoothing: typing.SupportsFloat | typing.SupportsIndex = 0.0, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0, ignore_label: typing.SupportsInt | typing.SupportsIndex | None = None, regions: typing.Any = None, label_sets: typing.Any = None, focal_gammas: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] | None = None, dist_matrix: collections.abc.Sequence[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex]] | None = None) -> dict:
     """
     Convert options, given as for `sums`, to the attributes of the TensorFlow op and of XLA's handlers. All
     options are in the result, with their defaults, in the attributes' order: strings, bools, floats, and
@@ -91,7 +92,7 @@ def scores(prediction: typing.Any, labels: typing.Any, *, classes: typing.Suppor
     
     Raises: ValueError or TypeError, with a message that says which argument is wrong and what it must be.
     """
-def sums(logits: typing.Any, labels: typing.Any, *, voxel_weight: typing.Any | None = None, activation: str = 'softmax', data_format: str = 'channels_last', squared_pred: bool = False, soft_label: bool = False, cross_entropy: bool = False, focal_gamma: typing.SupportsFloat | typing.SupportsIndex = 0.0, label_smoothing: typing.SupportsFloat | typing.SupportsIndex = 0.0, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0, ignore_label: typing.SupportsInt | typing.SupportsIndex | None = None, regions: typing.Any = None, label_sets: typing.Any = None, focal_gammas: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0, stream: typing.SupportsInt | typing.SupportsIndex = 0) -> dict:
+def sums(logits: typing.Any, labels: typing.Any, *, voxel_weight: typing.Any | None = None, activation: str = 'softmax', data_format: str = 'channels_last', squared_pred: bool = False, soft_label: bool = False, cross_entropy: bool = False, focal_gamma: typing.SupportsFloat | typing.SupportsIndex = 0.0, label_smoothing: typing.SupportsFloat | typing.SupportsIndex = 0.0, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0, ignore_label: typing.SupportsInt | typing.SupportsIndex | None = None, regions: typing.Any = None, label_sets: typing.Any = None, focal_gammas: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] | None = None, dist_matrix: collections.abc.Sequence[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex]] | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0, stream: typing.SupportsInt | typing.SupportsIndex = 0) -> dict:
     """
     Compute the sums of each sample and class in one pass.
     
@@ -110,13 +111,16 @@ def sums(logits: typing.Any, labels: typing.Any, *, voxel_weight: typing.Any | N
       regions: for overlapping classes, the label values of each, such as [(1, 2, 3), (2, 3), (3,)].
       label_sets: for label values that stand for one of several classes, a dict from the value to the classes,
         such as {200: (0, 2, 3)}. Such a voxel says nothing about these classes.
+      dist_matrix: [C, C], how far each class is from each other one; the row is the label's class. It asks for
+        distance_sum.
       threads: the number of threads, or 0 for one per processor. It does not change a single bit of the result.
       stream: for arrays on a device, the CUDA stream to work on, as a number
         (torch.cuda.current_stream().cuda_stream). The arrays must be ready on it.
     
     Returns: a dict with intersection, pred_sum, label_sum [, cross_entropy] [, negative_cross_entropy]
-      [, unknown_sum] of shape [N, C] and weight_sum [N]. negative_cross_entropy is for 'sigmoid' with
-      cross_entropy, and unknown_sum, the weight of the voxels that may belong to a class, for label_sets.
+      [, unknown_sum] [, distance_sum] of shape [N, C] and weight_sum [N]. negative_cross_entropy is for 'sigmoid'
+      with cross_entropy; unknown_sum, the weight of the voxels that may belong to a class, for label_sets; and
+      distance_sum, the sum over the voxels of a class of how far their predictions are from it, for dist_matrix.
       The sums are float32, or float64 for float64 logits and for scores. On a device they are DeviceArrays, and
       the sums of a sample are NaN if one of its labels is not a class.
     

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from dice_op._types import InfiniteWeight, WeightType
+from dice_op._types import InfiniteWeight, WeightingMode, WeightType
 
 if typing.TYPE_CHECKING:
     from dice_op.ops import DiceSums
@@ -133,6 +133,30 @@ def generalized_dice(
     w = tf.stop_gradient(w)
     numerator = 2 * tf.reduce_sum(w * sums.intersection, 1) + smooth_nr
     return ratio(numerator, tf.reduce_sum(w * (sums.pred_sum + t), 1) + smooth_dr)
+
+
+def generalized_wasserstein_dice(
+    sums: DiceSums,
+    *,
+    weighting_mode: WeightingMode = "default",
+    smooth_nr: float = 0.0,
+    smooth_dr: float = 0.0,
+) -> tf.Tensor:
+    """(2 TP + smooth_nr) / (2 TP + E + smooth_dr), `[N]` (Fidon et al., 2017).
+
+    With D = `distance_sum`, TP = sum_c w (T - D) are the true positives. In the mode "default" the
+    weight w is 0 for class 0, the background, and 1 for the others, and E = sum_c D is the error.
+    In the mode "GDL" w = 1 / (T + 1), and E = sum_c w D (Tilborghs et al., 2020).
+    """
+    t, d = sums.label_sum, sums.distance_sum
+    if weighting_mode == "GDL":
+        w = tf.stop_gradient(1 / (t + 1))
+        error = w * d
+    else:
+        w = tf.concat([tf.zeros_like(t[:, :1]), tf.ones_like(t[:, 1:])], 1)
+        error = d
+    true_positives = 2 * tf.reduce_sum(w * (t - d), 1)
+    return ratio(true_positives + smooth_nr, true_positives + tf.reduce_sum(error, 1) + smooth_dr)
 
 
 # --- from scores to losses ------------------------------------------------------------------------

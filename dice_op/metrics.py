@@ -253,9 +253,11 @@ class OverlapScore(keras.metrics.Metric):
             counted = weights > 0
             scores = tf.math.divide_no_nan(scores, weights)
         else:
-            i, p, t, *_ = per_class = [total[tf.newaxis] for total in totals]
-            m = totals[3] if self._needs_weight_sum else None
-            sums = DiceSums(i, p, t, None, None, per_class[4] if len(totals) > 4 else None, m)
+            names = ["intersection", "pred_sum", "label_sum", "weight_sum", "unknown_sum"]
+            known = dict(zip(names, (total[tf.newaxis] for total in totals), strict=False))
+            if self._needs_weight_sum:
+                known["weight_sum"] = totals[3]
+            sums = DiceSums(**dict.fromkeys(DiceSums._fields) | known)
             scores, counted = (v[0] for v in self._averaged(self.score(sums), sums))
         if self.average == "none":
             nan = tf.constant(np.nan, scores.dtype)

@@ -13,7 +13,15 @@ import numpy as np
 import tensorflow as tf
 
 from dice_op import _loader, composite, core
-from dice_op._types import Activation, DataFormat, LabelSets, Prediction, Regions, TensorLike
+from dice_op._types import (
+    Activation,
+    DataFormat,
+    DistMatrix,
+    LabelSets,
+    Prediction,
+    Regions,
+    TensorLike,
+)
 
 _ops = _loader.library()
 if _loader.xla_problem():
@@ -53,6 +61,10 @@ class DiceSums(typing.NamedTuple):
     None unless a cross-entropy is asked for and the activation is `"sigmoid"`."""
     unknown_sum: tf.Tensor | None
     """[N, C]: sum m of the voxels that may belong to the class; None without `label_sets`."""
+    distance_sum: tf.Tensor | None
+    """[N, C]: the sum over the voxels of the class of m times how far their predictions are from
+    it, which is the sum over all classes of p times the class's distance; None without
+    `dist_matrix`."""
     weight_sum: tf.Tensor
     """[N]: sum m."""
 
@@ -71,6 +83,7 @@ def dice_sums(
     cross_entropy: bool = False,
     focal_gamma: float | Sequence[float] = 0.0,
     label_smoothing: float = 0.0,
+    dist_matrix: DistMatrix | None = None,
     threshold: float = 0.0,
     data_format: DataFormat = "channels_last",
 ) -> DiceSums:
@@ -117,6 +130,11 @@ def dice_sums(
         each class.
       label_smoothing: A number s in [0, 1]. In the cross-entropy (1 - s) t + s / C replaces t, and
         for `"sigmoid"` (1 - s) t + s / 2 does (Szegedy et al., 2016).
+      dist_matrix: How far each class is from each other one, `[C, C]`; the row is the class of the
+        label (Fidon et al., "Generalised Wasserstein Dice Score", 2017). Distances are finite, at
+        least 0, and 0 from a class to itself; they are rounded to float32. This is for
+        `"softmax"` and `"none"`, and for class indices without `label_sets`. GPUs take it for at
+        most 25 classes.
       threshold: A logit; 0 stands for a probability of one half.
       data_format: `"channels_last"` or `"channels_first"`.
 
@@ -153,7 +171,7 @@ def dice_sums(
         "label_smoothing": label_smoothing,
         "threshold": threshold,
         "ignore_label": [] if ignore_label is None else [ignore_label],
-        **_tables(regions, label_sets, gammas),
+        **_tables(regions, label_sets, gammas, _distances(dist_matrix)),
     }
     sums = _ops.dice_sums(
         y_pred,
@@ -169,6 +187,7 @@ def dice_sums(
             sums.negative_cross_entropy if cross_entropy and activation == "sigmoid" else None
         ),
         unknown_sum=sums.unknown_sum if label_sets else None,
+        distance_sum=None if dist_matrix is None else sums.distance_sum,
     )
 
 
@@ -198,6 +217,21 @@ def _exponents(focal_gamma: typing.Any) -> tuple[float, tuple[float, ...] | None
     return 0.0, gammas
 
 
+def _distances(dist_matrix: DistMatrix | None) -> tuple[tuple[float, ...], ...] | None:
+    if dist_matrix is None:
+        return None
+    try:
+        rows = np.asarray(dist_matrix, np.float64)
+    except (TypeError, ValueError):
+        rows = np.zeros(0)
+    if rows.ndim != 2 or not rows.size:
+        raise ValueError(
+            f"dist_matrix is {dist_matrix!r}, but must be a distance for each pair of classes, "
+            "[C, C]"
+        )
+    return tuple(map(tuple, rows.tolist()))
+
+
 def dense_tensor(name: str, value: TensorLike) -> tf.Tensor:
     """`value` as a tensor. A ragged or sparse one is an error that says what to do about it."""
     if isinstance(value, (tf.RaggedTensor, tf.SparseTensor)):
@@ -210,7 +244,10 @@ def dense_tensor(name: str, value: TensorLike) -> tf.Tensor:
 
 
 def _tables(
-    regions: Regions | None, label_sets: LabelSets | None, focal_gammas: tuple[float, ...] | None
+    regions: Regions | None,
+    label_sets: LabelSets | None,
+    focal_gammas: tuple[float, ...] | None,
+    dist_matrix: tuple[tuple[float, ...], ...] | None,
 ) -> Mapping[str, Sequence[float]]:
     """The op's attributes that are tables. The same come with every call, so they are made once."""
     try:
@@ -224,9 +261,14 @@ def _tables(
     except (AttributeError, TypeError):
         # This usually raises the error that says what they must be.
         return _lists(
-            core.op_attributes(regions=regions, label_sets=label_sets, focal_gammas=focal_gammas)
+            core.op_attributes(
+                regions=regions,
+                label_sets=label_sets,
+                focal_gammas=focal_gammas,
+                dist_matrix=dist_matrix,
+            )
         )
-    return _tables_of(hashable_regions or None, hashable_sets or None, focal_gammas)
+    return _tables_of(hashable_regions or None, hashable_sets or None, focal_gammas, dist_matrix)
 
 
 @functools.lru_cache(maxsize=64)
@@ -234,16 +276,21 @@ def _tables_of(
     regions: tuple[tuple[int, ...], ...] | None,
     label_sets: tuple[tuple[int, tuple[int, ...]], ...] | None,
     focal_gammas: tuple[float, ...] | None,
+    dist_matrix: tuple[tuple[float, ...], ...] | None,
 ) -> Mapping[str, Sequence[float]]:
     return _lists(
         core.op_attributes(
-            regions=regions, label_sets=label_sets and dict(label_sets), focal_gammas=focal_gammas
+            regions=regions,
+            label_sets=label_sets and dict(label_sets),
+            focal_gammas=focal_gammas,
+            dist_matrix=dist_matrix,
         )
     )
 
 
 def _lists(attributes: Mapping[str, typing.Any]) -> Mapping[str, Sequence[float]]:
-    return {k: attributes[k].tolist() for k in ("regions", "label_sets", "focal_gammas")}
+    tables = ("regions", "label_sets", "focal_gammas", "dist_matrix")
+    return {name: attributes[name].tolist() for name in tables}
 
 
 def _remainders(*values: float) -> list[float]:
@@ -344,7 +391,13 @@ def _register_gradient(name: str) -> Callable[[_Gradient], _Gradient]:
 def _with_gradient(sums: Iterable[tf.Tensor]) -> list[tf.Tensor]:
     """Those of the sums that depend on the logits."""
     of = DiceSums(*sums)
-    return [of.intersection, of.pred_sum, of.cross_entropy, of.negative_cross_entropy]
+    return [
+        of.intersection,
+        of.pred_sum,
+        of.cross_entropy,
+        of.negative_cross_entropy,
+        of.distance_sum,
+    ]
 
 
 @_register_gradient("DiceSums")

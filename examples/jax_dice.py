@@ -40,7 +40,8 @@ def dice_sums(logits, labels, *voxel_weight, **options):
     dtype = jnp.promote_types(logits.dtype, jnp.float64 if counts else jnp.float32)
     cross_entropy = attributes["with_cross_entropy"]
     binary = cross_entropy and attributes["activation"] == "sigmoid"
-    asked = [True, True, True, cross_entropy, binary, len(attributes["label_sets"]) > 0]
+    of_tables = [len(attributes[table]) > 0 for table in ("label_sets", "dist_matrix")]
+    asked = [True, True, True, cross_entropy, binary, *of_tables]
     shapes = [(n, c if sum_is_asked else 0) for sum_is_asked in asked] + [(n,)]
     results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     workspace = jax.ShapeDtypeStruct((core.ffi_workspace(platform, n, voxels, c),), jnp.uint8)
@@ -52,7 +53,7 @@ def dice_sums_grad(logits, labels, *rest, **options):
     """Returns d_logits.
 
     rest: voxel_weight if there is one, d_intersection, d_pred_sum, d_cross_entropy,
-      d_negative_cross_entropy.
+      d_negative_cross_entropy, d_distance_sum.
     """
     result = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
     call = jax.ffi.ffi_call("dice_op_sums_grad", result, vmap_method="sequential")
@@ -81,8 +82,8 @@ def _forward(logits, labels):
 
 def _backward(kept, d_loss):
     logits, labels, d_intersection, d_pred_sum = kept
-    none = jnp.zeros((len(logits), 0), d_pred_sum.dtype)  # There is no cross-entropy.
-    coefficients = d_loss * d_intersection, d_loss * d_pred_sum, none, none
+    none = jnp.zeros((len(logits), 0), d_pred_sum.dtype)  # The other sums are not asked for.
+    coefficients = d_loss * d_intersection, d_loss * d_pred_sum, none, none, none
     return dice_sums_grad(logits, labels, *coefficients), None
 
 

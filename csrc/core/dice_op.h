@@ -77,12 +77,13 @@ struct Problem {
   }
   // Whether each class has its own focal exponent.
   DICE_OP_INLINE bool has_gammas() const { return options.cross_entropy && options.focal_gammas.count > 0; }
+  DICE_OP_INLINE bool has_distances() const { return options.dist_matrix.classes > 0; }
   // Whether an option is a table that a kernel looks up for each class, see AllClasses.
-  DICE_OP_INLINE bool has_tables() const { return has_label_sets() || has_gammas(); }
+  DICE_OP_INLINE bool has_tables() const { return has_label_sets() || has_gammas() || has_distances(); }
   // Whether the kernels work with one label value per class instead of one index. The values are either in memory or
   // computed from the index.
   DICE_OP_INLINE bool labels_per_class() const {
-    return dense_labels || has_regions() || has_label_sets() || smoothed() || has_gammas();
+    return dense_labels || has_regions() || has_label_sets() || smoothed() || has_gammas() || has_distances();
   }
   // Whether t may be a fraction.
   bool soft_labels() const { return dense_labels && labels_dtype >= DType::kHalf; }
@@ -104,6 +105,8 @@ struct Problem {
         return options.cross_entropy && options.activation == Activation::kSigmoid;
       case Sum::kUnknownSum:
         return has_label_sets();
+      case Sum::kDistanceSum:
+        return has_distances();
       default:
         return true;
     }
@@ -191,6 +194,7 @@ const char* SimdLevel();
 namespace cuda {
 
 constexpr int kMaxClasses = 256;
+constexpr int kMaxClassesWithDistances = 25;  // so that the matrix fits in a kernel's parameter
 
 // The number of bytes of scratch memory that DiceSums and FindBadValue need. The memory must be aligned to 8 bytes. The
 // number is the same for every GPU, and it can be computed without one.

@@ -91,6 +91,7 @@ std::vector<int64_t> ToAttribute(const LabelSets& label_sets) {
   return list;
 }
 std::vector<float> ToAttribute(const FocalGammas& gammas) { return {gammas.values, gammas.values + gammas.count}; }
+std::vector<float> ToAttribute(const DistMatrix& matrix) { return matrix.values; }
 
 Error FromAttribute(const std::string& name, Activation* activation) {
   return ChoiceOf("activation", name, kActivations, activation);
@@ -152,6 +153,20 @@ Error FromAttribute(const std::vector<float>& values, FocalGammas* gammas) {
   return {};
 }
 
+Error FromAttribute(const std::vector<float>& values, DistMatrix* matrix) {
+  size_t classes = 0;
+  while (classes * classes < values.size()) ++classes;
+  if (classes * classes != values.size()) {
+    return InvalidArgument("dist_matrix has " + std::to_string(values.size()) +
+                           " distances, but must have one for each pair of classes");
+  }
+  std::vector<std::vector<float>> rows;
+  for (auto row = values.begin(); row != values.end(); row += static_cast<std::ptrdiff_t>(classes)) {
+    rows.emplace_back(row, row + static_cast<std::ptrdiff_t>(classes));
+  }
+  return DistMatrixOf(rows, matrix);
+}
+
 Error RegionsOf(const std::vector<std::vector<int64_t>>& labels_of_classes, Regions* regions) {
   ClassesOfLabels classes_of_labels;
   bool legal = labels_of_classes.size() < ClassSets::kAlone;
@@ -194,6 +209,28 @@ Error LabelSetsOf(const std::vector<std::pair<int64_t, std::vector<int64_t>>>& c
     label_sets->labels = std::max(label_sets->labels, static_cast<int>(label) + 1);
     label_sets->classes = std::max(label_sets->classes, static_cast<int>(classes[0]) + 1);
   }
+  return {};
+}
+
+Error DistMatrixOf(const std::vector<std::vector<float>>& rows, DistMatrix* matrix) {
+  *matrix = {};
+  for (size_t label = 0; label < rows.size(); ++label) {
+    if (rows[label].size() != rows.size()) {
+      return InvalidArgument("dist_matrix has " + std::to_string(rows.size()) + " rows, but row " +
+                             std::to_string(label) + " has " + std::to_string(rows[label].size()) +
+                             " distances: it must have one for each class");
+    }
+    for (size_t c = 0; c < rows.size(); ++c) {
+      const float distance = rows[label][c];
+      if (!(distance >= 0 && distance <= std::numeric_limits<float>::max()) || (c == label && distance != 0)) {
+        return InvalidArgument("dist_matrix[" + std::to_string(label) + "][" + std::to_string(c) + "] is " +
+                               std::to_string(distance) + ", but the distance of a class from " +
+                               (c == label ? "itself must be 0" : "another one must be finite and at least 0"));
+      }
+    }
+    matrix->values.insert(matrix->values.end(), rows[label].begin(), rows[label].end());
+  }
+  matrix->classes = static_cast<int>(rows.size());
   return {};
 }
 

@@ -61,6 +61,12 @@ struct FocalGammas {
   float values[kMost] = {};
 };
 
+// How far each class is from each other one, for generalized Wasserstein Dice: [C, C], the row is the label's class.
+struct DistMatrix {
+  int classes = 0;  // C, or 0 if there is no matrix
+  std::vector<float> values;
+};
+
 struct Options {
   Activation activation = Activation::kSoftmax;
   DataFormat data_format = DataFormat::kChannelsLast;
@@ -74,6 +80,7 @@ struct Options {
   IgnoreLabel ignore_label;
   Regions regions;
   LabelSets label_sets;
+  DistMatrix dist_matrix;
 };
 
 template <class T>
@@ -113,7 +120,8 @@ inline constexpr auto kOptions = std::make_tuple(
     Option<IgnoreLabel>{"ignore_label", &Options::ignore_label},  //
     Option<Regions>{"regions", &Options::regions},                //
     Option<LabelSets>{"label_sets", &Options::label_sets},        //
-    Option<FocalGammas>{"focal_gammas", &Options::focal_gammas});
+    Option<FocalGammas>{"focal_gammas", &Options::focal_gammas},  //
+    Option<DistMatrix>{"dist_matrix", &Options::dist_matrix});
 
 // Calls fn(option) for each option, in order.
 template <class Fn>
@@ -131,12 +139,14 @@ void ForEachOption(Fn&& fn) {
 //   than 32 classes, the list starts with -n, and each label value has n masks of 32 classes.
 //   Label sets are a list that holds for each of them its label value, the number of its classes, and the classes.
 //   Focal exponents are a list.
+//   A matrix of distances is a list of its rows, one after the other.
 std::string ToAttribute(Activation activation);
 std::string ToAttribute(DataFormat data_format);
 std::vector<int64_t> ToAttribute(const IgnoreLabel& ignore_label);
 std::vector<int64_t> ToAttribute(const Regions& regions);
 std::vector<int64_t> ToAttribute(const LabelSets& label_sets);
 std::vector<float> ToAttribute(const FocalGammas& gammas);
+std::vector<float> ToAttribute(const DistMatrix& matrix);
 inline bool ToAttribute(bool value) { return value; }
 inline double ToAttribute(double value) { return value; }
 
@@ -146,6 +156,7 @@ Error FromAttribute(const std::vector<int64_t>& values, IgnoreLabel* ignore_labe
 Error FromAttribute(const std::vector<int64_t>& masks, Regions* regions);
 Error FromAttribute(const std::vector<int64_t>& list, LabelSets* label_sets);
 Error FromAttribute(const std::vector<float>& values, FocalGammas* gammas);
+Error FromAttribute(const std::vector<float>& values, DistMatrix* matrix);
 inline Error FromAttribute(bool attribute, bool* value) {
   *value = attribute;
   return {};
@@ -164,6 +175,9 @@ Error RegionsOf(const std::vector<std::vector<int64_t>>& labels_of_classes, Regi
 // Makes label sets from label values and their classes.
 Error LabelSetsOf(const std::vector<std::pair<int64_t, std::vector<int64_t>>>& classes_of_labels,
                   LabelSets* label_sets);
+
+// Makes a matrix of distances from its rows.
+Error DistMatrixOf(const std::vector<std::vector<float>>& rows, DistMatrix* matrix);
 
 // Returns an error if a number is not in its range.
 Error CheckRanges(const Options& options);

@@ -251,6 +251,27 @@ Error MakeProblem(const Dims& logits, const Dims& labels, const std::optional<Di
                              " is also in label_sets: name it in one of them");
     }
   }
+  if (problem->has_distances()) {
+    const int64_t count = options.dist_matrix.classes;
+    if (!Match(classes, count) || count < 2) {
+      return InvalidArgument(
+          "dist_matrix has " + std::to_string(count) + " rows, but logits (y_pred) of shape " + Show(logits) + " (" +
+          ToAttribute(options.data_format) + ") " +
+          (Match(classes, count) ? "must have two classes or more" : "have " + std::to_string(classes) + " classes"));
+    }
+    if (options.activation != Activation::kSoftmax && options.activation != Activation::kNone) {
+      return InvalidArgument("activation is '" + ToAttribute(options.activation) +
+                             "', but dist_matrix takes probabilities that add up to 1: use 'softmax' or 'none'");
+    }
+    if (problem->dense_labels) {
+      return InvalidArgument("dist_matrix takes class indices, but labels (y_true) have shape " + Show(labels) +
+                             ": they must have shape " + Show(spatial) + ", as tf.argmax gives for one-hot labels");
+    }
+    if (problem->has_regions() || problem->has_label_sets()) {
+      return InvalidArgument(std::string("dist_matrix and ") + (problem->has_regions() ? "regions" : "label_sets") +
+                             " cannot be combined: a voxel must have one class");
+    }
+  }
   if (options.focal_gammas.count > 0 && !Match(classes, options.focal_gammas.count)) {
     return InvalidArgument("focal_gamma has " + std::to_string(options.focal_gammas.count) +
                            " exponents, but logits (y_pred) of shape " + Show(logits) + " (" +

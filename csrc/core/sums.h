@@ -14,6 +14,7 @@ enum class Sum : int {
   kCrossEntropy,
   kNegativeCrossEntropy,
   kUnknownSum,
+  kDistanceSum,
   kWeightSum,
 };
 
@@ -33,6 +34,7 @@ constexpr SumInfo kSums[] = {
     {Sum::kCrossEntropy, "cross_entropy", true, true},                   // sum m t (1-p)^gamma (-log p)
     {Sum::kNegativeCrossEntropy, "negative_cross_entropy", true, true},  // sum m (1-t) p^gamma (-log(1-p)); for sigmoid
     {Sum::kUnknownSum, "unknown_sum", true, false},                      // sum m of voxels that may belong to the class
+    {Sum::kDistanceSum, "distance_sum", true, true},                     // sum m t sum_c' M p_c', with dist_matrix M
     {Sum::kWeightSum, "weight_sum", false, false},                       // sum m
 };
 

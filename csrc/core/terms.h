@@ -16,6 +16,7 @@ struct Terms {
   bool cross_entropy = false;     // is wanted; only asked if the template argument kCrossEntropy is true
   Scalar gamma = 0;               // focal exponent
   const float* gammas = nullptr;  // the exponent of each class, if they differ
+  bool distances = false;         // a label knows how far its class is from every other one
   // Label smoothing: the cross-entropy uses keep * t + spread instead of t. This is not done if t is one-hot and the
   // activation is not binary, see Problem::smoothed.
   Scalar keep = 1, spread = 0;
@@ -23,7 +24,7 @@ struct Terms {
 
   // Whether no option changes how a voxel is computed, apart from the cross-entropy.
   bool plain() const {
-    return !squared && !soft && !sets && !masked && gamma == 0 && !gammas && keep == 1 && spread == 0;
+    return !squared && !soft && !sets && !masked && gamma == 0 && !gammas && !distances && keep == 1 && spread == 0;
   }
 
   template <class Other>
@@ -36,6 +37,7 @@ struct Terms {
     terms.cross_entropy = cross_entropy;
     terms.gamma = static_cast<Other>(gamma);
     terms.gammas = gammas;
+    terms.distances = distances;
     terms.keep = static_cast<Other>(keep);
     terms.spread = static_cast<Other>(spread);
     terms.threshold = static_cast<Other>(threshold);
@@ -51,6 +53,7 @@ inline Terms<double> TermsOf(const Problem& problem) {
   terms.squared = options.squared_pred;
   terms.soft = options.soft_label && problem.soft_labels() && !options.squared_pred;
   terms.sets = problem.has_label_sets();
+  terms.distances = problem.has_distances();
   terms.masked = problem.masked();
   terms.cross_entropy = options.cross_entropy;
   if (options.cross_entropy) {

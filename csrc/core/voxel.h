@@ -24,8 +24,8 @@ namespace {
 // All classes of a voxel. Their number is known at compile time, or only at run time (kCount = 0).
 template <int kCount>
 struct AllClasses {
-  // Whether a call may have an option that is a table: label_sets, or a focal exponent for each class. It is rare, and
-  // the specialised kernels do without.
+  // Whether a call may have an option that is a table: label_sets, a focal exponent for each class, or dist_matrix. It
+  // is rare, and the specialised kernels do without.
   static constexpr bool kTables = kCount == 0;
   int count;
   DICE_OP_DEVICE int size() const { return kCount ? kCount : count; }
@@ -47,7 +47,7 @@ template <class Int>
 struct IndexLabel {
   static constexpr bool kOneHot = true;
   static constexpr bool kSingle = false;
-  static constexpr bool kSets = false;
+  static constexpr bool kTables = false;
   Int index;
   template <class R>
   DICE_OP_DEVICE R Times(R x, int c, int) const {
@@ -69,7 +69,7 @@ template <class R>
 struct SingleLabel {
   static constexpr bool kOneHot = true;
   static constexpr bool kSingle = true;
-  static constexpr bool kSets = false;
+  static constexpr bool kTables = false;
   int index;  // the class; negative if there is none or if the voxel has no weight
   int item;   // its position among the classes held, or -1
   R z;        // its logit, if the class is held
@@ -81,16 +81,20 @@ struct SingleLabel {
 // What t is if the voxel belongs to one of several classes, of which this is one, or the lowest one.
 constexpr int kOneOfSeveral = -1, kLowestOfSeveral = -2;
 
-// A label that gives any number t for each class. If kSets is true, t may also be one of the two above.
-template <class R, bool kSets_>
+// A label that gives any number t for each class. If kTables is true, t may also be one of the two above, and a label
+// that is an index may know the distance of its class from each of the `classes`. D is the type of these distances.
+template <class R, bool kTables_, class D = R>
 struct DenseLabel {
   static constexpr bool kOneHot = false;
   static constexpr bool kSingle = false;
-  static constexpr bool kSets = kSets_;
+  static constexpr bool kTables = kTables_;
   const R* t;
+  const D* distances = nullptr;
+  int classes = 0;
   // Whether nobody knows if the voxel belongs to the class; and whether this is the lowest such class of the voxel.
   DICE_OP_DEVICE auto IsUnknown(int i) const { return t[i] < R(0); }
   DICE_OP_DEVICE auto IsLowestUnknown(int i) const { return t[i] < R(-1.5f); }
+  DICE_OP_DEVICE R Distance(int c) const { return c < classes ? R(distances[c]) : R(0); }
   // min(p, t), and its derivative with respect to p. Where p = t, this is the middle of the subgradients.
   DICE_OP_DEVICE R Least(R p, int i) const { return Select(t[i] < p, t[i], p); }
   DICE_OP_DEVICE R SlopeOfLeast(R p, int i) const { return Select(p < t[i], R(1), Select(t[i] < p, R(0), R(0.5))); }
@@ -104,10 +108,22 @@ struct DenseLabel {
 // Returns x, or 0 where the label does not say whether the voxel belongs to class i.
 template <class Label, class R, class Scalar>
 DICE_OP_DEVICE R IfKnown(const Label& label, R x, int i, const Terms<Scalar>& terms) {
-  if constexpr (Label::kSets) {
+  if constexpr (Label::kTables) {
     if (terms.sets) return Select(label.IsUnknown(i), R(0), x);
   }
   return x;
+}
+
+// How far the prediction of a voxel is from its label: the mean distance of the classes from the label's class,
+// weighted by their probabilities. p: from Activate; it is still to be scaled, and a class too many has none.
+template <class Classes, class Label, class R>
+DICE_OP_DEVICE R DistanceOf(const Classes& k, const Label& label, const R* p) {
+  R distance = R(0);
+  DICE_OP_UNROLL
+  for (int i = 0; i < k.size(); ++i) {
+    if (k.Class(i) < label.classes) distance = distance + p[i] * label.Distance(k.Class(i));
+  }
+  return k.Sum(distance);
 }
 
 // loss is the focal cross-entropy of a class whose label is one, f(p) = (1-p)^gamma (-log p). slope is p f'(p).
@@ -448,10 +464,10 @@ DICE_OP_DEVICE void CrossEntropy(const Classes& k, const R* z, const R* p, const
       if (e) h[i] = R(e[i]) * label.Times(focal.slope, k.Class(i), i);
     }
   } else {
-    const bool has_sets = Label::kSets && terms.sets;
+    const bool has_sets = Label::kTables && terms.sets;
     const R log_total = Activation::LogTotal(norm);
     Set<R> set = {};
-    if constexpr (Label::kSets) {
+    if constexpr (Label::kTables) {
       if (has_sets) set = Activation::SetOf(k, z, p, norm, log_total, label);
     }
     R slope_of_set = R(0);
@@ -460,7 +476,7 @@ DICE_OP_DEVICE void CrossEntropy(const Classes& k, const R* z, const R* p, const
       R p_i = Activation::Scale(p[i], norm), rest = Max(R(1) - p_i, R(0));
       R log_p = Activation::LogProbability(z[i], p_i, norm, log_total);
       R t = label.Times(R(1), k.Class(i), i);
-      if constexpr (Label::kSets) {
+      if constexpr (Label::kTables) {
         if (has_sets) {
           const auto unknown = label.IsUnknown(i);
           p_i = Select(unknown, set.q, p_i);
@@ -475,14 +491,14 @@ DICE_OP_DEVICE void CrossEntropy(const Classes& k, const R* z, const R* p, const
       add(i, Select(some, present * focal.loss, R(0)), R(0));
       if (!e) continue;
       h[i] = R(e[i]) * Select(some, present * focal.slope, R(0));
-      if constexpr (Label::kSets) {
+      if constexpr (Label::kTables) {
         if (has_sets) {
           slope_of_set = slope_of_set + Select(label.IsUnknown(i), h[i], R(0));
           h[i] = Select(label.IsUnknown(i), R(0), h[i]);
         }
       }
     }
-    if constexpr (Label::kSets) {
+    if constexpr (Label::kTables) {
       if (!has_sets || !e) return;
       slope_of_set = k.Sum(slope_of_set);
       DICE_OP_UNROLL
@@ -502,6 +518,10 @@ DICE_OP_DEVICE void ClearMasked(const Classes& k, R* z, R weight, const Terms<Sc
   DICE_OP_UNROLL
   for (int i = 0; i < k.size(); ++i) z[i] = Select(counts, z[i], R(0));
 }
+
+// Whether probabilities of this activation may have a distance from the label, see Problem::has_distances.
+template <class Activation, class Label>
+constexpr bool kHasDistance = Label::kTables && !Activation::kBinary && !Activation::kHard;
 
 // Writes to p the values that Activation::Scale turns into probabilities. It may set the logits z to zero where a mask
 // says so. p may be the same array as z.
@@ -547,8 +567,15 @@ DICE_OP_DEVICE void AddVoxel(const Classes& k, R* z, R* p, const Label& label, R
     const int held = Label::kSingle ? 0 : i;
     AddClass<Activation>(label, k.Class(i), i, p[i], m, weight, norm, terms, &sums.intersection[held],
                          &sums.pred_sum[i], &sums.label_sum[held]);
-    if constexpr (Label::kSets) {
-      if (terms.sets) sums.AddUnknown(i, Select(label.IsUnknown(i), m, R(0)));
+    if constexpr (Label::kTables) {
+      if (terms.sets) sums.AddToTable(i, Select(label.IsUnknown(i), m, R(0)));
+    }
+  }
+  if constexpr (kHasDistance<Activation, Label>) {
+    if (terms.distances) {
+      const R distance = weight * DistanceOf(k, label, p);
+      DICE_OP_UNROLL
+      for (int i = 0; i < k.size(); ++i) sums.AddToTable(i, label.Times(distance, k.Class(i), i));
     }
   }
   if constexpr (Label::kSingle) {
@@ -580,23 +607,36 @@ DICE_OP_DEVICE void AddVoxel(const Classes& k, R* z, R* p, const Label& label, R
 // Writes dL/dlogits to d. z: the logits; p, h: scratch. a, b, e, n: dL/d(intersection, pred_sum, cross_entropy,
 // negative_cross_entropy) of the classes held. e may be null if no cross-entropy is wanted, and n also if the
 // activation is not binary. If the label is a SingleLabel, a is for all classes, and so is e unless the activation is
-// binary.
+// binary. w: dL/ddistance_sum of all classes, if there are distances.
 template <class Activation, bool kCrossEntropy, class Classes, class Label, class R, class Scalar>
 DICE_OP_DEVICE void VoxelGrad(const Classes& k, R* z, R* p, R* h, R* d, const Label& label, R m,
                               const Terms<Scalar>& terms, const Scalar* a, const Scalar* b, const Scalar* e,
-                              const Scalar* n) {
+                              const Scalar* n, const Scalar* w) {
   ClearMasked(k, z, m, terms);
   R a_t = R(0);  // the a of a single label
   if constexpr (Label::kSingle) {
     if (label.item >= 0) a_t = a[label.index];
   }
-  // The part of dL/dp of class i that comes from intersection and cardinality.
-  const auto direct = [&](int i, R p_i) {
-    const R cardinality = terms.squared ? R(Scalar(2) * b[i]) * p_i : R(b[i]);
-    if constexpr (!Label::kOneHot) {
-      if (terms.soft) return cardinality + R(a[i]) * label.SlopeOfLeast(p_i, i);
+  R w_t = R(0);  // the w of the label
+  if constexpr (kHasDistance<Activation, Label>) {
+    if (terms.distances) {
+      DICE_OP_UNROLL
+      for (int i = 0; i < k.size(); ++i) {
+        if (k.Class(i) < label.classes) w_t = w_t + label.Times(R(w[k.Class(i)]), k.Class(i), i);
+      }
+      w_t = k.Sum(w_t);
     }
-    return IfKnown(label, label.AddTo(cardinality, Label::kSingle ? a_t : R(a[i]), k.Class(i), i), i, terms);
+  }
+  // The part of dL/dp of class i that comes from the sums without a logarithm.
+  const auto direct = [&](int i, R p_i) {
+    R linear = terms.squared ? R(Scalar(2) * b[i]) * p_i : R(b[i]);
+    if constexpr (kHasDistance<Activation, Label>) {
+      if (terms.distances) linear = linear + w_t * label.Distance(k.Class(i));
+    }
+    if constexpr (!Label::kOneHot) {
+      if (terms.soft) return linear + R(a[i]) * label.SlopeOfLeast(p_i, i);
+    }
+    return IfKnown(label, label.AddTo(linear, Label::kSingle ? a_t : R(a[i]), k.Class(i), i), i, terms);
   };
   if constexpr (Activation::kBinary) {  // the classes are independent
     DICE_OP_UNROLL

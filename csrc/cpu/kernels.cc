@@ -102,15 +102,6 @@ struct ClassesOfTile : AllClasses<kCount> {
   DICE_OP_INLINE void Prefetch(int i) const { __builtin_prefetch(ahead.memory + i * ahead.stride, 0, 2); }
 };
 
-template <class R, bool kDense, bool kSets, class P, class I, int W>
-auto LabelOf(const Tile<R, W>& tile, int group) {
-  if constexpr (kDense) {
-    return DenseLabel<P, kSets>{reinterpret_cast<const P*>(tile.labels(group))};
-  } else {
-    return IndexLabel<I>{I::Load(tile.index(group))};
-  }
-}
-
 template <class R, class Activation, bool kCrossEntropy, bool kDense, int kCount>
 struct Block {
   static constexpr int W = DICE_OP_VECTOR_BYTES / sizeof(R);
@@ -121,7 +112,17 @@ struct Block {
   static constexpr int kHeld = kInRegisters ? kCount : 1;
   static constexpr int kTogether = kCount ? std::min(kCount, kSideBySide) : kSideBySide;
   static constexpr bool kAsks = std::is_same_v<R, double>;  // whether a cross-entropy is wanted is asked at run time
-  static constexpr bool kSets = kDense && Classes::kTables;
+  static constexpr bool kTables = kDense && Classes::kTables;
+  using Label = std::conditional_t<kDense, DenseLabel<P, kTables>, IndexLabel<I>>;
+
+  static Label LabelOf(const Tile<R, W>& tile, int group, const Classes& k) {
+    if constexpr (kDense) {
+      return {reinterpret_cast<const P*>(tile.labels(group)), reinterpret_cast<const P*>(tile.distances(group)),
+              k.size()};
+    } else {
+      return {I::Load(tile.index(group))};
+    }
+  }
 
   struct Scratch {  // for Add
     Row<P, 0> p, scales, weights;
@@ -156,6 +157,7 @@ struct Block {
     P *const scales = scratch.scales.values, *const weights = scratch.weights.values;
     P *const intersections = &sums[Sum::kIntersection][0], *const pred_sums = &sums[Sum::kPredSum][0];
     P *const label_sums = &sums[Sum::kLabelSum][0], *const unknown_sums = &sums[Sum::kUnknownSum][0];
+    P* const distance_sums = &sums[Sum::kDistanceSum][0];
     P *const cross_entropy = &sums[Sum::kCrossEntropy][0], *const negative = &sums[Sum::kNegativeCrossEntropy][0];
     const int groups = tile.groups();
     for (int group = 0; group < groups; ++group) {
@@ -170,11 +172,17 @@ struct Block {
       scales[group] = norm.scale;
       weights[group] = Activation::Scale(m, norm);
       sums.weight_sum = sums.weight_sum + m;
+      if constexpr (kHasDistance<Activation, Label>) {
+        if (terms.distances) {
+          const Label label = LabelOf(tile, group, k);
+          const P distance = weights[group] * DistanceOf(k, label, p);
+          for (int i = 0; i < k.size(); ++i) distance_sums[i] = distance_sums[i] + label.Times(distance, i, i);
+        }
+      }
       if constexpr (kCrossEntropy) {
         if (terms.cross_entropy) {
-          CrossEntropy<Activation>(k, z, p, norm, LabelOf<R, kDense, kSets, P, I>(tile, group), terms,
-                                   static_cast<const R*>(nullptr), static_cast<P*>(nullptr),
-                                   [&](int i, P loss, P of_negative) {
+          CrossEntropy<Activation>(k, z, p, norm, LabelOf(tile, group, k), terms, static_cast<const R*>(nullptr),
+                                   static_cast<P*>(nullptr), [&](int i, P loss, P of_negative) {
                                      cross_entropy[i] = cross_entropy[i] + m * loss;
                                      if constexpr (Activation::kBinary) negative[i] = negative[i] + m * of_negative;
                                    });
@@ -187,7 +195,7 @@ struct Block {
     for (int c = 0; c < k.size(); c += kTogether) {
       P intersection[kTogether] = {}, pred_sum[kTogether] = {}, label_sum[kTogether] = {};
       for (int group = 0; group < groups; ++group) {
-        const auto label = LabelOf<R, kDense, kSets, P, I>(tile, group);
+        const Label label = LabelOf(tile, group, k);
         const P m = P::Load(tile.weight(group));
         const Norm<P> norm = {P(R(0)), scales[group], P(R(0))};
         for (int j = 0; j < kTogether; ++j) {
@@ -195,7 +203,7 @@ struct Block {
           const P p = P::Load(tile.logits(group) + i * W);
           AddClass<Activation>(label, k.Class(i), i, p, m, weights[group], norm, terms, &intersection[j], &pred_sum[j],
                                &label_sum[j]);
-          if constexpr (kSets) {
+          if constexpr (kTables) {
             if (terms.sets && c + j < k.size()) {
               unknown_sums[i] = unknown_sums[i] + Select(label.IsUnknown(i), m, P(R(0)));
             }
@@ -217,7 +225,7 @@ struct Block {
       return coefficients ? coefficients + sample * problem.classes : nullptr;
     };
     const R *a = of_sample(Sum::kIntersection), *b = of_sample(Sum::kPredSum), *e = of_sample(Sum::kCrossEntropy),
-            *n = of_sample(Sum::kNegativeCrossEntropy);
+            *n = of_sample(Sum::kNegativeCrossEntropy), *w = of_sample(Sum::kDistanceSum);
     auto terms = TermsOf(problem).To<R>();
     terms.cross_entropy = kAsks ? e != nullptr : kCrossEntropy;
     Tile<R, W> tile(problem);
@@ -232,8 +240,8 @@ struct Block {
         P held[kHeld], *const z = kInRegisters ? held : stored;
         for (int i = 0; kInRegisters && i < kCount; ++i) held[i] = stored[i];
         // The gradient may overwrite z, because z is read for the last time before.
-        VoxelGrad<Activation, kCrossEntropy>(k, z, p.values, h.values, z, LabelOf<R, kDense, kSets, P, I>(tile, group),
-                                             P::Load(tile.weight(group)), terms, a, b, e, n);
+        VoxelGrad<Activation, kCrossEntropy>(k, z, p.values, h.values, z, LabelOf(tile, group, k),
+                                             P::Load(tile.weight(group)), terms, a, b, e, n, w);
         for (int i = 0; kInRegisters && i < kCount; ++i) stored[i] = held[i];
       }
       tile.Store(grad.d_logits, stream);

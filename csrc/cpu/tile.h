@@ -58,7 +58,7 @@ class Tile {
         // logits and dense labels together take about half of a 32 KB cache
         capacity_(std::max<int>(2 * W, std::min({512, kMaxGroups * W, 2048 / std::max(1, classes_)}) / W * W)) {
     const size_t volume = static_cast<size_t>(capacity_) * classes_;
-    const size_t numbers = (problem.labels_per_class() ? 3 : 2) * volume + capacity_;
+    const size_t numbers = (2 + problem.labels_per_class() + problem.has_distances()) * volume + capacity_;
     size_t space = numbers * sizeof(R) + capacity_ * sizeof(Int) + classes_ * sizeof(int) + kAlign;
     memory_.reset(new char[space]);
     void* at = memory_.get();
@@ -66,6 +66,7 @@ class Tile {
     logits_ = static_cast<R*>(at);
     rows_ = logits_ + volume;
     labels_ = rows_ + volume;
+    distances_ = labels_ + volume;
     weight_ = logits_ + numbers - capacity_;
     index_ = reinterpret_cast<Int*>(weight_ + capacity_);
     numbers_ = reinterpret_cast<int*>(index_ + capacity_);
@@ -76,6 +77,7 @@ class Tile {
   int groups() const { return (count_ + W - 1) / W; }
   R* logits(int group) { return logits_ + static_cast<size_t>(group) * classes_ * W; }
   const R* labels(int group) const { return labels_ + static_cast<size_t>(group) * classes_ * W; }
+  const R* distances(int group) const { return distances_ + static_cast<size_t>(group) * classes_ * W; }
   const R* weight(int group) const { return weight_ + group * W; }
   const Int* index(int group) const { return index_ + group * W; }
   // The numbers 0, 1, ... in memory. A comparison can read a number from memory, but a loop's counter must be copied to
@@ -93,6 +95,7 @@ class Tile {
     if (problem_.dense_labels) return LoadDenseLabels();
     const int64_t bad = LoadIndices();
     if (problem_.labels_per_class()) SpreadIndices();
+    if (problem_.has_distances()) LookUpDistances();
     return bad;
   }
 
@@ -312,17 +315,32 @@ class Tile {
     }
   }
 
+  // Writes the row of the matrix that belongs to each voxel's label. A voxel without a label gets any row.
+  void LookUpDistances() {
+    for (int group = 0; group < groups(); ++group) {
+      R* const to = distances_ + static_cast<size_t>(group) * classes_ * W;
+      const float* rows[W];
+      for (int v = 0; v < W; ++v) {
+        rows[v] = problem_.options.dist_matrix.values.data() + std::max<Int>(index(group)[v], 0) * classes_;
+      }
+      for (int c = 0; c < classes_; ++c) {
+        for (int v = 0; v < W; ++v) to[c * W + v] = static_cast<R>(rows[v][c]);
+      }
+    }
+  }
+
   const Problem& problem_;
   const int classes_, logit_size_, capacity_;
   int64_t sample_ = 0, begin_ = 0;
   int count_ = 0;
   bool ones_ = false;  // all numbers in weight_ are 1
   std::unique_ptr<char[]> memory_;
-  R* logits_;   // [group][C][W]; later the gradients
-  R* rows_;     // scratch between memory and groups: [voxel][C], or the voxels of a class
-  R* labels_;   // [group][C][W], if there is a label per class
-  R* weight_;   // [voxel]
-  Int* index_;  // [voxel] the class, or a set behind the classes (see LabelSets), or -1
+  R* logits_;     // [group][C][W]; later the gradients
+  R* rows_;       // scratch between memory and groups: [voxel][C], or the voxels of a class
+  R* labels_;     // [group][C][W], if there is a label per class
+  R* distances_;  // [group][C][W], if there are distances
+  R* weight_;     // [voxel]
+  Int* index_;    // [voxel] the class, or a set behind the classes (see LabelSets), or -1
   int* numbers_;
 };
 

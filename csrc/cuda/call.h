@@ -38,8 +38,13 @@ struct Call {
 // What only the general kernels need: the options that are tables.
 struct GeneralCall : Call {
   bool has_regions, has_label_sets, has_gammas;
-  LabelSets sets;  // or the regions'
+  union {                                                                  // no call has both
+    LabelSets sets;                                                        // or the regions'
+    float distances[kMaxClassesWithDistances * kMaxClassesWithDistances];  // dist_matrix
+  };
   FocalGammas focal_gammas;
+
+  GeneralCall() : Call(), has_regions(), has_label_sets(), has_gammas(), sets() {}
 };
 static_assert(sizeof(GeneralCall) <= 4096, "older drivers take no more as a kernel's parameter");
 

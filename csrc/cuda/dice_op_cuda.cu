@@ -55,7 +55,7 @@ Error ErrorOf(cudaError_t error, const char* what) {
 
 struct Plan {
   Variant variant;
-  GeneralCall call = {};
+  GeneralCall call;
   dim3 blocks = dim3(0);  // without blocks there is nothing to do
   int threads = 0;
   size_t shared_bytes = 0;
@@ -77,10 +77,11 @@ int64_t LabelsEnd(DType dtype) {  // returns the first number that a signed type
 }
 
 Error CheckClasses(const Problem& problem) {
-  if (problem.classes <= kMaxClasses) return {};
+  const int most = problem.has_distances() ? kMaxClassesWithDistances : kMaxClasses;
+  if (problem.classes <= most) return {};
   return Unsupported("logits (y_pred) have " + std::to_string(problem.classes) +
-                     " classes, but the GPU kernels take at most " + std::to_string(kMaxClasses) +
-                     ": compute the loss on the CPU");
+                     " classes, but the GPU kernels take at most " + std::to_string(most) +
+                     (problem.has_distances() ? " with dist_matrix" : "") + ": compute the loss on the CPU");
 }
 
 // Sets the size of the blocks and what the kernel needs of the GPU. Returns also how many blocks a multiprocessor can
@@ -154,6 +155,10 @@ Error MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   call.has_regions = problem.has_regions();
   call.has_label_sets = problem.has_label_sets();
   if (call.has_regions || call.has_label_sets) static_cast<ClassSets&>(call.sets) = problem.sets();
+  if (problem.has_distances()) {
+    const std::vector<float>& distances = problem.options.dist_matrix.values;
+    std::copy(distances.begin(), distances.end(), call.distances);
+  }
   if (call.has_gammas) call.focal_gammas = problem.options.focal_gammas;
   call.classes = static_cast<int>(problem.classes);
   call.first_class = static_cast<int>(problem.first_class());

@@ -23,7 +23,7 @@ class Direct {
   static constexpr int kUnits = kWords == 1 && kVoxels < 8 ? 2 : 1;  // so that threads wait for 32 bytes or more
   static constexpr int kTile = kWarp * kUnits * kVoxels;
   static constexpr int Bytes(int, int) { return 0; }
-  static constexpr bool kSingle = false, kWeighted = false, kSets = false;
+  static constexpr bool kSingle = false, kWeighted = false, kTables = false;
   static constexpr int kRegisters =
       sizeof(T) == 4 ? (kPlanar ? 80 : 64) : (kPlanar ? 128 : 80);  // the most that a thread may use
 

@@ -15,9 +15,9 @@ class General {
   using Parameter = GeneralCall;
   using Storage = R;
   using Classes = StridedClasses<kItems_, kLanes_>;
-  using Label = std::conditional_t<kDense, DenseLabel<R, true>, SingleLabel<R>>;
+  using Label = std::conditional_t<kDense, DenseLabel<R, true, float>, SingleLabel<R>>;
   static constexpr int kItems = kItems_, kLanes = kLanes_;
-  static constexpr bool kSingle = !kDense, kWeighted = true, kSets = kDense;
+  static constexpr bool kSingle = !kDense, kWeighted = true, kTables = kDense;
   static constexpr int kRegisters = sizeof(R) == 8 ? 255 : kDense && kItems > 4 ? 168 : 128;
   static constexpr int kGroups = kWarp / kLanes;
   static constexpr int kRounds = kGroups == 1 ? 4 : kGroups < 8 ? 8 / kGroups : 1;
@@ -210,7 +210,7 @@ class General {
           }
         }
       }
-      return {labels};
+      return {labels, call_.distances + max(index, 0) * call_.classes, call_.classes};
     } else {
       const bool held = index >= 0 && index % kLanes == Lane() % kLanes;
       return {index, held ? index / kLanes : -1, held ? tile_[v * Pitch(call_.classes) + index] : R(0)};

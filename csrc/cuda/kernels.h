@@ -36,9 +36,10 @@ struct Accumulators {
   static constexpr bool kCrossEntropyBins = kBins && !Activation::kBinary;  // they hold it too
   static constexpr bool kCrossEntropyRows = !kCrossEntropyBins && kCrossEntropy;
   static constexpr bool kNegativeRows = kCrossEntropyRows && Activation::kBinary;
-  static constexpr bool kUnknownBins = VoxelAccess::kSets;  // only there if a label may stand for several classes
+  // Bins for one sum that needs a table: unknown_sum or distance_sum. They are there only if the call asks for it.
+  static constexpr bool kTableBins = VoxelAccess::kTables;
   // The sums per class that the kernel computes: this many of the first.
-  static constexpr int kSums = static_cast<int>(kUnknownBins          ? Sum::kUnknownSum
+  static constexpr int kSums = static_cast<int>(kTableBins            ? Sum::kDistanceSum
                                                 : Activation::kBinary ? Sum::kNegativeCrossEntropy
                                                                       : Sum::kCrossEntropy) +
                                1;
@@ -50,12 +51,12 @@ struct Accumulators {
   R weight_sum = R(0);
   double* const totals;
   R* const bins;  // this thread's [kind][item], kWarp apart
-  const bool wants_cross_entropy, has_sets;
+  const bool wants_cross_entropy, has_table, is_distance;
   int added = 0;
 
   static int Bytes(const Problem& problem) {
-    const int bins = kUnknownBins                                         ? problem.has_label_sets()
-                     : !kBins                                             ? 0
+    const int bins = kTableBins ? problem.has_label_sets() || problem.has_distances()
+                     : !kBins   ? 0
                      : kCrossEntropyBins && problem.options.cross_entropy ? 3
                                                                           : 2;
     return (kTotals * 8 + bins * kItems * kWarp * static_cast<int>(sizeof(R)) + 15) / 16 * 16;
@@ -65,7 +66,8 @@ struct Accumulators {
       : totals(reinterpret_cast<double*>(memory)),
         bins(reinterpret_cast<R*>(totals + kTotals) + Lane()),
         wants_cross_entropy(call.terms.cross_entropy),
-        has_sets(call.terms.sets) {
+        has_table(call.terms.sets || call.terms.distances),
+        is_distance(kHasDistance<Activation, typename VoxelAccess::Label> && call.terms.distances) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       pred_sum[i] = R(0);
@@ -73,7 +75,7 @@ struct Accumulators {
       if constexpr (kCrossEntropyRows) cross_entropy[i] = R(0);
       if constexpr (kNegativeRows) negative_cross_entropy[i] = R(0);
     }
-    if constexpr (kBins || kUnknownBins) {
+    if constexpr (kBins || kTableBins) {
 #pragma unroll 1
       for (int i = 0; i < Kinds() * kItems; ++i) bins[i * kWarp] = R(0);
     }
@@ -82,7 +84,7 @@ struct Accumulators {
     __syncwarp();
   }
   DICE_OP_DEVICE int Kinds() const {  // of bins
-    return kUnknownBins ? (has_sets ? 1 : 0) : kCrossEntropyBins && wants_cross_entropy ? 3 : 2;
+    return kTableBins ? (has_table ? 1 : 0) : kCrossEntropyBins && wants_cross_entropy ? 3 : 2;
   }
 
   template <class Term>
@@ -93,7 +95,7 @@ struct Accumulators {
     if (kCrossEntropyBins && wants_cross_entropy) bin[2 * kItems * kWarp] += loss();
   }
 
-  DICE_OP_DEVICE void AddUnknown(int item, R m) { bins[item * kWarp] += m; }
+  DICE_OP_DEVICE void AddToTable(int item, R m) { bins[item * kWarp] += m; }
 
   DICE_OP_DEVICE void Done(int voxels, bool last) {
     added += voxels;
@@ -139,13 +141,14 @@ struct Accumulators {
       }
       AddToTotals<Shares, kCount>(0, values);
     }
-    if constexpr (kUnknownBins) {
-      if (has_sets) {
+    if constexpr (kTableBins) {
+      if (has_table) {
         using Shares = LaneSums<kLanes, kItems>;
         R values[Shares::kPadded] = {};
 #pragma unroll
         for (int i = 0; i < kItems; ++i) values[i] = Take(&bins[i * kWarp]);
-        AddToTotals<Shares, kItems>(static_cast<int>(Sum::kUnknownSum) * kItems, values);
+        AddToTotals<Shares, kItems>(static_cast<int>(is_distance ? Sum::kDistanceSum : Sum::kUnknownSum) * kItems,
+                                    values);
       }
     }
     if constexpr (VoxelAccess::kWeighted) {
@@ -245,6 +248,7 @@ __global__ void __launch_bounds__(kThreads<VoxelAccess>, kBlocks<VoxelAccess>)
   VoxelAccess access(call, sample, SharedMemory() + warp * call.shared_per_warp);
   const R *const d_intersection = of_sample(Sum::kIntersection), *const d_pred_sum = of_sample(Sum::kPredSum),
                  *const d_cross_entropy = of_sample(Sum::kCrossEntropy);
+  const R* const d_distance = VoxelAccess::kTables ? of_sample(Sum::kDistanceSum) : nullptr;
   const R* const d_negative = Activation::kBinary ? of_sample(Sum::kNegativeCrossEntropy) : nullptr;
   constexpr bool kNegative = kCrossEntropy && Activation::kBinary;
   R a[VoxelAccess::kSingle ? 1 : kItems], b[kItems], e[kCrossEntropyOfHeld ? kItems : 1],
@@ -265,7 +269,7 @@ __global__ void __launch_bounds__(kThreads<VoxelAccess>, kBlocks<VoxelAccess>)
         // The gradient may overwrite z, because z is read for the last time before.
         VoxelGrad<Activation, kCrossEntropy>(classes, z, p, h, z, label, m, WithMode<kMode>(terms),
                                              VoxelAccess::kSingle ? d_intersection : a, b,
-                                             kCrossEntropyOfHeld ? e : d_cross_entropy, n);
+                                             kCrossEntropyOfHeld ? e : d_cross_entropy, n, d_distance);
       },
       [](int, bool) {});
 }

@@ -17,7 +17,7 @@ class Staged {
   static constexpr int kItems = kItems_, kLanes = kLanes_;
   using Classes = std::conditional_t<kLanes == 1, AllClasses<kItems>, StridedClassesIfThere<kItems, kLanes>>;
   // The sums of few classes are kept in registers, and each class is compared with the label.
-  static constexpr bool kSingle = kLanes > 1 || kItems > 4, kWeighted = false, kSets = false;
+  static constexpr bool kSingle = kLanes > 1 || kItems > 4, kWeighted = false, kTables = false;
   using Label = std::conditional_t<kSingle, SingleLabel<float>, IndexLabel<int>>;
   static constexpr int kGroups = kWarp / kLanes;  // voxels at a time
   static constexpr int kRounds = kLanes == 1                ? (kItems * sizeof(T) <= 16 ? 2 : 1)

@@ -127,6 +127,17 @@ struct InPython<FocalGammas> {
   }
 };
 
+template <>
+struct InPython<DistMatrix> {
+  using Type = std::optional<std::vector<std::vector<float>>>;
+  static py::object Default(const DistMatrix&) { return py::none(); }
+  static DistMatrix Read(const Type& rows) {
+    DistMatrix matrix;
+    Require(DistMatrixOf(rows.value_or(std::vector<std::vector<float>>()), &matrix));
+    return matrix;
+  }
+};
+
 // --- the calls ----------------------------------------------------------------------------------------------
 
 struct Inputs {
@@ -437,12 +448,15 @@ constexpr char kSumsDoc[] =
     "  regions: for overlapping classes, the label values of each, such as [(1, 2, 3), (2, 3), (3,)].\n"
     "  label_sets: for label values that stand for one of several classes, a dict from the value to the classes,\n"
     "    such as {200: (0, 2, 3)}. Such a voxel says nothing about these classes.\n"
+    "  dist_matrix: [C, C], how far each class is from each other one; the row is the label's class. It asks for\n"
+    "    distance_sum.\n"
     "  threads: the number of threads, or 0 for one per processor. It does not change a single bit of the result.\n"
     "  stream: for arrays on a device, the CUDA stream to work on, as a number\n"
     "    (torch.cuda.current_stream().cuda_stream). The arrays must be ready on it.\n\n"
     "Returns: a dict with intersection, pred_sum, label_sum [, cross_entropy] [, negative_cross_entropy]\n"
-    "  [, unknown_sum] of shape [N, C] and weight_sum [N]. negative_cross_entropy is for 'sigmoid' with\n"
-    "  cross_entropy, and unknown_sum, the weight of the voxels that may belong to a class, for label_sets.\n"
+    "  [, unknown_sum] [, distance_sum] of shape [N, C] and weight_sum [N]. negative_cross_entropy is for 'sigmoid'\n"
+    "  with cross_entropy; unknown_sum, the weight of the voxels that may belong to a class, for label_sets; and\n"
+    "  distance_sum, the sum over the voxels of a class of how far their predictions are from it, for dist_matrix.\n"
     "  The sums are float32, or float64 for float64 logits and for scores. On a device they are DeviceArrays, and\n"
     "  the sums of a sample are NaN if one of its labels is not a class.\n\n"
     "Raises: ValueError or TypeError, with a message that says which argument is wrong and what it must be.";
@@ -453,6 +467,7 @@ constexpr char kGradientDoc[] =
     "Args:\n"
     "  d_intersection, d_pred_sum, d_cross_entropy, d_negative_cross_entropy: [N, C], of the sums' dtype. For\n"
     "    'sigmoid', give both cross-entropies or neither; the same array twice counts both the same.\n"
+    "  d_distance_sum: the same, needed with dist_matrix.\n"
     "  out: the array to write to, with the logits' dtype and shape; not a list, but it may be the logits array.\n"
     "  The other arguments are those of `sums`. A label that is not a class belongs to no class.\n\n"
     "Returns: an array of the logits' dtype and shape.";
@@ -485,8 +500,9 @@ void DefineCalls(py::module_& m, const std::tuple<Option<T>...>& list) {
             [read](const py::object& logits, const py::object& labels, const py::object& d_intersection,
                    const py::object& d_pred_sum, const std::optional<py::object>& d_cross_entropy,
                    const std::optional<py::object>& d_negative_cross_entropy,
-                   const std::optional<py::object>& voxel_weight, const typename InPython<T>::Type&... values,
-                   int threads, uintptr_t stream, const std::optional<py::object>& out) {
+                   const std::optional<py::object>& d_distance_sum, const std::optional<py::object>& voxel_weight,
+                   const typename InPython<T>::Type&... values, int threads, uintptr_t stream,
+                   const std::optional<py::object>& out) {
               Options options = read(values...);
               const bool binary = options.activation == Activation::kSigmoid;
               if ((options.cross_entropy && !d_cross_entropy) ||
@@ -498,19 +514,24 @@ void DefineCalls(py::module_& m, const std::tuple<Option<T>...>& list) {
               if (!binary && d_negative_cross_entropy) {
                 throw py::value_error("d_negative_cross_entropy is only for activation='sigmoid'");
               }
+              if ((options.dist_matrix.classes > 0) != d_distance_sum.has_value()) {
+                throw py::value_error("dist_matrix and d_distance_sum must be given both or neither");
+              }
               options.cross_entropy = d_cross_entropy.has_value();
               PerSum<std::optional<py::object>> d_sums;
               d_sums[Sum::kIntersection] = d_intersection;
               d_sums[Sum::kPredSum] = d_pred_sum;
               d_sums[Sum::kCrossEntropy] = d_cross_entropy;
               d_sums[Sum::kNegativeCrossEntropy] = d_negative_cross_entropy;
+              d_sums[Sum::kDistanceSum] = d_distance_sum;
               return GradientOf(InputsOf(TensorOf(logits, "logits"), TensorOf(labels, "labels"), voxel_weight, options),
                                 d_sums, threads, stream, out);
             },
             arg("logits"), arg("labels"), py::kw_only(), arg("d_intersection"), arg("d_pred_sum"),
             arg("d_cross_entropy") = py::none(), arg("d_negative_cross_entropy") = py::none(),
-            arg("voxel_weight") = py::none(), (arg(option.name) = InPython<T>::Default(defaults.*option.value))...,
-            arg("threads") = 0, arg("stream") = 0, arg("out") = py::none(), kGradientDoc);
+            arg("d_distance_sum") = py::none(), arg("voxel_weight") = py::none(),
+            (arg(option.name) = InPython<T>::Default(defaults.*option.value))..., arg("threads") = 0, arg("stream") = 0,
+            arg("out") = py::none(), kGradientDoc);
         m.def(
             "op_attributes",
             [read](const typename InPython<T>::Type&... values) { return OpAttributes(read(values...)); },

@@ -78,18 +78,20 @@ absl::Status GradShape(InferenceContext* c) {
       .Attr("label_smoothing: float = 0.0")                                                                 \
       .Attr("remainders: list(float) = []") /* of the floats, see attributes.h */                           \
       .Attr("ignore_label: list(int) = []") /* none or one */                                               \
-      .Attr("regions: list(int) = []")      /* these three: see ToAttribute in core/options.h */            \
+      .Attr("regions: list(int) = []")      /* these four: see ToAttribute in core/options.h */             \
       .Attr("label_sets: list(int) = []")                                                                   \
-      .Attr("focal_gammas: list(float) = []")
+      .Attr("focal_gammas: list(float) = []")                                                               \
+      .Attr("dist_matrix: list(float) = []")
 
 REGISTER_OP("DiceSums")
     .DICE_OP_INPUTS.Attr("activation: {'softmax', 'sigmoid', 'none', 'argmax', 'threshold'}")
     .Output("intersection: Tsums")
     .Output("pred_sum: Tsums")
     .Output("label_sum: Tsums")
-    .Output("cross_entropy: Tsums")  // these three are [N, 0] if they are not asked for
+    .Output("cross_entropy: Tsums")  // these four are [N, 0] if they are not asked for
     .Output("negative_cross_entropy: Tsums")
     .Output("unknown_sum: Tsums")
+    .Output("distance_sum: Tsums")
     .Output("weight_sum: Tsums")
     .SetShapeFn(dice_op::SumsShape);
 
@@ -99,5 +101,6 @@ REGISTER_OP("DiceSumsGrad")
     .Input("d_pred_sum: Tsums")
     .Input("d_cross_entropy: Tsums")
     .Input("d_negative_cross_entropy: Tsums")
+    .Input("d_distance_sum: Tsums")
     .Output("d_logits: T")
     .SetShapeFn(dice_op::GradShape);

@@ -11,6 +11,7 @@ from dice_op.losses._deep_supervision import DownsampledLabels, deep_supervision
 from dice_op.losses._overlap import (
     DiceLoss,
     GeneralizedDiceLoss,
+    GeneralizedWassersteinDiceLoss,
     MatthewsLoss,
     OverlapLoss,
     TverskyLoss,
@@ -23,6 +24,7 @@ __all__ = [
     "DownsampledLabels",
     "GeneralizedDiceFocalLoss",
     "GeneralizedDiceLoss",
+    "GeneralizedWassersteinDiceLoss",
     "MatthewsLoss",
     "OverlapLoss",
     "SumsLoss",

@@ -8,7 +8,14 @@ import keras
 import tensorflow as tf
 
 from dice_op import _checks, _inputs, formulas
-from dice_op._types import Average, ClassWeight, InfiniteWeight, WeightType
+from dice_op._types import (
+    Average,
+    ClassWeight,
+    DistMatrix,
+    InfiniteWeight,
+    WeightingMode,
+    WeightType,
+)
 from dice_op.losses._base import SumsLoss, SumsOptions
 from dice_op.ops import DiceSums
 
@@ -327,6 +334,78 @@ class GeneralizedDiceLoss(SumsLoss):
             self.overlap_sums(sums),
             weight=self.weight_type,
             infinite_weight=self.infinite_weight,
+            smooth_nr=self.smooth_nr,
+            smooth_dr=self.smooth_dr,
+        )
+
+
+@keras.saving.register_keras_serializable(package="dice_op")
+class GeneralizedWassersteinDiceLoss(SumsLoss):
+    """1 - (2 TP + smooth_nr) / (2 TP + E + smooth_dr) (Fidon et al., 2017).
+
+    Not every mistake is equally bad: to take one part of a tumour for another is better than to
+    miss it. The error of a voxel is the mean distance of the classes from its label's, weighted by
+    their probabilities, and between 0 and 1. E is the sum of these errors, and TP the sum of 1 -
+    error over the voxels of the foreground. Each sample has one loss. With two classes it is the
+    Dice loss of the foreground.
+
+    Args:
+      dist_matrix: How far each class is from each other one, `[C, C]`; the row is the class of the
+        label. It is divided by its largest distance. For background, edema and a tumour's core it
+        may be `[[0, 1, 1], [1, 0, 0.5], [1, 0.5, 0]]`.
+      weighting_mode: `"default"`: the voxels of class 0, the background, are no true positives, and
+        those of the other classes count 1; `"GDL"`: in TP and E, each voxel counts 1 / (T + 1),
+        with the T of its label's class, and the background counts as well (Tilborghs et al., 2020).
+        The names are MONAI's.
+      smooth_nr, smooth_dr: They are added to numerator and denominator. Where the denominator is 0,
+        the loss is 0.
+      **options: They are those of `SumsLoss`, for class indices and `"softmax"` or `"none"`.
+        `include_background`, `squared_pred`, `soft_label`, `regions` and `label_sets` have no
+        meaning here.
+    """
+
+    _arguments: tuple[str, ...] = ("dist_matrix", "weighting_mode", "smooth_nr", "smooth_dr")
+
+    def __init__(
+        self,
+        dist_matrix: DistMatrix,
+        *,
+        weighting_mode: WeightingMode = "default",
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        name: str | None = "generalized_wasserstein_dice_loss",
+        **options: Unpack[SumsOptions],
+    ) -> None:
+        super().__init__(name=name, **options)
+        _checks.one_of("weighting_mode", weighting_mode, WeightingMode)
+        self.dist_matrix = _checks.distance_matrix(dist_matrix)
+        self.weighting_mode = weighting_mode
+        self.smooth_nr = _checks.at_least_0("smooth_nr", smooth_nr)
+        self.smooth_dr = _checks.at_least_0("smooth_dr", smooth_dr)
+        if self.activation == "sigmoid":
+            raise ValueError(
+                'activation="sigmoid" gives probabilities that do not add up to 1, so that their '
+                'distance from a label has no meaning: use "softmax"'
+            )
+        if not self.include_background:
+            raise ValueError(
+                "include_background=False has no meaning here: voxels of the background are no "
+                "true positives anyway, and what is wrong with them must count"
+            )
+        without = ("squared_pred", "soft_label", "regions", "label_sets")
+        for option in (name for name in without if getattr(self, name)):
+            raise ValueError(
+                f"{option} has no meaning here: each voxel has one class, which has a distance "
+                "from each other one"
+            )
+
+    def sum_options(self) -> dict[str, typing.Any]:
+        return {"dist_matrix": self.dist_matrix}
+
+    def from_sums(self, sums: DiceSums) -> tf.Tensor:
+        return 1 - formulas.generalized_wasserstein_dice(
+            sums,
+            weighting_mode=self.weighting_mode,
             smooth_nr=self.smooth_nr,
             smooth_dr=self.smooth_dr,
         )

@@ -165,6 +165,10 @@ def by_monai(name, **arguments):
     return functools.partial(of_torch, loss)
 
 
+def by_wasserstein(distances, **options):
+    return by_torch(monai.GeneralizedWassersteinDiceLoss(distances, **options))
+
+
 def by_keras(loss, activation=tf.nn.softmax):
     """A loss of one-hot labels and probabilities."""
 
@@ -303,6 +307,19 @@ EQUAL = {
                 {"o": o},
             )
             for o in ({}, {"include_background": False, "batch": True}, {"smooth_nr": 1.0})
+        ],
+        "`GeneralizedWassersteinDiceLoss(d)`, its `weighting_mode`, `smooth_nr`, `smooth_dr`": [
+            Case(
+                "{0}.from_config({0}.get_config() | o)",
+                by_wasserstein(d, **o),
+                {"d": d, "o": o},
+                classes=len(d),
+            )
+            for d, o in (
+                (1 - np.eye(3), {}),
+                (np.array([[0, 1, 1], [1, 0, 0.5], [1, 0.25, 0]]), {"weighting_mode": "GDL"}),
+                (np.array([[0, 4], [2, 0]]), {"smooth_nr": 1.0, "smooth_dr": 2.0}),
+            )
         ],
         "`DiceFocalLoss(sigmoid=True, include_background=False)`": [
             Case(

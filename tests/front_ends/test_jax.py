@@ -41,10 +41,11 @@ VALUES = """
         {"activation": "sigmoid", "regions": [(0,), (1, 2), (2,), (3,), (4, 1)]},
         {"label_sets": {4: (0, 1), 3: (2, 3, 4)}, "cross_entropy": True},
         {"cross_entropy": True, "focal_gammas": [2, 0, 0.5, 1, 0]},
+        {"dist_matrix": 1 - np.eye(5)},
     ]
     NAMES = [
         "intersection", "pred_sum", "label_sum", "cross_entropy", "negative_cross_entropy",
-        "unknown_sum", "weight_sum",
+        "unknown_sum", "distance_sum", "weight_sum",
     ]
 
     def check(x, y, weight, options):
@@ -55,9 +56,9 @@ VALUES = """
             if name in wanted:
                 np.testing.assert_array_equal(result, wanted[name])
         without = {k: v for k, v in options.items() if k != "cross_entropy"}
-        given, d = {"d_intersection": 0, "d_pred_sum": 0}, []
-        given |= {f"d_{name}": 0 for name in NAMES[3:5] if name in wanted}
-        for name in NAMES[:2] + NAMES[3:5]:
+        given, d = {}, []
+        with_gradient = NAMES[:2] + NAMES[3:5] + NAMES[6:7]
+        for name in with_gradient:
             d.append(rng.normal(size=(2, 5)).astype(wanted["pred_sum"].dtype))
             if name in wanted:
                 given[f"d_{name}"] = d[-1]
@@ -126,16 +127,16 @@ ERRORS = """
     attempt(lambda: dice_sums(x, y.astype(np.uint32)))
     none = d[:, :0]
     attempt(lambda: dice_sums_grad(x, y, d, d))
-    attempt(lambda: dice_sums_grad(x, y, d, d, none, none, activation="argmax"))
-    attempt(lambda: dice_sums_grad(x, y, d, d, d, none))
-    attempt(lambda: dice_sums_grad(x, y, d.astype(np.float64), d, none, none))
+    attempt(lambda: dice_sums_grad(x, y, d, d, none, none, none, activation="argmax"))
+    attempt(lambda: dice_sums_grad(x, y, d, d, d, none, none))
+    attempt(lambda: dice_sums_grad(x, y, d.astype(np.float64), d, none, none, none))
     def raw(results, ignore_label=()):
         call = jax.ffi.ffi_call("dice_op_sums", results)
         return call(
             x, y, **{**attributes_of(), "ignore_label": np.array(ignore_label, np.int64)}
         )
 
-    results = [jax.ShapeDtypeStruct((2, 4), np.float32)] * 8
+    results = [jax.ShapeDtypeStruct((2, 4), np.float32)] * 9
     attempt(lambda: raw(results[:5]))
     attempt(lambda: raw(results))
     attempt(lambda: raw(results, [1, 2]))
@@ -150,11 +151,11 @@ def test_errors_say_what_is_wrong(run_python):
         "4 operands, but there must be 2, and one more for a voxel weight",
         "logits (y_pred) have dtype int32",
         "labels have dtype U32[2, 3], which dice_op does not take: use a float of any",
-        "4 operands, but there must be 6, and one more for a voxel weight",
+        "4 operands, but there must be 7, and one more for a voxel weight",
         "activation 'argmax' has no gradient",
         "d_cross_entropy must be float32[2, 0], but is F32[2, 4]",
         "d_intersection must be float32[2, 4], but is F64[2, 4]",
-        "there must be 8 results",
+        "there must be 9 results",
         "cross_entropy must be float32[2, 0], but is F32[2, 4]",
         "ignore_label has several values, but must have none or one",
     ]

@@ -9,7 +9,7 @@ from tensorflow.python.framework import op_def_registry
 import dice_op.ops  # TensorFlow knows the ops from here on.
 from dice_op import composite, core
 from helpers import reference
-from helpers.kernel_inputs import FORMATS, read_label_sets
+from helpers.kernel_inputs import FORMATS, distances_of, read_label_sets
 from helpers.tape import value_and_gradient
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
@@ -81,7 +81,10 @@ def test_the_ops_have_the_options_and_the_sums_of_the_kernels(name):
     assert defaults == options
 
     everything = {"activation": "sigmoid", "cross_entropy": True, "label_sets": {5: (0, 1)}}
-    sums = list(core.sums(np.zeros((1, 1, 2), np.float32), [[0]], **everything))
+    x, y = np.zeros((1, 1, 2), np.float32), [[0]]
+    sums = list(core.sums(x, y, **everything))
+    *_, distance_sum, last = core.sums(x, y, dist_matrix=[[0, 1], [1, 0]])  # not with label_sets
+    sums = [*sums[:-1], distance_sum, last]
     assert list(dice_op.DiceSums._fields) == sums
     if name == "DiceSums":
         assert [o.name for o in op.output_arg] == sums
@@ -173,6 +176,60 @@ def test_gradients_of_label_sets_agree_with_numeric_ones(
 
     assert_jacobians(total, [x, weight], tolerance)
     assert_jacobians(gradient, [x], tolerance)
+
+
+DISTANCES = [[0, 1, 0.75], [1, 0, 0.5], [0.25, 0.5, 0]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "data_format"), [("float32", "channels_first"), ("float64", "channels_last")]
+)
+@pytest.mark.parametrize("activation", ["softmax", "none"])
+def test_gradients_of_distances_agree_with_numeric_ones(activation, dtype, data_format):
+    """To second order, and with respect to the weights of the voxels."""
+    tolerance = 5e-3 if dtype == "float32" else 1e-6
+    x, y = make("index uint8", activation, data_format, dtype)
+    weight = tf.constant(np.random.default_rng(1).random(y.shape) + 0.5, dtype)
+
+    def total(x, weight):
+        options = {"activation": activation, "data_format": data_format}
+        return weighted_total(
+            dice_op.dice_sums(y, x, voxel_weight=weight, dist_matrix=DISTANCES, **options)
+        )
+
+    def gradient(x):
+        return value_and_gradient(lambda x: total(x, weight) ** 2, x)[1]
+
+    assert_jacobians(total, [x, weight], tolerance)
+    assert_jacobians(gradient, [x], tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("activation", ["softmax", "none"])
+def test_sums_and_gradients_of_distances_agree_with_float64(activation, dtype):
+    """The tolerance of a half gradient is its rounding: half of the step from 1 to the next
+    number."""
+    x, y = make("index int64", activation, "channels_last", dtype, (40, 25))
+    coefficients = np.random.default_rng(0).normal(size=(5, 2, 3))
+    coefficients[2:4] = 0
+    options = {"activation": activation, "dist_matrix": DISTANCES}
+
+    def total(x):
+        sums = dice_op.dice_sums(y, x, **options)
+        parts = zip((sums.intersection, sums.pred_sum, sums.distance_sum), (0, 1, 4), strict=True)
+        return tf.add_n([tf.reduce_sum(p * tf.cast(coefficients[i], p.dtype)) for p, i in parts])
+
+    x64 = reference.flat(tf.cast(x, tf.float64).numpy())
+    t = reference.flat(reference.one_hot(y, 3))
+    rounding = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2e-6, "float64": 1e-13}[dtype]
+    sums = dice_op.dice_sums(y, x, **options)
+    wanted = reference.sums(x64, t, **options)["distance_sum"]
+    assert reference.relative_error(sums.distance_sum, wanted) <= min(rounding, 2e-6)
+    found = value_and_gradient(total, x)[1]
+    assert found.dtype == dtype
+    wanted = reference.gradient(x64, t, coefficients, **options)
+    found = reference.flat(tf.cast(found, tf.float64).numpy())
+    assert reference.gradient_error(found, wanted) <= rounding
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -284,7 +341,7 @@ def test_composite_computes_what_the_kernels_compute(classes, labels, activation
     kernels."""
     same = {"with_cross_entropy": True, "focal_gamma": 0.0, "label_smoothing": 0.0}
     same |= {"squared_pred": False, "soft_label": False, "ignore_label": []}
-    tables = ("regions", "label_sets", "focal_gammas")
+    tables = ("regions", "label_sets", "focal_gammas", "dist_matrix")
 
     def assert_same(x, y, data_format, **changes):
         attributes = {**same, "activation": activation, "data_format": data_format, **changes}
@@ -317,6 +374,10 @@ def test_composite_computes_what_the_kernels_compute(classes, labels, activation
             assert_same(x, y, data_format, **both, label_smoothing=0.25, squared_pred=True)
             assert_same(x, y, data_format, **both, soft_label=True, with_cross_entropy=False)
             assert_same(x, y, data_format, label_sets={0: (0, 1)}, ignore_label=[1])
+            if activation != "sigmoid":
+                distances = {"dist_matrix": distances_of(classes)}
+                assert_same(x, y, data_format, **distances)
+                assert_same(x, y, data_format, **distances, ignore_label=[1], squared_pred=True)
     if labels.startswith("index") and classes > 1:
         assert_same(x, y, data_format, ignore_label=[1], with_cross_entropy=False)
 
@@ -613,19 +674,21 @@ def test_wrong_arguments_are_errors_that_name_them():
     ones, none = tf.ones((2, 3)), tf.ones((2, 0))
     with pytest.raises(tf.errors.InvalidArgumentError, match="d_pred_sum has shape"):
         raw, ones, none = dice_op.ops._ops.dice_sums_grad, tf.ones((2, 3)), tf.ones((2, 0))
-        raw(x, y, [], ones, tf.ones((2, 2)), none, none, activation="softmax")
+        raw(x, y, [], ones, tf.ones((2, 2)), none, none, none, activation="softmax")
 
 
 def test_sums_are_none_where_nobody_asked_for_them():
     """A softmax has no cross-entropy of the label 0."""
     x, y = make("index uint8", "softmax", "channels_last", "float32")
-    sums = dice_op.dice_sums(y, x, activation="softmax")
-    asked_for = ("cross_entropy", "negative_cross_entropy", "unknown_sum")
-    assert [n for n, s in sums._asdict().items() if s is None] == list(asked_for)
-    sums = dice_op.dice_sums(y, x, activation="softmax", cross_entropy=True, label_sets={9: (0, 1)})
-    assert [n for n, s in sums._asdict().items() if s is None] == ["negative_cross_entropy"]
-    sums = dice_op.dice_sums(y, x, activation="sigmoid", cross_entropy=True)
-    assert [n for n, s in sums._asdict().items() if s is None] == ["unknown_sum"]
+    asked_for = ("cross_entropy", "negative_cross_entropy", "unknown_sum", "distance_sum")
+    for options, absent in (
+        ({}, asked_for),
+        ({"cross_entropy": True, "label_sets": {9: (0, 1)}}, asked_for[1::2]),
+        ({"activation": "sigmoid", "cross_entropy": True}, asked_for[2:]),
+        ({"dist_matrix": DISTANCES}, asked_for[:3]),
+    ):
+        sums = dice_op.dice_sums(y, x, **{"activation": "softmax", **options})
+        assert [n for n, s in sums._asdict().items() if s is None] == list(absent)
 
 
 # --- numbers in double precision ------------------------------------------------------------------
@@ -737,3 +800,29 @@ def test_exponents_that_do_not_fit_are_errors(gammas, says):
     x, y = volume((2, 50))
     with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=says):
         dice_op.dice_sums(y, x, activation="softmax", cross_entropy=True, focal_gamma=gammas)
+
+
+@pytest.mark.parametrize(
+    ("dist_matrix", "says"),
+    [
+        ([], r"dist_matrix is \[\], but must be a distance for each pair of classes"),
+        (1.0, "dist_matrix is 1.0, but must be a distance for each pair"),
+        ("far", "dist_matrix is 'far', but must be a distance for each pair"),
+        ([[0, 1], [1]], "but must be a distance for each pair of classes"),
+        ([[0, 1]], "has 1 rows, but row 0 has 2 distances"),
+        ([[0, 1], [1, 0]], "dist_matrix has 2 rows, but logits .* have 3 classes"),
+    ],
+    ids=str,
+)
+def test_distances_that_do_not_fit_are_errors(dist_matrix, says):
+    x, y = make("index uint8", "softmax", "channels_last", "float32")
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=says):
+        dice_op.dice_sums(y, x, activation="softmax", dist_matrix=dist_matrix)
+
+
+def test_distances_may_come_in_any_kind_of_array():
+    x, y = make("index uint8", "softmax", "channels_last", "float32")
+    wanted = dice_op.dice_sums(y, x, activation="softmax", dist_matrix=DISTANCES)
+    for distances in (np.float32(DISTANCES), tuple(map(tuple, DISTANCES)), tf.constant(DISTANCES)):
+        found = dice_op.dice_sums(y, x, activation="softmax", dist_matrix=distances)
+        np.testing.assert_array_equal(found.distance_sum, wanted.distance_sum)

@@ -83,6 +83,7 @@ OPTIONS = {
     "binary label sets": {
         "activation": "sigmoid", "cross_entropy": True, "label_sets": {1: (0, 1), 9: (2,)},
     },
+    "distances": {"dist_matrix": [[0, 1, 1], [1, 0, 0.5], [1, 0.25, 0]]},
     "exponents": {"cross_entropy": True, "focal_gamma": [0, 0.5, 1.75]},
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from helpers import emulation, reference
-from helpers.kernel_inputs import in_format, make, renamed, sure, with_label_sets
+from helpers.kernel_inputs import distances_of, in_format, make, renamed, sure, with_label_sets
 
 EPSILON = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-24, "float64": 2**-53}
 REGIONS = {1: [(1,)], 3: [(1, 2, 3), (2, 3), (3,)], 6: [(c, c + 1) for c in range(6)]}
@@ -61,7 +61,7 @@ class Cases:
             y = y.copy()
             y[rng.random(y.shape) < 0.3] = ignore
             m = (y != ignore) * (1.0 if m is None else m)
-        coefficients = rng.normal(size=(4, n, c)).astype(
+        coefficients = rng.normal(size=(5, n, c)).astype(
             "float64" if dtype == "float64" else "float32"
         )
         x_, y_ = in_format(data_format, x, y)
@@ -78,12 +78,14 @@ class Cases:
         given = {"activation": activation, **renamed(given)}
         if unknown is not None:
             given["unknown"] = unknown
+        if "dist_matrix" in options:
+            given["dist_matrix"] = options["dist_matrix"]
         if "focal_gammas" in options:
             given["gamma"] = np.float32(options["focal_gammas"])
         wanted = reference.sums(x, t, m, **given)
         wanted["weight_sum"] = np.full(n, float(v)) if m is None else m.sum(1)
         if not loss:
-            coefficients[2:] = 0
+            coefficients[2:4] = 0
             wanted = {k: v for k, v in wanted.items() if "cross_entropy" not in k}
         if activation not in ("argmax", "threshold"):
             gradient = reference.gradient(x, t, coefficients, m, **given)
@@ -140,6 +142,8 @@ def few_cases(small=False):
     cases.add((1, v // 8 + 1, 4), label_sets=sets, activation="sigmoid", weight="uint8")
     cases.add((1, v // 8 + 1, 4), label_sets={5: (0, 1), 6: (1, 2)}, cross_entropy=False)
     cases.add((1, v // 8 + 1, 3), focal_gammas=[2.0, 0.0, 0.5])
+    cases.add((2, v // 8 + 1, 4), dist_matrix=distances_of(4), weight="uint8", ignore=200)
+    cases.add((1, v // 8 + 1, 3), dist_matrix=distances_of(3), cross_entropy=False)
     return cases
 
 

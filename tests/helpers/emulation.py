@@ -34,7 +34,7 @@ SANITIZER_OPTIONS = {
 }
 # These are in the order of the enumerations in csrc/core/dice_op.h and csrc/core/options.h.
 DTYPES = "bool uint8 int8 uint16 int16 int32 int64 float16 bfloat16 float32 float64".split()
-TABLES = ("regions", "label_sets", "focal_gammas")
+TABLES = ("regions", "label_sets", "focal_gammas", "dist_matrix")
 ACTIVATIONS = "softmax sigmoid none argmax threshold".split()
 
 
@@ -130,14 +130,16 @@ def build_handlers(include):
 def case(x, y, *, weight=None, coefficients, activation="softmax", data_format="channels_last",
          squared_pred=False, soft_label=False, cross_entropy=True, focal_gamma=0.0,
          focal_gammas=None, label_smoothing=0.0, threshold=0.0, ignore_label=None, regions=None,
-         label_sets=None, in_place=False, misalign=0):  # fmt: skip
-    """One call. x: [N, V, C] or [N, C, V]; y: [N, V], or as x; coefficients: three or four of
+         label_sets=None, dist_matrix=None, in_place=False, misalign=0):  # fmt: skip
+    """One call. x: [N, V, C] or [N, C, V]; y: [N, V], or as x; coefficients: three to five of
     [N, C], those of the sums that have a gradient. Of three, the last is for both
     cross-entropies."""
     n, *rest = x.shape
     planar = data_format == "channels_first"
     v, c = rest[::-1] if planar else rest
-    tables = core.op_attributes(regions=regions, label_sets=label_sets, focal_gammas=focal_gammas)
+    tables = core.op_attributes(
+        regions=regions, label_sets=label_sets, focal_gammas=focal_gammas, dist_matrix=dist_matrix
+    )
     header = np.array(
         [n, v, c, ACTIVATIONS.index(activation), planar, squared_pred, soft_label, cross_entropy]
         + [ignore_label is not None, ignore_label or 0, DTYPES.index(x.dtype.name)]
@@ -149,8 +151,9 @@ def case(x, y, *, weight=None, coefficients, activation="softmax", data_format="
     counts = activation in ("argmax", "threshold")
     number = np.float64 if counts or x.dtype == np.float64 else np.float32
     binary = cross_entropy and activation == "sigmoid"
-    a, b, e, *negative = coefficients
-    asked = [a, b, *([e] if cross_entropy else []), *([*negative, e][:1] if binary else [])]
+    a, b, e, *others = coefficients
+    asked = [a, b, *([e] if cross_entropy else []), *([*others, e][:1] if binary else [])]
+    asked += [] if dist_matrix is None else others[1:]
     arrays = [x, y, *([] if weight is None else [weight])]
     arrays += [np.asarray(k, number) for k in asked]
     data = header.tobytes() + np.float64([focal_gamma, label_smoothing, threshold]).tobytes()
@@ -164,7 +167,8 @@ def case(x, y, *, weight=None, coefficients, activation="softmax", data_format="
         "sums": ["intersection", "pred_sum", "label_sum"]
         + ["cross_entropy"] * cross_entropy
         + ["negative_cross_entropy"] * binary
-        + ["unknown_sum"] * bool(label_sets),
+        + ["unknown_sum"] * bool(label_sets)
+        + ["distance_sum"] * (dist_matrix is not None),
         "activation": ACTIVATIONS.index(activation),
     }
 

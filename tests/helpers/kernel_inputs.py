@@ -64,6 +64,12 @@ def read_label_sets(label_sets, labels, classes):
     return t, unknown
 
 
+def distances_of(classes, seed=0):
+    """A matrix of distances that float32 holds exactly. It is not symmetric."""
+    distances = np.random.default_rng(seed).integers(1, 65, (classes, classes)) / 64
+    return distances * (1 - np.eye(classes))
+
+
 def in_format(data_format, *arrays):
     """Arrays of shape [N, V, C] laid out as asked; those of rank 2 stay as they are."""
     if data_format == "channels_last":
@@ -83,12 +89,14 @@ def renamed(options):
     return {names.get(k, k): v for k, v in options.items() if k not in of_labels}
 
 
-def coefficients_by_name(coefficients, activation):
-    """Derivatives with respect to intersection, pred_sum, cross_entropy and
-    negative_cross_entropy, as arguments of `core.gradient`. Those that a call must not have are
-    left out; where there are three, the last is for both cross-entropies."""
+def coefficients_by_name(coefficients, activation, distances=False):
+    """Derivatives with respect to intersection, pred_sum, cross_entropy, negative_cross_entropy
+    and distance_sum, as arguments of `core.gradient`. Those that a call must not have are left out;
+    where there are three, the last is for both cross-entropies."""
     names = ["d_intersection", "d_pred_sum", "d_cross_entropy"]
     given = dict(zip(names, coefficients, strict=False))
     if activation == "sigmoid" and "d_cross_entropy" in given:
-        given["d_negative_cross_entropy"] = coefficients[-1]
+        given["d_negative_cross_entropy"] = coefficients[:4][-1]
+    if distances:
+        given["d_distance_sum"] = coefficients[4]
     return given

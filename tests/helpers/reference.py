@@ -52,12 +52,14 @@ def voxel_terms(
     smoothing=0.0,
     threshold=0.0,
     unknown=None,
+    dist_matrix=None,
 ):
     """What each voxel adds to each of the sums, by its name: [..., C] each.
 
     Args:
       gamma: one focal exponent, or one for each class.
       unknown: [..., C], 1 for the classes that a voxel may belong to. Its t is then 0.
+      dist_matrix: [C, C], the distance of the label's class (the row) from each class.
     """
     both = _least if soft else np.multiply
     power = 2 if squared else 1
@@ -106,6 +108,8 @@ def voxel_terms(
             marginal = share * -(rest**gamma) * np.log(q)
             terms["cross_entropy"] = np.where(unknown == 1, marginal, cross_entropy)
         terms["unknown_sum"] = unknown + 0 * p
+    if dist_matrix is not None:
+        terms["distance_sum"] = t * np.einsum("...l,lc,...c->...", t, dist_matrix, p)[..., None]
     return terms
 
 
@@ -122,15 +126,16 @@ def gradient(x, t, coefficients, weight=None, **options):
     """The gradient with respect to x of a weighted total of the sums.
 
     Args:
-      coefficients: the weights of intersection, pred_sum, cross_entropy and
-        negative_cross_entropy, [N, C] each. Of three, the last is for both cross-entropies.
+      coefficients: the weights of intersection, pred_sum, cross_entropy, negative_cross_entropy
+        and distance_sum, [N, C] each. Of three, the last is for both cross-entropies.
     """
     x, t = np.asarray(x, np.float64), np.asarray(t, np.float64)
     m = np.ones(x.shape[:2]) if weight is None else np.asarray(weight, np.float64)
     x = np.where(m[..., None] == 0, 0, x)
-    a, b, e, *n = (np.asarray(k, np.float64)[:, None, :] for k in coefficients)
+    a, b, e, *others = (np.asarray(k, np.float64)[:, None, :] for k in coefficients)
     factors = {"intersection": a, "pred_sum": b, "cross_entropy": e}
-    factors["negative_cross_entropy"] = n[0] if n else e
+    factors["negative_cross_entropy"] = others[0] if others else e
+    factors["distance_sum"] = others[1] if len(others) > 1 else 0
     result = np.empty_like(x)
     for c in range(x.shape[-1]):  # Voxels do not interact, so that one step serves them all.
         stepped = x.astype(complex)

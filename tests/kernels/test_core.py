@@ -18,6 +18,7 @@ from helpers.kernel_inputs import (
     NAMES,
     REGIONS,
     coefficients_by_name,
+    distances_of,
     in_format,
     make,
     renamed,
@@ -51,6 +52,7 @@ def check(
 ):
     """Compares the sums and the gradient of one call with the reference."""
     of_reference = renamed(options) | ({} if unknown is None else {"unknown": unknown})
+    distances = "dist_matrix" in options
     expected = reference.sums(x, t, weight, **of_reference)
     x_, y_ = in_format(data_format, x, y)
     actual = core.sums(
@@ -62,8 +64,8 @@ def check(
 
     rng = np.random.default_rng(1)
     kind = actual["pred_sum"].dtype
-    coefficients = [rng.normal(size=(x.shape[0], x.shape[2])).astype(kind) for _ in range(4)]
-    given = coefficients_by_name(coefficients, options.get("activation", "softmax"))
+    coefficients = [rng.normal(size=(x.shape[0], x.shape[2])).astype(kind) for _ in range(5)]
+    given = coefficients_by_name(coefficients, options.get("activation", "softmax"), distances)
     gradient = core.gradient(
         x_, y_, data_format=data_format, voxel_weight=weight, **given, **options
     )
@@ -866,6 +868,7 @@ def test_labels_are_taken_for_what_their_shape_and_dtype_say(logits, labels, dty
 
 # --- options that are tables ----------------------------------------------------------------------
 
+DISTANCES = [[0, 1, 1], [1, 0, 0.5], [1, 0.5, 0]]
 SETS = {200: (0, 2), 255: (0, 1, 2), 3: (1, 2), 9: (1,)}
 
 
@@ -908,6 +911,35 @@ def test_label_sets_agree_with_the_reference(dtype, activation, data_format):
                 x.astype(dtype), y, t, data_format=data_format, tolerance=tolerance,
                 unknown=unknown, **given, **options,
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("activation", ["softmax", "none"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_distances_agree_with_the_reference(dtype, activation, data_format):
+    """Volumes of few classes and of more than a GPU takes, with more than one tile; voxels without
+    weight or label; and together with each option that changes a voxel."""
+    tolerance = 1e-12 if dtype == "float64" else 1e-6
+    for classes in (2, 3, 4, 17, 70):
+        x, y, t = make((2, 700 if classes < 10 else 77, classes), "uint8", activation)
+        weight = np.random.default_rng(3).integers(0, 3, y.shape).astype(np.float32)
+        given = {"dist_matrix": distances_of(classes), "activation": activation}
+        for options in (
+            {},
+            {"focal_gamma": 2.0, "label_smoothing": 0.25},
+            {"squared_pred": True, "weight": weight},
+            {"focal_gammas": np.resize([2.0, 0.0, 0.5], classes)},
+        ):
+            check(
+                x.astype(dtype), y, t, data_format=data_format, tolerance=tolerance,
+                **given, **options,
+            )  # fmt: skip
+        marked = np.where(weight == 0, 255, y).astype(np.uint8)
+        counts = np.float32(weight != 0)
+        expected = core.sums(x, y, voxel_weight=counts, **given)
+        found = core.sums(x, marked, ignore_label=255, **given)
+        assert np.any(found["distance_sum"] != core.sums(x, y, **given)["distance_sum"])
+        np.testing.assert_equal(found, expected)
 
 
 def test_the_gradient_of_a_label_set_is_exact_where_the_network_is_sure():
@@ -984,12 +1016,39 @@ def test_regions_may_be_many():
         ({"focal_gammas": [1, 2, -1]}, "every focal_gamma must be finite and at least 0"),
         ({"focal_gammas": [1, 2, np.inf]}, "every focal_gamma must be finite and at least 0"),
         ({"regions": [(0,), (256,)]}, "at least one, from 0 to 255"),
+        ({"dist_matrix": [[0, 1], [1, 0]]}, "dist_matrix has 2 rows, but logits .* have 3 classes"),
+        ({"dist_matrix": [[0, 1], [1]]}, "has 2 rows, but row 1 has 1 distances"),
+        ({"dist_matrix": [[0, -1], [1, 0]]}, r"dist_matrix\[0\]\[1\] is -1.* at least 0"),
+        ({"dist_matrix": [[0, np.nan], [1, 0]]}, r"dist_matrix\[0\]\[1\] is nan.* must be finite"),
+        ({"dist_matrix": [[0, 1], [1, 2]]}, r"\[1\]\[1\] is 2.* from itself must be 0"),
+        (
+            {"dist_matrix": DISTANCES, "activation": "sigmoid"},
+            "add up to 1: use 'softmax' or 'none'",
+        ),
+        (
+            {"dist_matrix": DISTANCES, "activation": "argmax"},
+            "add up to 1: use 'softmax' or 'none'",
+        ),
+        ({"dist_matrix": DISTANCES, "label_sets": SETS}, "dist_matrix and label_sets cannot be"),
     ],
 )
 def test_errors_of_tables_say_what_to_do(options, words):
     y = np.array([[0, 7, 5, 1]]) if "value 5" in words else np.array([[0, 1]])
     with pytest.raises((ValueError, TypeError), match=words):
         core.sums(np.zeros((*y.shape, 3), np.float32), y, **options)
+
+
+def test_distances_refuse_labels_per_class_and_one_class():
+    x = np.zeros((1, 2, 3), np.float32)
+    with pytest.raises(ValueError, match="takes class indices, but labels .* as tf.argmax gives"):
+        core.sums(x, x, dist_matrix=DISTANCES)
+    with pytest.raises(ValueError, match="must have two classes or more"):
+        core.sums(x[..., :1].copy(), np.zeros((1, 2)), dist_matrix=[[0]])
+    d = np.ones((1, 3), np.float32)
+    with pytest.raises(ValueError, match="d_distance_sum must be given both or neither"):
+        core.gradient(x, np.zeros((1, 2)), d_intersection=d, d_pred_sum=d, dist_matrix=DISTANCES)
+    with pytest.raises(ValueError, match="d_distance_sum must be given both or neither"):
+        core.gradient(x, np.zeros((1, 2)), d_intersection=d, d_pred_sum=d, d_distance_sum=d)
 
 
 def test_label_sets_refuse_labels_per_class_and_one_class():

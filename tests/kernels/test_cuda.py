@@ -12,7 +12,7 @@ import pytest
 
 from helpers import emulation, reference
 from helpers.cuda_cases import REGIONS, Cases, bits, few_cases
-from helpers.kernel_inputs import FORMATS, NAMES, in_format, make
+from helpers.kernel_inputs import FORMATS, NAMES, distances_of, in_format, make
 
 # Numbers of classes, each with the regime that float32 logits in channels_last and class indices
 # reach.
@@ -145,6 +145,13 @@ def option_cases(data_format):
             regions = {"activation": "sigmoid", "regions": REGIONS[c], **common}
             cases.add(shape, ignore=200, **regions)
             cases.add(shape, "int16", "bfloat16", weight="float32", **regions)
+        if 1 < c <= 20:
+            for i, dtype in enumerate(("float32", "bfloat16", "float64")):
+                cases.add(
+                    shape, ("uint8", "int64", "float32")[i], dtype, dist_matrix=distances_of(c),
+                    activation=("softmax", "none")[(i + c) % 2], weight=(None, "uint8")[i % 2],
+                    cross_entropy=c != 3, **common,
+                )  # fmt: skip
         for i, kind in enumerate(("uint8", "soft")):
             for activation in ("softmax", "sigmoid", "none"):
                 options = {"activation": activation, "focal_gamma": 2.0 * i}
@@ -193,7 +200,7 @@ def test_options_agree_with_the_reference(data_format, program, tmp_path):
 
 def simple_case(x, y, **options):
     n, c = x.shape[0], x.shape[2]
-    return emulation.case(x, y, coefficients=np.ones((3, n, c)), **options)
+    return emulation.case(x, y, coefficients=np.ones((5, n, c)), **options)
 
 
 def test_long_sums_keep_their_precision(program, tmp_path):
@@ -246,6 +253,14 @@ def test_more_classes_than_the_gpu_takes_are_an_error(program, tmp_path):
     x, y, _ = make((1, 3, 257), "int32")
     (result,) = emulation.run(program("plain"), [simple_case(x, y)], tmp_path)
     assert "257 classes" in result and "at most 256" in result and "CPU" in result
+    x, y, _ = make((1, 3, 26))
+    call = simple_case(x, y, dist_matrix=distances_of(26))
+    (result,) = emulation.run(program("plain"), [call], tmp_path)
+    assert "26 classes" in result and "at most 25 with dist_matrix" in result and "CPU" in result
+    x, y, _ = make((1, 3, 25))
+    call = simple_case(x, y, dist_matrix=distances_of(25))
+    (result,) = emulation.run(program("plain"), [call], tmp_path)
+    assert result["distance_sum"].any()
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64", "float32"])

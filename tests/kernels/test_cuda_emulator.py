@@ -274,9 +274,33 @@ KERNEL_BUGS = {
     ),
     "label sets: no place for their sums": (
         "kernels.h",
-        "? problem.has_label_sets()",
-        "? 0",
+        "? problem.has_label_sets() ||",
+        "?",
         "address",
+    ),
+    "distances: no place for their sums": (
+        "kernels.h",
+        "|| problem.has_distances()",
+        "",
+        "address",
+    ),
+    "distances: those of class 0 for every label": (
+        "general.h",
+        "max(index, 0) * call_.classes",
+        "0",
+        "plain",
+    ),
+    "distances: added to the sum of unknown voxels": (
+        "kernels.h",
+        "is_distance ? Sum::kDistanceSum : Sum::kUnknownSum",
+        "Sum::kUnknownSum",
+        "plain",
+    ),
+    "distances: the derivative of class 0 for every label": (
+        "../core/voxel.h",
+        "R(w[k.Class(i)])",
+        "R(w[0])",
+        "plain",
     ),
     "label sets: class 0 is the lowest of all": (
         "general.h",

@@ -122,6 +122,22 @@ def test_generalized_dice_and_focal_conform_to_monai(w_type, volume_name):
     )
 
 
+DISTANCES = [[0, 1, 1, 0.8], [1, 0, 0.5, 0.3], [1, 0.25, 0, 0.6], [2, 0.5, 0.7, 0]]
+
+
+@pytest.mark.parametrize("volume_name", VOLUMES)
+@pytest.mark.parametrize(
+    "options", [{}, {"smooth_nr": 0.5, "smooth_dr": 2.0}, {"weighting_mode": "GDL"}], ids=str
+)
+def test_generalized_wasserstein_dice_conforms_to_monai(options, volume_name):
+    """The matrix is not symmetric, and its largest distance is not 1."""
+    x, y = volume(volume_name)
+    distances = np.array(DISTANCES)
+    theirs = monai.GeneralizedWassersteinDiceLoss(distances, **options)
+    ours = losses.GeneralizedWassersteinDiceLoss(distances, **options)
+    assert_conforms(of_ours(ours, x, y), of_torch(theirs, x, y))
+
+
 SOFT = {"soft_label": True}
 MONAI_SOFT = {
     "Dice": (losses.DiceLoss(**SOFT), "DiceLoss", SOFT),

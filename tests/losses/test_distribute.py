@@ -57,6 +57,7 @@ LOSSES = [
     "TverskyLoss(batch=True, beta=0.7, alpha=0.3)",
     "GeneralizedDiceLoss(batch=True)",
     "UnifiedFocalLoss(batch=True)",
+    "GeneralizedWassersteinDiceLoss([[0, 1, 1], [1, 0, 0.5], [1, 0.5, 0]], batch=True)",
     "DiceCELoss(batch=True, activation='sigmoid', pos_weight=[1, 2, 3], label_sets={1: (0, 1)})",
 ]
 

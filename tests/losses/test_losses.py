@@ -1,5 +1,6 @@
 """The Keras losses: values, gradients, training, saving, and errors about wrong arguments."""
 
+import inspect
 import json
 
 import keras
@@ -279,6 +280,7 @@ def test_each_loss_of_the_family_is_what_people_write_in_numpy(name):
     reference.assert_gradient(found, gradient.reshape(x.shape))
 
 
+DISTANCES = [[0, 1, 1], [1, 0, 0.5], [1, 0.5, 0]]
 ALL = {
     "Dice": lambda: DiceLoss(class_weight=[1, 2, 3], absent="one"),
     "Tversky": lambda: TverskyLoss(alpha=0.3, beta=0.7, gamma=0.8),
@@ -288,6 +290,7 @@ ALL = {
     "generalized + focal": lambda: losses.GeneralizedDiceFocalLoss(lambda_ce=0.5),
     "Matthews": lambda: losses.MatthewsLoss(average="weighted"),
     "unified focal": lambda: losses.UnifiedFocalLoss(gamma=0.3),
+    "generalized Wasserstein": lambda: losses.GeneralizedWassersteinDiceLoss(DISTANCES),
     "label sets": lambda: losses.DiceFocalLoss(label_sets={2: (1, 2)}, focal_gamma=[0, 1, 2]),
     "regions": lambda: losses.DiceCELoss(
         activation="sigmoid", regions=[(0,), (1, 2), (2,)], pos_weight=[1, 2, 3]
@@ -319,6 +322,59 @@ def test_every_loss_is_saved(name, tmp_path):
     assert type(again.loss) is type(model.loss)
     assert again.loss.get_config() == model.loss.get_config()
     np.testing.assert_allclose(again.evaluate(images, labels, verbose=0), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weighting_mode", ["default", "GDL"])
+@pytest.mark.parametrize("batch", [False, True])
+def test_generalized_wasserstein_dice_is_what_people_write_in_numpy(batch, weighting_mode):
+    """With voxel weights. The gradient is that of the whole formula, by the complex step."""
+    x, y = make()
+    t = flat(reference.one_hot(y, SHAPE[-1]))
+    weight = np.random.default_rng(1).integers(0, 3, y.shape).astype(np.float32)
+    m = weight.reshape(len(x), -1)
+
+    def formula(x):
+        wrong = np.einsum("nvl,lc,nvc->nv", t, DISTANCES, reference.softmax(flat(x)))
+        count = (m[..., None] * t).sum(1)
+        count = count.sum(0) if batch else count
+        w = 1 / (1 + count) if weighting_mode == "GDL" else np.ones_like(count) * [0, 1, 1]
+        w = (t * (w if batch else w[:, None])).sum(-1)  # of each voxel
+        axes = (0, 1) if batch else 1
+        right, error = (m * w * (1 - wrong)).sum(axes), m * wrong
+        error = (w * error if weighting_mode == "GDL" else error).sum(axes)
+        return np.mean(1 - (2 * right + 1e-5) / (2 * right + error + 1e-5))
+
+    loss = losses.GeneralizedWassersteinDiceLoss(
+        DISTANCES, weighting_mode=weighting_mode, batch=batch
+    )
+    value, found = value_and_gradient(lambda x: loss(y, x, weight), tf.constant(x))
+    assert abs(float(value) - formula(x.astype(np.float64))) <= 1e-6
+    at = list(map(tuple, np.random.default_rng(2).integers(0, SHAPE, (40, 5))))
+    wanted = []
+    for voxel in at:
+        stepped = x.astype(complex)
+        stepped[voxel] += 1j * reference.STEP
+        wanted.append(formula(stepped).imag / reference.STEP)
+    reference.assert_gradient([found.numpy()[voxel] for voxel in at], wanted)
+
+
+def test_generalized_wasserstein_dice_of_two_classes_is_dice_of_the_foreground():
+    x, y = make(2)
+    found = value_and_gradient(
+        lambda x: losses.GeneralizedWassersteinDiceLoss([[0, 3], [3, 0]])(y, x), tf.constant(x)
+    )
+    wanted = value_and_gradient(lambda x: DiceLoss(include_background=False)(y, x), tf.constant(x))
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
+    reference.assert_gradient(found[1], wanted[1])
+
+
+def test_generalized_wasserstein_dice_says_what_labels_and_classes_it_takes():
+    x, y = make()
+    loss = losses.GeneralizedWassersteinDiceLoss(DISTANCES)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="class indices.* as tf.argmax gives"):
+        loss(reference.one_hot(y, 3), x)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="has 3 rows, but logits .* 2 classes"):
+        loss(y, x[..., :2])
 
 
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "none"])
@@ -664,8 +720,9 @@ def test_each_of_several_outputs_has_its_loss():
 
 def arguments_of(cls):
     """The names of all arguments that a loss takes, by the signatures of its class and bases."""
-    own = [c.__init__.__kwdefaults__ or {} for c in cls.__mro__ if issubclass(c, losses.SumsLoss)]
-    return set().union(*own)
+    own = [inspect.signature(c) for c in cls.__mro__ if issubclass(c, losses.SumsLoss)]
+    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return {p.name for s in own for p in s.parameters.values() if p.kind in named}
 
 
 CONFIGURED = {
@@ -690,6 +747,10 @@ CONFIGURED = {
         activation="sigmoid", regions=((1, 2), {2}), pos_weight=(3, 4),
     ),
     losses.DiceFocalLoss: dict(focal_gamma=3),
+    losses.GeneralizedWassersteinDiceLoss: dict(
+        dist_matrix=np.array([[0, 2], [4, 0]]), weighting_mode="GDL", activation="none",
+        smooth_nr=1,
+    ),
     losses.UnifiedFocalLoss: dict(
         weight=0.25, delta=0.75, gamma=0, asymmetric=False, smooth=1, ignore_label=255,
     ),
@@ -701,6 +762,7 @@ IN_CONFIGURATION = {
     "label_sets": {200: [0, 2], 7: [1]},
     "focal_gamma": [0, 1.5],
     "pos_weight": [3, 4],
+    "dist_matrix": [[0, 0.5], [1, 0]],  # divided by the largest distance
 }
 
 
@@ -842,6 +904,23 @@ def test_wrong_arguments_are_errors_in_words(arguments, says):
         (losses.GeneralizedDiceFocalLoss, dict(lambda_dice=0, lambda_ce=0), "both 0"),
         (GeneralizedDiceLoss, dict(weight_type="cube"), "weight_type is 'cube'"),
         (GeneralizedDiceLoss, dict(infinite_weight="one"), "infinite_weight is 'one'"),
+        *(
+            (losses.GeneralizedWassersteinDiceLoss, dict(dist_matrix=DISTANCES) | wrong, says)
+            for wrong, says in (
+                (dict(dist_matrix=[0, 1]), r"dist_matrix is \[0, 1\], but must be a distance for"),
+                (dict(dist_matrix=[[0]]), r"dist_matrix is \[\[0\]\], but must be a distance for"),
+                (dict(dist_matrix=[[0, 1, 2], [1, 0, 3]]), "has 2 rows, but row 0 has 3 distances"),
+                (dict(dist_matrix=[[0, 1], [-1, 0]]), r"dist_matrix\[1\]\[0\] is -1"),
+                (dict(dist_matrix=[[0, 1], [1, 0.5]]), r"dist_matrix\[1\]\[1\] is 0.5.* must be 0"),
+                (dict(dist_matrix=[[0, 0], [0, 0]]), "dist_matrix holds only zeros"),
+                (dict(weighting_mode="square"), "weighting_mode is 'square'.*'default', 'GDL'"),
+                (dict(activation="sigmoid"), 'do not add up to 1.* use "softmax"'),
+                (dict(include_background=False), "include_background=False has no meaning here"),
+                (dict(squared_pred=True), "squared_pred has no meaning here"),
+                (dict(soft_label=True), "soft_label has no meaning here"),
+                (dict(label_sets={200: (0, 1)}), "label_sets has no meaning here"),
+            )
+        ),
         (losses.DiceCELoss, dict(lambda_dice=0, lambda_ce=0), "both 0"),
         (losses.DiceCELoss, dict(average="none"), "but the cross-entropy has one"),
         (losses.DiceCELoss, dict(label_smoothing=1.5), "label_smoothing is 1.5"),

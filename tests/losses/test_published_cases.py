@@ -646,10 +646,35 @@ MONAI_F_BETA = {
         f_beta(1, **JOINTLY, **FOREGROUND), rows(np.ones((3, 4)), [[0, 1, 1, 1]] * 3), 1.0
     ),
 }
+SQUARE = np.pad(np.ones((2, 2), np.int64), 1)
+FLAT_DISTANCES = [[0.0, 1.0], [1.0, 0.0]]
+
+
+def wasserstein(labels, good, mode):
+    logits = 1000 * np.eye(2, dtype=np.float32)[labels if good else 1 - labels]
+    return Case(
+        of("GeneralizedWassersteinDiceLoss", dist_matrix=FLAT_DISTANCES, weighting_mode=mode),
+        data(logits[None], labels[None]),
+        0.0 if good else 1.0,
+        digits=3,
+    )
+
+
+MONAI_WASSERSTEIN = {
+    f"{shape}, {'good' if good else 'poor'}, {mode}": wasserstein(labels, good, mode)
+    for shape, labels in (
+        ("square", SQUARE),
+        ("empty", 0 * SQUARE),
+        ("three planes", np.stack([SQUARE] * 3)),
+    )
+    for good in (True, False)
+    for mode in ("default", "GDL")
+}
 MONAI = {
     **{f"DiceLoss, {k}": c for k, c in MONAI_DICE.items()},
     **{f"MaskedDiceLoss, {k}": c for k, c in MONAI_MASKED_DICE.items()},
     **{f"GeneralizedDiceLoss, {k}": c for k, c in MONAI_GENERALIZED.items()},
+    **{f"GeneralizedWassersteinDiceLoss, {k}": c for k, c in MONAI_WASSERSTEIN.items()},
     **{f"TverskyLoss, {k}": c._replace(rtol=1e-4) for k, c in MONAI_TVERSKY.items()},
     **{f"MCCLoss, {k}": c._replace(rtol=1e-4) for k, c in MONAI_MCC.items()},
     **{f"FocalLoss, {k}": c._replace(rtol=1e-4) for k, c in MONAI_FOCAL.items()},

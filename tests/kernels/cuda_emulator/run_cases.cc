@@ -27,7 +27,7 @@ struct Header {
   int64_t logits_dtype, labels_dtype, dense_labels, weight_dtype;  // weight_dtype < 0: no weight
   int64_t in_place;                                                // the gradient takes the logits' memory
   int64_t misalign;                                                // bytes by which the arrays miss 16-byte alignment
-  int64_t regions, label_sets, focal_gammas;                       // the lengths of these tables
+  int64_t regions, label_sets, focal_gammas, dist_matrix;          // the lengths of these tables
   double focal_gamma, label_smoothing, threshold;
 };
 
@@ -81,6 +81,7 @@ void Run(const Header& header, FILE* in, FILE* out) {
   Read<int64_t>(in, header.regions, &options.regions);
   Read<int64_t>(in, header.label_sets, &options.label_sets);
   Read<float>(in, header.focal_gammas, &options.focal_gammas);
+  Read<float>(in, header.dist_matrix, &options.dist_matrix);
   problem.logits_dtype = static_cast<DType>(header.logits_dtype);
   problem.labels_dtype = static_cast<DType>(header.labels_dtype);
   const bool weighted = header.weight_dtype >= 0;

@@ -241,10 +241,11 @@ void RunBoth(const char* platform, int64_t place, void (*after_sums)(), void (*a
       none({kBatch, 0});
   Buffer workspace(XLA_FFI_DataType_U8, 1, {static_cast<int64_t>(bytes)});
   Call(platform, "dice_op_sums", {&logits, &labels},
-       {&intersection, &pred_sum, &label_sum, &cross_entropy, &none, &none, &weight_sum, &workspace});
+       {&intersection, &pred_sum, &label_sum, &cross_entropy, &none, &none, &none, &weight_sum, &workspace});
   after_sums();
   Floats gradient({kBatch, kVoxels, kClasses});  // with the sums as coefficients
-  Call(platform, "dice_op_sums_grad", {&logits, &labels, &intersection, &pred_sum, &cross_entropy, &none}, {&gradient});
+  Call(platform, "dice_op_sums_grad", {&logits, &labels, &intersection, &pred_sum, &cross_entropy, &none, &none},
+       {&gradient});
   after_gradient();
   if (std::string(platform) == "Host") return;
   for (Buffer* sums : {&intersection, &pred_sum, &label_sum, &cross_entropy, &weight_sum}) sums->Print();
