@@ -10,14 +10,11 @@ import difflib
 import inspect
 import operator
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-import keras
 import numpy as np
 
 from dice_op import core
-from dice_op._types import DataFormat
-from dice_op.ops import is_list
 
 # People pass these arguments because losses of other libraries have them. The advice says what to
 # do here.
@@ -96,6 +93,16 @@ def regions_or_label_sets(regions: object, label_sets: object) -> None:
             "regions and label_sets cannot be combined: label_sets are for classes that do not "
             "overlap"
         )
+
+
+def is_list(value: object) -> bool:
+    """Whether `value` holds several values in an order.
+
+    An array or tensor without an axis is a number, although it has an iterator.
+    """
+    if isinstance(value, (str, bytes, Mapping)):
+        return False
+    return isinstance(value, Iterable) and getattr(value, "ndim", None) != 0
 
 
 def exponents(argument: str, value: typing.Any) -> float | list[float]:
@@ -201,9 +208,6 @@ def distance_matrix(dist_matrix: typing.Any) -> list[list[float]]:
     return rows
 
 
-def data_format(value: DataFormat | None) -> DataFormat:
-    """The layout that is asked for. None means Keras' setting, as in Keras' own layers."""
-    if value is None:
-        value = keras.config.image_data_format()
-    one_of("data_format", value, DataFormat)
-    return typing.cast(DataFormat, value)
+def background(classes: int | None, include_background: bool) -> None:
+    if classes == 1 and not include_background:
+        raise ValueError("include_background=False leaves no class: y_pred has one, the foreground")

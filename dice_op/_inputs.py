@@ -24,11 +24,6 @@ def first_spatial_axis(data_format: DataFormat) -> int:
 # --- checks of labels and predictions -------------------------------------------------------------
 
 
-def check_background(classes: int | None, include_background: bool) -> None:
-    if classes == 1 and not include_background:
-        raise ValueError("include_background=False leaves no class: y_pred has one, the foreground")
-
-
 def check_not_activated(
     y_pred: tf.Tensor,
     activation: Activation,
@@ -128,26 +123,6 @@ def are_soft(
     )
     one_class = y_pred.shape[channel_axis(data_format)] == 1
     return kind == "per class" or (kind == "mask" and one_class)
-
-
-def class_weight_tensor(
-    argument: str,
-    weights: list[float] | None,
-    sums: ops.DiceSums,
-    include_background: bool = True,
-) -> tf.Tensor | None:
-    """`[C]`, or None. Checks that there is one weight for each class of the sums."""
-    if weights is None:
-        return None
-    counted = sums.intersection.shape[1]
-    if counted is not None and counted != len(weights):
-        raise ValueError(
-            f"{argument} has {len(weights)} entries, but {counted} classes count"
-            f"{'' if include_background else ' (include_background=False)'}"
-        )
-    if counted is None:  # The number of classes is known only when the graph runs.
-        tf.debugging.assert_equal(tf.shape(sums.intersection)[1], len(weights))
-    return tf.constant(weights, sums.intersection.dtype)
 
 
 # --- weights --------------------------------------------------------------------------------------

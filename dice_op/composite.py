@@ -1,27 +1,22 @@
-"""The sums of dice_op.dice_sums in plain TensorFlow operations, differentiable to any order.
+"""The sums of `dice_op.dice_sums` in plain operations of any library, differentiable to any order.
 
 The fused kernels leave out what is rare, and this serves it: second derivatives, and gradients with
-respect to dense labels and voxel weights. It makes tensors of the volume's size.
+respect to dense labels and voxel weights. It makes arrays of the volume's size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import tensorflow as tf
-
-from dice_op import core
+from dice_op import _arrays, core
+from dice_op._arrays import Array, astype, namespace, reshape, sizes
 from dice_op._types import Activation, DataFormat
 
 
-def dtype_of_sums(logits: tf.Tensor) -> tf.DType:
-    return tf.float64 if logits.dtype == tf.float64 else tf.float32
-
-
 def sums(
-    logits: tf.Tensor,
-    labels: tf.Tensor,
-    voxel_weight: Sequence[tf.Tensor],
+    logits: Array,
+    labels: Array,
+    voxel_weight: Sequence[Array],
     *,
     activation: Activation,
     data_format: DataFormat,
@@ -35,85 +30,85 @@ def sums(
     label_sets: Sequence[int],
     focal_gammas: Sequence[float],
     dist_matrix: Sequence[float],
-) -> list[tf.Tensor]:
+) -> list[Array]:
     """The sums of `DiceSums`, in its order. One that is not asked for has no classes.
 
     The arguments are the ops' inputs and attributes: `voxel_weight` and `ignore_label` are lists of
     at most one entry, and the tables are what `core.op_attributes` makes.
     """
-    dtype = dtype_of_sums(logits)
-    x = _flat(tf.cast(logits, dtype), data_format)  # [N, V, C]
-    batch, voxels, classes = tf.unstack(tf.shape(x))
-    weight = tf.ones([batch, voxels], dtype)
+    one_value_per_voxel = _one_value_per_voxel(logits, labels, data_format)
+    xp = namespace(logits)
+    dtype = _arrays.dtype_of_sums(logits)
+    x = _flat(astype(logits, dtype), data_format)  # [N, V, C]
+    batch, voxels, classes = sizes(x)
     if voxel_weight:
-        weight = tf.reshape(tf.cast(voxel_weight[0], dtype), [batch, voxels])
+        weight = reshape(astype(voxel_weight[0], dtype), [batch, voxels])
+    else:
+        weight = xp.sum(xp.zeros_like(x), -1) + 1
     unknown = None  # [N, V, C]: 1 for the classes that a voxel may belong to
 
-    def dense() -> tf.Tensor:
-        return _flat(tf.cast(tf.reshape(labels, tf.shape(logits)), dtype), data_format)
+    def dense() -> Array:
+        return _flat(astype(reshape(labels, sizes(logits)), dtype), data_format)
 
-    def one_hot() -> tf.Tensor:
+    def one_hot() -> Array:
         if regions:
-            return _rows(_classes_of_regions(regions), index, classes, dtype)
+            return _rows(_classes_of_regions(regions), index, classes, x)
         # Where there is one class, it is the foreground, and its label is 1.
-        first = tf.cast(classes == 1, tf.int64)
-        return tf.one_hot(index - first, classes, dtype=dtype)
+        return _arrays.one_hot(index - astype(classes == 1, "int64", x), classes, x)
 
-    if _one_value_per_voxel(logits, labels, data_format):
-        index = tf.reshape(tf.cast(labels, tf.int64), [batch, voxels])
+    if one_value_per_voxel:
+        index = reshape(astype(labels, "int64"), [batch, voxels])
         if ignore_label:
-            weight = tf.where(index == ignore_label[0], tf.zeros_like(weight), weight)
+            weight = xp.where(index == ignore_label[0], xp.zeros_like(weight), weight)
         if label_sets:
-            index, unknown = _read_label_sets(label_sets, index, classes, dtype)
-        if labels.dtype.is_floating and not ignore_label and not regions:
-            t = tf.cond(classes == 1, dense, one_hot)
+            index, unknown = _read_label_sets(label_sets, index, classes, x)
+        if _arrays.is_floating(labels) and not ignore_label and not regions:
+            t = _arrays.choose(classes == 1, dense, one_hot)
         else:
             t = one_hot()
     else:
         t = dense()
-    m = weight[..., tf.newaxis]
-    x = tf.where(m == 0, tf.zeros_like(x), x)
+    m = weight[..., None]
+    x = xp.where(m == 0, xp.zeros_like(x), x)
     known = m if unknown is None else m * (1 - unknown)
 
-    p = {"softmax": tf.nn.softmax, "sigmoid": tf.nn.sigmoid, "none": tf.identity}[activation](x)
-    power = tf.square if squared_pred else tf.identity
-    soft = soft_label and labels.dtype.is_floating and not squared_pred
-    nothing = tf.zeros([batch, 0], dtype)
+    activate = _arrays.activations(x)
+    p = x if activation == "none" else getattr(activate, activation)(x)
+    soft = soft_label and _arrays.is_floating(labels) and not squared_pred
+    nothing = xp.sum(x, 1)[:, :0]
     cross_entropy = negative = nothing
     if with_cross_entropy:
         binary = activation == "sigmoid"
-        choices = 2 if binary else tf.cast(classes, dtype)
+        choices = 2 if binary else astype(classes, dtype, x)
         smoothed = (1 - label_smoothing) * t + label_smoothing / choices
-        gamma = tf.constant(focal_gammas or [focal_gamma], dtype)
+        gamma = _arrays.constant(focal_gammas or [focal_gamma], x)
         if binary:
-            cross_entropy = tf.reduce_sum(
-                known * smoothed * _focused(p, tf.math.log_sigmoid(x), gamma), 1
-            )
-            negative = tf.reduce_sum(
-                known * (1 - smoothed) * _focused(1 - p, tf.math.log_sigmoid(-x), gamma), 1
-            )
+            present = _focused(p, activate.log_sigmoid(x), gamma)
+            absent = _focused(1 - p, activate.log_sigmoid(-x), gamma)
+            cross_entropy = xp.sum(known * smoothed * present, 1)
+            negative = xp.sum(known * (1 - smoothed) * absent, 1)
         else:
             losses = _categorical(activation, x, p, smoothed, gamma)
             if unknown is not None:
-                lowest = tf.cast(tf.cumsum(unknown, -1) == 1, dtype)
+                lowest = astype(xp.cumsum(unknown, -1) == 1, dtype)
                 smoothed = (1 - label_smoothing) * lowest + label_smoothing / choices
                 marginal = smoothed * _marginal(activation, x, p, unknown, gamma)
-                losses = tf.where(unknown == 1, marginal, losses)
-            cross_entropy = tf.reduce_sum(m * losses, 1)
+                losses = xp.where(unknown == 1, marginal, losses)
+            cross_entropy = xp.sum(m * losses, 1)
     distance_sum = nothing
     if dist_matrix:
-        distances = tf.reshape(tf.constant(dist_matrix, dtype), [classes, classes])
-        distance = tf.reduce_sum(tf.matmul(t, distances) * p, -1, keepdims=True)
-        distance_sum = tf.reduce_sum(m * t * distance, 1)
+        distances = reshape(_arrays.constant(dist_matrix, x), [classes, classes])
+        distance = xp.sum(xp.matmul(t, distances) * p, -1, keepdims=True)
+        distance_sum = xp.sum(m * t * distance, 1)
     return [
-        tf.reduce_sum(known * (_least(p, t) if soft else p * t), 1),
-        tf.reduce_sum(known * power(p), 1),
-        tf.reduce_sum(known * power(t), 1),
+        xp.sum(known * (_least(p, t) if soft else p * t), 1),
+        xp.sum(known * (p * p if squared_pred else p), 1),
+        xp.sum(known * (t * t if squared_pred else t), 1),
         cross_entropy,
         negative,
-        nothing if unknown is None else tf.reduce_sum(m * unknown, 1),
+        nothing if unknown is None else xp.sum(m * unknown, 1),
         distance_sum,
-        tf.reduce_sum(weight, 1),
+        xp.sum(weight, 1),
     ]
 
 
@@ -126,19 +121,24 @@ def _classes_of_regions(regions: Sequence[int]) -> list[list[int]]:
 
 
 def _rows(
-    classes_of: Sequence[Sequence[int]], index: tf.Tensor, classes: tf.Tensor, dtype: tf.DType
-) -> tf.Tensor:
+    classes_of: Sequence[Sequence[int]], index: Array, classes: Array | int, like: Array
+) -> Array:
     """1 for the classes in `classes_of[index]`, 0 for the others, [N, V, C]."""
+    xp = namespace(like)
     width = 1 + max((c for row in classes_of for c in row), default=0)
-    table = tf.constant([[float(c in row) for c in range(width)] for row in classes_of], dtype)
-    table = tf.pad(table, [[0, 0], [0, tf.maximum(classes - width, 0)]])[:, :classes]
-    return tf.gather(table, tf.clip_by_value(index, 0, len(classes_of) - 1))
+    table = _arrays.constant([[float(c in row) for c in range(width)] for row in classes_of], like)
+    row = _arrays.rows(table, xp.clip(index, 0, len(classes_of) - 1))
+    # Each class takes its column, and those behind the table take a column of zeros.
+    zeros = xp.zeros_like(row[..., :1])
+    column = xp.clip(_arrays.numbers(classes, like), 0, width)
+    return _arrays.columns(xp.concatenate([row, zeros], -1), column)
 
 
 def _read_label_sets(
-    label_sets: Sequence[int], index: tf.Tensor, classes: tf.Tensor, dtype: tf.DType
-) -> tuple[tf.Tensor, tf.Tensor]:
+    label_sets: Sequence[int], index: Array, classes: Array | int, like: Array
+) -> tuple[Array, Array]:
     """The voxels' classes, -1 for those that may belong to one of several, and 1 for these."""
+    xp = namespace(like)
     sets, rest = {}, list(label_sets)
     while rest:
         label, count, *rest = rest
@@ -149,70 +149,76 @@ def _read_label_sets(
     ]
     several = [sets[v] if len(sets.get(v, ())) > 1 else [] for v in range(most)]
     # All values from `most` on are the classes of that number, and like the row behind the table.
-    at = tf.clip_by_value(index, 0, most)
-    unknown = _rows([*several, []], at, classes, dtype)
-    return tf.where(
-        index < most, tf.gather(tf.constant([*meaning, 0], tf.int64), at), index
-    ), unknown
+    at = xp.clip(index, 0, most)
+    unknown = _rows([*several, []], at, classes, like)
+    meant = astype(_arrays.rows(_arrays.constant([*meaning, 0], like), at), "int64")
+    return xp.where(index < most, meant, index), unknown
 
 
-def _focused(probability: tf.Tensor, log_probability: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
+def _focused(probability: Array, log_probability: Array, gamma: Array) -> Array:
     """-(1 - p)^gamma log p. Derivatives of any order are finite, and 0 where p is 1."""
+    xp = namespace(probability)
     error = 1 - probability
-    counts = tf.logical_and(error > 0, gamma > 0)
-    power = tf.pow(tf.where(counts, error, tf.ones_like(error)), gamma)
-    power = tf.where(tf.logical_or(counts, gamma == 0), power, tf.zeros_like(power))
+    counts = (error > 0) & (gamma > 0)
+    power = xp.where(counts, error, xp.ones_like(error)) ** gamma
+    power = xp.where(counts | (gamma == 0), power, xp.zeros_like(power))
     return -power * log_probability
 
 
-def _categorical(
-    activation: Activation, x: tf.Tensor, p: tf.Tensor, t: tf.Tensor, gamma: tf.Tensor
-) -> tf.Tensor:
+def _categorical(activation: Activation, x: Array, p: Array, t: Array, gamma: Array) -> Array:
+    xp = namespace(x)
     if activation == "softmax":
-        return tf.math.multiply_no_nan(_focused(p, tf.nn.log_softmax(x), gamma), t)
-    p = tf.maximum(p, core.PROBABILITY_EPSILON)
-    return t * _focused(p, tf.math.log(p), gamma)
+        losses = _focused(p, _arrays.activations(x).log_softmax(x), gamma)
+        # 0 times infinity is 0 here.
+        counts = (t != 0) | (losses != float("inf"))
+        return xp.where(counts, losses, xp.zeros_like(losses)) * t
+    p = _at_least(p, core.PROBABILITY_EPSILON)
+    return t * _focused(p, xp.log(p), gamma)
 
 
-def _marginal(
-    activation: Activation, x: tf.Tensor, p: tf.Tensor, unknown: tf.Tensor, gamma: tf.Tensor
-) -> tf.Tensor:
+def _marginal(activation: Activation, x: Array, p: Array, unknown: Array, gamma: Array) -> Array:
     """The cross-entropy of the sum of the unknown classes' p, [N, V, C] or [N, V, 1]."""
+    xp = namespace(x)
     # Where no class is unknown, the sum is over all of them: it must be finite, and is not used.
-    counts = tf.logical_or(unknown == 1, tf.reduce_sum(unknown, -1, keepdims=True) == 0)
-    q = tf.reduce_sum(tf.where(counts, p, tf.zeros_like(p)), -1, keepdims=True)
+    counts = (unknown == 1) | (xp.sum(unknown, -1, keepdims=True) == 0)
+    q = xp.sum(xp.where(counts, p, xp.zeros_like(p)), -1, keepdims=True)
     if activation == "softmax":
-        log_p = tf.where(counts, tf.nn.log_softmax(x), tf.cast(-float("inf"), p.dtype))
-        return _focused(q, tf.reduce_logsumexp(log_p, -1, keepdims=True), gamma)
-    q = tf.maximum(q, core.PROBABILITY_EPSILON)
-    return _focused(q, tf.math.log(q), gamma)
+        activate = _arrays.activations(x)
+        log_p = xp.where(counts, activate.log_softmax(x), xp.zeros_like(x) - float("inf"))
+        return _focused(q, activate.log_sum_exp(log_p), gamma)
+    q = _at_least(q, core.PROBABILITY_EPSILON)
+    return _focused(q, xp.log(q), gamma)
 
 
-def _least(p: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
+def _at_least(p: Array, floor: float) -> Array:
+    """p, or where it is smaller, this number, which has no derivative."""
+    xp = namespace(p)
+    return xp.where(p < floor, xp.zeros_like(p) + floor, p)
+
+
+def _least(p: Array, t: Array) -> Array:
     """min(p, t). Where they are equal, the derivative with respect to either is one half."""
-    return (p + t - tf.abs(p - t)) / 2
+    return (p + t - namespace(p).abs(p - t)) / 2
 
 
-def _flat(x: tf.Tensor, data_format: DataFormat) -> tf.Tensor:
+def _flat(x: Array, data_format: DataFormat) -> Array:
     """[N, spatial..., C] or [N, C, spatial...] as [N, V, C]."""
+    shape = sizes(x)
+    spatial = shape[2:] if data_format == "channels_first" else shape[1:-1]
+    volume = 1  # A -1 in a reshape cannot replace it where the array is empty.
+    for size in spatial:
+        volume = volume * size
     if data_format == "channels_first":
-        x = tf.reshape(x, [tf.shape(x)[0], tf.shape(x)[1], _volume(x, 2)])
-        return tf.transpose(x, [0, 2, 1])
-    return tf.reshape(x, [tf.shape(x)[0], _volume(x, 1, -1), tf.shape(x)[-1]])
+        return _arrays.swap_last_axes(reshape(x, [shape[0], shape[1], volume]))
+    return reshape(x, [shape[0], volume, shape[-1]])
 
 
-def _volume(x: tf.Tensor, first: int, last: int | None = None) -> tf.Tensor:
-    """The number of voxels. A -1 in tf.reshape cannot replace it where the tensor is empty."""
-    return tf.reduce_prod(tf.shape(x)[first:last])
-
-
-def _one_value_per_voxel(logits: tf.Tensor, labels: tf.Tensor, data_format: DataFormat) -> bool:
-    if logits.shape.rank is None or labels.shape.rank is None:
+def _one_value_per_voxel(logits: Array, labels: Array, data_format: DataFormat) -> bool:
+    known = _arrays.known_shape(logits), _arrays.known_shape(labels)
+    if known[0] is None or known[1] is None:
         raise ValueError(
             "second derivatives and gradients of labels or voxel weights need y_pred and y_true "
             "with a known number of axes: give them one with tf.ensure_shape"
         )
-    kind = core.label_kind(
-        logits.shape.as_list(), labels.shape.as_list(), labels.dtype.name, data_format=data_format
-    )
-    return kind != "per class"
+    dtype = _arrays.dtype_name(labels)
+    return core.label_kind(known[0], known[1], dtype, data_format=data_format) != "per class"

@@ -10,8 +10,9 @@ import tensorflow as tf
 
 # Importing the losses checks Keras, and lets it load them with a model that has both.
 from dice_op import _checks, _inputs, _keras, formulas, losses  # noqa: F401
+from dice_op._sums import DiceSums
 from dice_op._types import Average, DataFormat, LabelSets, Prediction, Regions, TensorLike
-from dice_op.ops import DiceSums, dense_tensor, dice_sums
+from dice_op.ops import dense_tensor, dice_sums
 
 if typing.TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -139,7 +140,9 @@ class OverlapScore(keras.metrics.Metric):
             )
         self.label_sets = _checks.label_set_dict(label_sets)
         _checks.regions_or_label_sets(self.regions, self.label_sets)
-        self.data_format = _checks.data_format(data_format)
+        data_format = data_format or keras.config.image_data_format()
+        _checks.one_of("data_format", data_format, DataFormat)
+        self.data_format = data_format
         self._direction = "up"  # Keras' callbacks ask for this attribute.
         self._totals: list[keras.Variable] | None = None
 
@@ -159,7 +162,7 @@ class OverlapScore(keras.metrics.Metric):
                 "y_pred has one class, which is the largest everywhere: use "
                 'prediction="threshold" for a binary mask'
             )
-        _inputs.check_background(classes, self.include_background)
+        _checks.background(classes, self.include_background)
         counted = classes if self.include_background else classes - 1
         if self.over == "samples":
             one = self.average in ("micro", "weighted")

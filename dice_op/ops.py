@@ -13,6 +13,9 @@ import numpy as np
 import tensorflow as tf
 
 from dice_op import _loader, composite, core
+from dice_op._arrays import dtype_of_sums
+from dice_op._checks import is_list
+from dice_op._sums import DiceSums
 from dice_op._types import (
     Activation,
     DataFormat,
@@ -38,35 +41,6 @@ _NUMBERS = [name for name, default in _OPTIONS.items() if isinstance(default, fl
 _WITHOUT_GRADIENT = typing.get_args(Prediction)
 _LOGITS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 _INTEGERS = (tf.bool, tf.uint8, tf.int8, tf.uint16, tf.int16, tf.int32, tf.int64)
-
-
-class DiceSums(typing.NamedTuple):
-    """Sums over the voxels of each sample and class.
-
-    They are float32, or float64 for float64 logits. Those of scores (`"argmax"`, `"threshold"`) are
-    counts, and float64. There are N samples and C classes. A voxel has the weight m, the
-    probability p and the label t.
-    """
-
-    intersection: tf.Tensor
-    """[N, C]: sum m p t, or sum m min(p, t) (`soft_label`)."""
-    pred_sum: tf.Tensor
-    """[N, C]: sum m p, or sum m p^2 (`squared_pred`)."""
-    label_sum: tf.Tensor
-    """[N, C]: sum m t, or sum m t^2 (`squared_pred`)."""
-    cross_entropy: tf.Tensor | None
-    """[N, C]: sum m t (1 - p)^focal_gamma (-log p); None unless it is asked for."""
-    negative_cross_entropy: tf.Tensor | None
-    """[N, C]: sum m (1 - t) p^focal_gamma (-log(1 - p)), the other half of a binary cross-entropy;
-    None unless a cross-entropy is asked for and the activation is `"sigmoid"`."""
-    unknown_sum: tf.Tensor | None
-    """[N, C]: sum m of the voxels that may belong to the class; None without `label_sets`."""
-    distance_sum: tf.Tensor | None
-    """[N, C]: the sum over the voxels of the class of m times how far their predictions are from
-    it, which is the sum over all classes of p times the class's distance; None without
-    `dist_matrix`."""
-    weight_sum: tf.Tensor
-    """[N]: sum m."""
 
 
 def dice_sums(
@@ -177,7 +151,7 @@ def dice_sums(
         y_pred,
         y_true,
         weight,
-        Tsums=tf.float64 if counts else composite.dtype_of_sums(y_pred),
+        Tsums="float64" if counts else dtype_of_sums(y_pred),
         remainders=_remainders(*(options[name] for name in _NUMBERS)),
         **options,
     )
@@ -189,16 +163,6 @@ def dice_sums(
         unknown_sum=sums.unknown_sum if label_sets else None,
         distance_sum=None if dist_matrix is None else sums.distance_sum,
     )
-
-
-def is_list(value: object) -> bool:
-    """Whether `value` holds several values in an order.
-
-    An array or tensor without an axis is a number, although it has an iterator.
-    """
-    if isinstance(value, (str, bytes, Mapping)):
-        return False
-    return isinstance(value, Iterable) and getattr(value, "ndim", None) != 0
 
 
 def _exponents(focal_gamma: typing.Any) -> tuple[float, tuple[float, ...] | None]:

@@ -1,21 +1,19 @@
 """Keras losses of the Dice family over the fused sums."""
 
 from dice_op.losses._base import SumsLoss
-from dice_op.losses._cross_entropy import (
+from dice_op.losses._classes import (
     DiceCELoss,
     DiceFocalLoss,
-    GeneralizedDiceFocalLoss,
-    UnifiedFocalLoss,
-)
-from dice_op.losses._deep_supervision import DownsampledLabels, deep_supervision
-from dice_op.losses._overlap import (
     DiceLoss,
+    GeneralizedDiceFocalLoss,
     GeneralizedDiceLoss,
     GeneralizedWassersteinDiceLoss,
     MatthewsLoss,
     OverlapLoss,
     TverskyLoss,
+    UnifiedFocalLoss,
 )
+from dice_op.losses._deep_supervision import DownsampledLabels, deep_supervision
 
 __all__ = [
     "DiceCELoss",

@@ -12,8 +12,8 @@ import typing
 import tensorflow as tf
 
 if typing.TYPE_CHECKING:
+    from dice_op._sums import DiceSums
     from dice_op.losses._base import SumsLoss
-    from dice_op.ops import DiceSums
 
 
 class CompiledFormula:

@@ -1,23 +1,21 @@
-"""The losses that add a cross-entropy to Dice, from the same sums."""
+"""The losses that add a cross-entropy to an overlap: their options and formulas."""
 
 from __future__ import annotations
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import keras
-import tensorflow as tf
-
-from dice_op import _checks, _inputs, formulas
-from dice_op._types import ClassWeight
-from dice_op.losses._base import SumsLoss, SumsOptions
-from dice_op.losses._overlap import (
+from dice_op import _checks, formulas
+from dice_op._arrays import Array, class_weights, namespace
+from dice_op._family.base import SumsLoss, SumsOptions
+from dice_op._family.overlap import (
     DiceLoss,
     DiceOptions,
     GeneralizedDiceLoss,
     GeneralizedDiceOptions,
 )
-from dice_op.ops import DiceSums
+from dice_op._sums import DiceSums
+from dice_op._types import ClassWeight
 
 if typing.TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -62,10 +60,9 @@ class _WithCrossEntropy(SumsLoss):
         focal_alpha: float | None = None,
         focal_gamma: float | Sequence[float] = 0.0,
         label_smoothing: float = 0.0,
-        name: str | None = None,
         **options: typing.Any,
     ) -> None:
-        super().__init__(name=name, **options)
+        super().__init__(**options)
         self.lambda_dice = _checks.at_least_0("lambda_dice", lambda_dice)
         self.lambda_ce = _checks.at_least_0("lambda_ce", lambda_ce)
         self.ce_class_weight = _checks.weight_list("ce_class_weight", ce_class_weight)
@@ -109,13 +106,13 @@ class _WithCrossEntropy(SumsLoss):
             "label_smoothing": self.label_smoothing,
         }
 
-    def from_sums(self, sums: DiceSums) -> tf.Tensor:
+    def from_sums(self, sums: DiceSums) -> Array:
         if self.activation == "none" and sums.intersection.shape[1] == 1:
             raise ValueError(
                 'y_pred has one class, but the cross-entropy of activation="none" is categorical: '
                 'pass logits and activation="sigmoid"'
             )
-        weight = _inputs.class_weight_tensor("ce_class_weight", self.ce_class_weight, sums)
+        weight = class_weights("ce_class_weight", self.ce_class_weight, sums.intersection)
         overlap = super().from_sums(sums)
         if self.activation == "sigmoid":
             loss = formulas.binary_cross_entropy(sums, weight, *self._label_weights(sums))
@@ -123,38 +120,28 @@ class _WithCrossEntropy(SumsLoss):
             loss = formulas.cross_entropy(sums, weight)
         return self.lambda_dice * overlap + self.lambda_ce * loss
 
-    def _label_weights(self, sums: DiceSums) -> tuple[tf.Tensor | float, float]:
+    def _label_weights(self, sums: DiceSums) -> tuple[Array, float]:
         """The weights of the labels 1 and 0 in the binary cross-entropy."""
         if self.focal_alpha is not None:
             return self.focal_alpha, 1 - self.focal_alpha
         if isinstance(self.pos_weight, list):
-            weight = _inputs.class_weight_tensor("pos_weight", self.pos_weight, sums)
-            return typing.cast(tf.Tensor, weight), 1.0
+            return class_weights("pos_weight", self.pos_weight, sums.intersection), 1.0
         return 1.0 if self.pos_weight is None else self.pos_weight, 1.0
 
-    def _each_sample_counts(self) -> bool:
-        return super()._each_sample_counts() and self.lambda_dice != 0
+    def each_sample_counts(self) -> bool:
+        return super().each_sample_counts() and self.lambda_dice != 0
 
-    def _sum_options_of(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> dict[str, typing.Any]:
-        if (
-            self.ce_class_weight
-            and self.squared_pred
-            and _inputs.are_soft(
-                y_true,
-                y_pred,
-                self.data_format,
-                ignore_label=self.ignore_label,
-                regions=self.regions,
-            )
-        ):
+    def options_of_sums(
+        self, classes: int | None, are_soft: Callable[[], bool]
+    ) -> dict[str, typing.Any]:
+        if self.ce_class_weight and self.squared_pred and are_soft():
             raise ValueError(
                 "ce_class_weight is normalised by the sum of the labels, which squared_pred=True "
                 "squares: with soft labels leave one of the two out"
             )
-        return super()._sum_options_of(y_true, y_pred)
+        return super().options_of_sums(classes, are_soft)
 
 
-@keras.saving.register_keras_serializable(package="dice_op")
 class DiceCELoss(_WithCrossEntropy, DiceLoss):
     """lambda_dice Dice + lambda_ce cross-entropy, both from the same pass over the logits.
 
@@ -185,13 +172,11 @@ class DiceCELoss(_WithCrossEntropy, DiceLoss):
         self,
         *,
         focal_gamma: float | Sequence[float] = 0.0,
-        name: str | None = "dice_ce_loss",
         **options: Unpack[DiceCEOptions],
     ) -> None:
-        super().__init__(focal_gamma=focal_gamma, name=name, **options)
+        super().__init__(focal_gamma=focal_gamma, **options)
 
 
-@keras.saving.register_keras_serializable(package="dice_op")
 class DiceFocalLoss(DiceCELoss):
     """`DiceCELoss` with the focal cross-entropy (1 - p)^focal_gamma (-log p) (Lin et al., 2017)."""
 
@@ -199,17 +184,15 @@ class DiceFocalLoss(DiceCELoss):
         self,
         *,
         focal_gamma: float | Sequence[float] = 2.0,
-        name: str | None = "dice_focal_loss",
         **options: Unpack[DiceCEOptions],
     ) -> None:
-        super().__init__(focal_gamma=focal_gamma, name=name, **options)
+        super().__init__(focal_gamma=focal_gamma, **options)
 
 
 class GeneralizedDiceCEOptions(GeneralizedDiceOptions, _CrossEntropyOptions, total=False):
     """The options of `GeneralizedDiceFocalLoss`, without `focal_gamma`."""
 
 
-@keras.saving.register_keras_serializable(package="dice_op")
 class GeneralizedDiceFocalLoss(_WithCrossEntropy, GeneralizedDiceLoss):
     """lambda_dice generalized Dice + lambda_ce focal cross-entropy, from the same pass.
 
@@ -225,13 +208,11 @@ class GeneralizedDiceFocalLoss(_WithCrossEntropy, GeneralizedDiceLoss):
         self,
         *,
         focal_gamma: float | Sequence[float] = 2.0,
-        name: str | None = "generalized_dice_focal_loss",
         **options: Unpack[GeneralizedDiceCEOptions],
     ) -> None:
-        super().__init__(focal_gamma=focal_gamma, name=name, **options)
+        super().__init__(focal_gamma=focal_gamma, **options)
 
 
-@keras.saving.register_keras_serializable(package="dice_op")
 class UnifiedFocalLoss(SumsLoss):
     """weight * focal Tversky + (1 - weight) * focal cross-entropy (Yeung et al., "Unified Focal
     loss", 2022), from the same pass over the logits.
@@ -263,10 +244,9 @@ class UnifiedFocalLoss(SumsLoss):
         gamma: float = 0.5,
         asymmetric: bool = True,
         smooth: float = 1e-7,
-        name: str | None = "unified_focal_loss",
         **options: Unpack[SumsOptions],
     ) -> None:
-        super().__init__(name=name, **options)
+        super().__init__(**options)
         self.weight = _checks.at_least_0("weight", weight)
         self.delta = _checks.at_least_0("delta", delta)
         self.gamma = _checks.at_least_0("gamma", gamma)
@@ -303,7 +283,7 @@ class UnifiedFocalLoss(SumsLoss):
         `focal_gamma` must be `[gamma, 0, 0, ...]` in place of the one given here."""
         return {"cross_entropy": True, "focal_gamma": self.gamma}
 
-    def from_sums(self, sums: DiceSums) -> tf.Tensor:
+    def from_sums(self, sums: DiceSums) -> Array:
         if sums.intersection.shape[1] == 1:
             raise ValueError(
                 "y_pred has one class, but the unified focal loss compares background and "
@@ -323,11 +303,12 @@ class UnifiedFocalLoss(SumsLoss):
         weighted = sums._replace(cross_entropy=weight * sums.cross_entropy)
         return self.weight * overlap + (1 - self.weight) * formulas.cross_entropy(weighted)
 
-    def _sum_options_of(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> dict[str, typing.Any]:
-        options = super()._sum_options_of(y_true, y_pred)
+    def options_of_sums(
+        self, classes: int | None, are_soft: Callable[[], bool]
+    ) -> dict[str, typing.Any]:
+        options = super().options_of_sums(classes, are_soft)
         if not self.asymmetric or self.gamma == 0:
             return options
-        classes = y_pred.shape[_inputs.channel_axis(self.data_format)]
         if classes is None:
             raise ValueError(
                 "y_pred has an unknown number of classes, but the asymmetric loss has an exponent "
@@ -335,12 +316,12 @@ class UnifiedFocalLoss(SumsLoss):
             )
         return {**options, "focal_gamma": [self.gamma, *[0.0] * (classes - 1)]}
 
-    def _each_sample_counts(self) -> bool:
-        return super()._each_sample_counts() and self.weight != 0
+    def each_sample_counts(self) -> bool:
+        return super().each_sample_counts() and self.weight != 0
 
     @staticmethod
-    def _of_classes(sums: DiceSums, background: float, foreground: float) -> tf.Tensor:
-        """`[C]`: one number for class 0, and one for all others."""
-        classes = tf.range(tf.shape(sums.intersection)[1])
-        dtype = sums.intersection.dtype
-        return tf.where(classes == 0, tf.cast(background, dtype), tf.cast(foreground, dtype))
+    def _of_classes(sums: DiceSums, background: float, foreground: float) -> Array:
+        """`[1, C]`: one number for class 0, and one for all others."""
+        xp = namespace(sums.intersection)
+        ones = xp.ones_like(sums.intersection[:1])
+        return xp.concatenate([background * ones[:, :1], foreground * ones[:, 1:]], 1)

@@ -1,13 +1,13 @@
-"""The losses that measure an overlap: Dice, Jaccard, Tversky and generalized Dice."""
+"""The losses that measure an overlap: their options and formulas."""
 
 from __future__ import annotations
 
 import typing
 
-import keras
-import tensorflow as tf
-
-from dice_op import _checks, _inputs, formulas
+from dice_op import _checks, formulas
+from dice_op._arrays import Array, class_weights, namespace
+from dice_op._family.base import SumsLoss, SumsOptions
+from dice_op._sums import DiceSums
 from dice_op._types import (
     Average,
     ClassWeight,
@@ -16,15 +16,13 @@ from dice_op._types import (
     WeightingMode,
     WeightType,
 )
-from dice_op.losses._base import SumsLoss, SumsOptions
-from dice_op.ops import DiceSums
 
 if typing.TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _Absent = typing.Literal["keep", "skip", "one"]
 _Transform = typing.Literal["linear", "log", "log_cosh"]
-_TRANSFORMS: dict[_Transform, typing.Callable[[tf.Tensor], tf.Tensor]] = {
+_TRANSFORMS: dict[_Transform, typing.Callable[[Array], Array]] = {
     "linear": lambda score: 1 - score,
     "log": formulas.log_loss,
     "log_cosh": formulas.log_cosh_loss,
@@ -87,10 +85,9 @@ class OverlapLoss(SumsLoss):
         average: Average = "macro",
         absent: _Absent = "keep",
         transform: _Transform = "linear",
-        name: str | None = None,
         **options: Unpack[SumsOptions],
     ) -> None:
-        super().__init__(name=name, **options)
+        super().__init__(**options)
         _checks.one_of("average", average, Average)
         _checks.one_of("absent", absent, _Absent)
         _checks.one_of("transform", transform, _Transform)
@@ -111,28 +108,29 @@ class OverlapLoss(SumsLoss):
         self.absent = absent
         self.transform = transform
 
-    def score(self, sums: DiceSums) -> tf.Tensor:
+    def score(self, sums: DiceSums) -> Array:
         """The score of each sample and class, `[N, C]`.
 
         It is 1 where prediction and labels agree, and falls towards 0 where they do not.
         """
         raise NotImplementedError
 
-    def loss_of_score(self, score: tf.Tensor) -> tf.Tensor:
+    def loss_of_score(self, score: Array) -> Array:
         """Applies the transform."""
         return _TRANSFORMS[self.transform](score)
 
-    def from_sums(self, sums: DiceSums) -> tf.Tensor:
+    def from_sums(self, sums: DiceSums) -> Array:
         sums = self.overlap_sums(sums)
-        weight = _inputs.class_weight_tensor(
-            "class_weight", self.class_weight, sums, self.include_background
+        weight = class_weights(
+            "class_weight", self.class_weight, sums.intersection, self.include_background
         )
         present = None if self.absent == "keep" else sums.label_sum > 0
         if self.average == "micro":
             sums, weight = formulas.over_classes(sums, weight), None
         losses = self.loss_of_score(self.score(sums))
         if self.absent == "one":
-            losses, present = tf.where(present, losses, tf.zeros_like(losses)), None
+            xp = namespace(losses)
+            losses, present = xp.where(present, losses, xp.zeros_like(losses)), None
         if self.average == "none":
             return losses if weight is None else losses * weight
         if self.average == "weighted":
@@ -146,7 +144,6 @@ class DiceOptions(OverlapOptions, total=False):
     jaccard: bool
 
 
-@keras.saving.register_keras_serializable(package="dice_op")
 class DiceLoss(OverlapLoss):
     """1 - (2 I + smooth_nr) / (P + T + smooth_dr), from the logits and integer labels in one pass.
 
@@ -178,18 +175,16 @@ class DiceLoss(OverlapLoss):
         self,
         *,
         jaccard: bool = False,
-        name: str | None = "dice_loss",
         **options: Unpack[OverlapOptions],
     ) -> None:
-        super().__init__(name=name, **options)
+        super().__init__(**options)
         self.jaccard = _checks.flag("jaccard", jaccard)
 
-    def score(self, sums: DiceSums) -> tf.Tensor:
+    def score(self, sums: DiceSums) -> Array:
         coefficient = formulas.jaccard if self.jaccard else formulas.dice
         return coefficient(sums, smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
 
 
-@keras.saving.register_keras_serializable(package="dice_op")
 class TverskyLoss(OverlapLoss):
     """1 - (I + smooth_nr) / (I + alpha FP + beta FN + smooth_dr) (Salehi et al., 2017).
 
@@ -214,10 +209,9 @@ class TverskyLoss(OverlapLoss):
         alpha: float = 0.5,
         beta: float = 0.5,
         gamma: float = 1.0,
-        name: str | None = "tversky_loss",
         **options: Unpack[OverlapOptions],
     ) -> None:
-        super().__init__(name=name, **options)
+        super().__init__(**options)
         self.alpha = _checks.at_least_0("alpha", alpha)
         self.beta = _checks.at_least_0("beta", beta)
         self.gamma = _checks.at_least_0("gamma", gamma)
@@ -234,7 +228,7 @@ class TverskyLoss(OverlapLoss):
                 f"gamma={self.gamma} and transform={self.transform!r} exclude each other"
             )
 
-    def score(self, sums: DiceSums) -> tf.Tensor:
+    def score(self, sums: DiceSums) -> Array:
         return formulas.tversky(
             sums,
             alpha=self.alpha,
@@ -243,13 +237,12 @@ class TverskyLoss(OverlapLoss):
             smooth_dr=self.smooth_dr,
         )
 
-    def loss_of_score(self, score: tf.Tensor) -> tf.Tensor:
+    def loss_of_score(self, score: Array) -> Array:
         if self.gamma == 1:
             return super().loss_of_score(score)
         return formulas.focal_loss(score, self.gamma)
 
 
-@keras.saving.register_keras_serializable(package="dice_op")
 class MatthewsLoss(OverlapLoss):
     """1 - the Matthews correlation of prediction and label (Abhishek & Hamarneh, 2021).
 
@@ -268,10 +261,9 @@ class MatthewsLoss(OverlapLoss):
         *,
         smooth_nr: float = 0.0,
         smooth_dr: float = 1e-5,
-        name: str | None = "matthews_loss",
         **options: Unpack[UnsmoothedOptions],
     ) -> None:
-        super().__init__(smooth_nr=smooth_nr, smooth_dr=smooth_dr, name=name, **options)
+        super().__init__(smooth_nr=smooth_nr, smooth_dr=smooth_dr, **options)
         if self.squared_pred:
             raise ValueError(
                 "squared_pred=True would make FP = P - I and TN wrong, of which the correlation is "
@@ -280,7 +272,7 @@ class MatthewsLoss(OverlapLoss):
         if self.transform == "log":
             raise ValueError('transform="log" has no value for a correlation below 0')
 
-    def score(self, sums: DiceSums) -> tf.Tensor:
+    def score(self, sums: DiceSums) -> Array:
         return formulas.matthews(sums, smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
 
 
@@ -293,7 +285,6 @@ class GeneralizedDiceOptions(SumsOptions, total=False):
     smooth_dr: float
 
 
-@keras.saving.register_keras_serializable(package="dice_op")
 class GeneralizedDiceLoss(SumsLoss):
     """1 - (2 sum_c w I + smooth_nr) / (sum_c w (P + T) + smooth_dr) (Sudre et al., 2017).
 
@@ -318,10 +309,9 @@ class GeneralizedDiceLoss(SumsLoss):
         infinite_weight: InfiniteWeight = "largest",
         smooth_nr: float = 0.0,
         smooth_dr: float = 0.0,
-        name: str | None = "generalized_dice_loss",
         **options: Unpack[SumsOptions],
     ) -> None:
-        super().__init__(name=name, **options)
+        super().__init__(**options)
         _checks.one_of("weight_type", weight_type, WeightType)
         _checks.one_of("infinite_weight", infinite_weight, InfiniteWeight)
         self.weight_type = weight_type
@@ -329,7 +319,7 @@ class GeneralizedDiceLoss(SumsLoss):
         self.smooth_nr = _checks.at_least_0("smooth_nr", smooth_nr)
         self.smooth_dr = _checks.at_least_0("smooth_dr", smooth_dr)
 
-    def from_sums(self, sums: DiceSums) -> tf.Tensor:
+    def from_sums(self, sums: DiceSums) -> Array:
         return 1 - formulas.generalized_dice(
             self.overlap_sums(sums),
             weight=self.weight_type,
@@ -339,7 +329,6 @@ class GeneralizedDiceLoss(SumsLoss):
         )
 
 
-@keras.saving.register_keras_serializable(package="dice_op")
 class GeneralizedWassersteinDiceLoss(SumsLoss):
     """1 - (2 TP + smooth_nr) / (2 TP + E + smooth_dr) (Fidon et al., 2017).
 
@@ -373,10 +362,9 @@ class GeneralizedWassersteinDiceLoss(SumsLoss):
         weighting_mode: WeightingMode = "default",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
-        name: str | None = "generalized_wasserstein_dice_loss",
         **options: Unpack[SumsOptions],
     ) -> None:
-        super().__init__(name=name, **options)
+        super().__init__(**options)
         _checks.one_of("weighting_mode", weighting_mode, WeightingMode)
         self.dist_matrix = _checks.distance_matrix(dist_matrix)
         self.weighting_mode = weighting_mode
@@ -402,7 +390,7 @@ class GeneralizedWassersteinDiceLoss(SumsLoss):
     def sum_options(self) -> dict[str, typing.Any]:
         return {"dist_matrix": self.dist_matrix}
 
-    def from_sums(self, sums: DiceSums) -> tf.Tensor:
+    def from_sums(self, sums: DiceSums) -> Array:
         return 1 - formulas.generalized_wasserstein_dice(
             sums,
             weighting_mode=self.weighting_mode,
