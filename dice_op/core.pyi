@@ -9,7 +9,7 @@ of classes; see dice_op.dice_sums for the formulas.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['DeviceArray', 'PROBABILITY_EPSILON', 'build_info', 'ffi_targets', 'ffi_workspace', 'gradient', 'label_kind', 'op_attributes', 'scores', 'sums']
+__all__: list[str] = ['DeviceArray', 'PROBABILITY_EPSILON', 'asked_sums', 'build_info', 'ffi_targets', 'ffi_workspace', 'gradient', 'label_kind', 'op_attributes', 'scores', 'sums']
 class DeviceArray:
     """
     A result on a CUDA device. Other libraries read it through __cuda_array_interface__
@@ -28,6 +28,11 @@ class DeviceArray:
     @property
     def shape(self) -> tuple:
         ...
+def asked_sums(*, activation: str = 'softmax', data_format: str = 'channels_last', squared_pred: bool = False, soft_label: bool = False, cross_entropy: bool = False, focal_gamma: typing.SupportsFloat | typing.SupportsIndex = 0.0, label_smoothing: typing.SupportsFloat | typing.SupportsIndex = 0.0, threshold: typing.SupportsFloat | typing.SupportsIndex = 0.0, ignore_label: typing.SupportsInt | typing.SupportsIndex | None = None, regions: typing.Any = None, label_sets: typing.Any = None, focal_gammas: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] | None = None, dist_matrix: collections.abc.Sequence[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex]] | None = None) -> dict:
+    """
+    Name the sums that `sums` computes with these options, in their order. The values of the dict say which
+    of them have a gradient.
+    """
 def build_info() -> dict:
     """
     Describe this build: its version, the tensorflow and cuda versions it was built for (None if it was built

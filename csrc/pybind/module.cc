@@ -533,6 +533,20 @@ void DefineCalls(py::module_& m, const std::tuple<Option<T>...>& list) {
             (arg(option.name) = InPython<T>::Default(defaults.*option.value))..., arg("threads") = 0, arg("stream") = 0,
             arg("out") = py::none(), kGradientDoc);
         m.def(
+            "asked_sums",
+            [read](const typename InPython<T>::Type&... values) {
+              Problem problem;
+              problem.options = read(values...);
+              py::dict sums;
+              for (const SumInfo& info : kSums) {
+                if (problem.Has(info.sum)) sums[info.name] = info.has_gradient;
+              }
+              return sums;
+            },
+            py::kw_only(), (arg(option.name) = InPython<T>::Default(defaults.*option.value))...,
+            "Name the sums that `sums` computes with these options, in their order. The values of the dict say which\n"
+            "of them have a gradient.");
+        m.def(
             "op_attributes",
             [read](const typename InPython<T>::Type&... values) { return OpAttributes(read(values...)); },
             py::kw_only(), (arg(option.name) = InPython<T>::Default(defaults.*option.value))...,

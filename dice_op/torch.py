@@ -1,0 +1,360 @@
+"""The fused sums and losses for PyTorch: `torch.nn.Module`s over the same kernels.
+
+>>> loss = dice_op.torch.DiceCELoss()
+>>> loss(logits, labels).backward()
+
+`torch.compile` takes them without a break, and they can be differentiated twice. Tensors are read
+where they are, on the host or on a CUDA device, on PyTorch's current stream.
+"""
+
+from __future__ import annotations
+
+import functools
+import typing
+
+import torch
+
+from dice_op import _checks, _family, _text, composite, core, formulas
+from dice_op._sums import DiceSums
+from dice_op._types import DataFormat
+
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+# --- the ops --------------------------------------------------------------------------------------
+#
+# Their options are one text, which stands for the arguments of core.sums.
+
+
+def _call(
+    function: typing.Callable[..., typing.Any], logits: torch.Tensor, *others: torch.Tensor | None
+) -> typing.Any:
+    """Calls one of core's functions with tensors as it wants them."""
+    given = [None if t is None else t.detach().contiguous() for t in (logits, *others)]
+    if not logits.is_cuda:
+        return function(*given, threads=torch.get_num_threads())
+    with torch.cuda.device(logits.device):
+        return function(*given, stream=torch.cuda.current_stream().cuda_stream)
+
+
+@torch.library.custom_op(
+    "dice_op::sums",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor labels, Tensor? weight, str options, bool overwrite)"
+    " -> Tensor[]",
+)
+def _sums(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None,
+    options: str,
+    overwrite: bool,
+) -> list[torch.Tensor]:
+    def run(x: typing.Any, y: typing.Any, w: typing.Any, **where: typing.Any) -> typing.Any:
+        return core.sums(x, y, voxel_weight=w, **_text.read(options), **where)
+
+    found = _call(run, logits, labels, weight)
+    outputs = _sums_fake(logits, labels, weight, options, overwrite)
+    for name, output in zip(DiceSums._fields, outputs, strict=True):
+        if name in found:
+            output.copy_(torch.as_tensor(found[name], device=output.device))
+    return outputs
+
+
+@_sums.register_fake
+def _sums_fake(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None,
+    options: str,
+    overwrite: bool,
+) -> list[torch.Tensor]:
+    asked = _text.asked(options)
+    wide = logits.dtype == torch.float64 or _text.counts(options)
+    n, c = logits.shape[0], logits.shape[-1 if _text.is_last(options) else 1]
+    shapes: dict[str, tuple[int, ...]] = {
+        name: (n, c if name in asked else 0) for name in DiceSums._fields
+    }
+    shapes["weight_sum"] = (n,)
+    dtype = torch.float64 if wide else torch.float32
+    return [logits.new_empty(shape, dtype=dtype) for shape in shapes.values()]
+
+
+@torch.library.custom_op(
+    "dice_op::sums_gradient",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor labels, Tensor? weight, Tensor[] d_sums, str options) -> Tensor",
+)
+def _gradient(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None,
+    d_sums: list[torch.Tensor],
+    options: str,
+) -> torch.Tensor:
+    d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _write_gradient(d_logits, logits, labels, weight, d_sums, options)
+    return d_logits
+
+
+def _write_gradient(
+    out: torch.Tensor,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None,
+    d_sums: list[torch.Tensor],
+    options: str,
+) -> None:
+    names = [f"d_{name}" for name, has_gradient in _text.asked(options).items() if has_gradient]
+
+    def run(
+        x: typing.Any, y: typing.Any, w: typing.Any, *d: typing.Any, **where: typing.Any
+    ) -> None:
+        given = dict(zip(names, d, strict=True))
+        core.gradient(x, y, voxel_weight=w, out=out, **_text.read(options), **given, **where)
+
+    _call(run, logits, labels, weight, *d_sums)
+
+
+@torch.library.custom_op(
+    "dice_op::sums_gradient_",
+    mutates_args=("logits",),
+    schema="(Tensor(a!) logits, Tensor labels, Tensor? weight, Tensor[] d_sums, str options) -> ()",
+)
+def _gradient_in_place(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None,
+    d_sums: list[torch.Tensor],
+    options: str,
+) -> None:
+    out = logits.detach()
+    if out.is_contiguous():
+        _write_gradient(out, out, labels, weight, d_sums, options)
+    else:
+        out.copy_(_gradient(out, labels, weight, d_sums, options))
+
+
+@_gradient.register_fake
+def _(logits: torch.Tensor, *_: typing.Any) -> torch.Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _with_gradient(sums: list[torch.Tensor], options: str) -> list[torch.Tensor]:
+    asked = _text.asked(options)
+    return [s for name, s in zip(DiceSums._fields, sums, strict=True) if asked.get(name)]
+
+
+def _composite(
+    logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None, options: str
+) -> list[torch.Tensor]:
+    given = [] if weight is None else [weight]
+    return composite.sums(logits, labels, given, **_text.for_composite(options))
+
+
+def _save(ctx: typing.Any, inputs: tuple[typing.Any, ...], output: typing.Any) -> None:
+    logits, labels, weight, *others = inputs
+    if isinstance(others[0], str):
+        ctx.options, ctx.overwrite = others
+        ctx.save_for_backward(logits, labels, weight)
+    else:
+        ctx.options = others[1]
+        ctx.save_for_backward(logits, labels, weight, *others[0])
+
+
+def _gradients_of_sums(ctx: typing.Any, d_sums: list[torch.Tensor]) -> tuple[typing.Any, ...]:
+    logits, labels, weight = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    gradients: list[torch.Tensor | None] = [None, None, None]
+    d = _with_gradient(d_sums, ctx.options)
+    if needed[0] and not ctx.overwrite:
+        gradients[0] = _gradient(logits, labels, weight, d, ctx.options)
+    # Few programs differentiate with respect to dense labels or weights.
+    others = {i: (logits, labels, weight)[i] for i in (1, 2) if needed[i]}
+    if others:
+        again = torch.is_grad_enabled()  # whether somebody wants the next derivative, too
+        with torch.enable_grad():
+            sums = _composite(logits, labels, weight, ctx.options)
+        pairs = [(s, d) for s, d in zip(sums, d_sums, strict=True) if s.requires_grad]
+        outputs, given = zip(*pairs, strict=True)
+        found = torch.autograd.grad(outputs, list(others.values()), given, create_graph=again)
+        for i, gradient in zip(others, found, strict=True):
+            gradients[i] = gradient
+    if needed[0] and ctx.overwrite:
+        gradients[0] = logits.detach()
+        _gradient_in_place(gradients[0], labels, weight, d, ctx.options)
+    return *gradients, None, None
+
+
+def _gradients_of_gradient(ctx: typing.Any, d_d_logits: torch.Tensor) -> tuple[typing.Any, ...]:
+    logits, labels, weight, *d_sums = ctx.saved_tensors
+    with torch.enable_grad():
+        inputs = [t if t is None else t.detach() for t in (logits, weight, *d_sums)]
+        sources = [t.requires_grad_() for t in inputs if t is not None and t.is_floating_point()]
+        x, w, *d = inputs
+        sums = _with_gradient(_composite(x, labels, w, ctx.options), ctx.options)
+        (d_logits,) = torch.autograd.grad(sums, x, d, create_graph=True)
+        found = iter(torch.autograd.grad(d_logits, sources, d_d_logits, allow_unused=True))
+    gradients = [next(found) if t is not None and t.is_floating_point() else None for t in inputs]
+    return gradients[0], None, gradients[1], gradients[2:], None
+
+
+_sums.register_autograd(_gradients_of_sums, setup_context=_save)
+_gradient.register_autograd(_gradients_of_gradient, setup_context=_save)
+
+
+# --- sums and losses ------------------------------------------------------------------------------
+
+
+def dice_sums(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    voxel_weight: torch.Tensor | None = None,
+    data_format: DataFormat = "channels_first",
+    overwrite_logits: bool = False,
+    **options: typing.Any,
+) -> DiceSums:
+    """`dice_op.dice_sums` for PyTorch: the sums that every loss of the family is made of.
+
+    Args:
+      logits: `[N, C, spatial...]`, or channels last, as float16, bfloat16, float32 or float64. A
+        tensor whose memory has the channels last (`torch.channels_last_3d`) is read as it is.
+      labels: Class indices `[N, spatial...]` or `[N, 1, spatial...]`, or one-hot or soft labels of
+        the shape of `logits`.
+      voxel_weight: `[N, spatial...]`. A voxel of weight 0 does not count, whatever its logits are.
+      data_format: `"channels_first"` or `"channels_last"`.
+      overwrite_logits: Whether the gradient takes the memory of the logits, so that the loss needs
+        no other of the volume's size. Nothing may then use the logits after the backward pass has
+        begun, and there is no second derivative.
+      **options: The other arguments of `dice_op.dice_sums`, with the same meaning.
+
+    Returns:
+      A `DiceSums` of tensors. Those that are not asked for are None.
+
+    Raises:
+      ValueError: The shapes do not fit, a label is not a class, or a prediction is not a
+        probability although `activation` is `"none"`. On a GPU such a value makes the sums of its
+        sample NaN instead.
+      TypeError: An argument has a wrong type.
+    """
+    for name, tensor in (("logits", logits), ("labels", labels)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, but must be a torch.Tensor")
+    if logits.dtype not in _DTYPES:
+        raise TypeError(
+            f"logits have dtype {logits.dtype}, but must be float16, bfloat16, float32 or float64"
+        )
+    if data_format == "channels_first" and logits.ndim > 2 and not logits.is_contiguous():
+        last = logits.movedim(1, -1)
+        if last.is_contiguous():
+            one_value = labels.ndim == logits.ndim - 1
+            labels = labels if one_value else labels.movedim(1, -1)
+            if voxel_weight is not None and voxel_weight.ndim == logits.ndim:
+                voxel_weight = voxel_weight.movedim(1, -1)
+            logits, data_format = last, "channels_last"
+    options["data_format"] = data_format
+    values = (tuple(v.items()) if isinstance(v, dict) else v for v in options.values())
+    text, asked = _constants(tuple(options), tuple(values))
+    sums = _sums(logits, labels, voxel_weight, text, overwrite_logits)
+    return DiceSums(*(s if wanted else None for s, wanted in zip(sums, asked, strict=True)))
+
+
+@torch.compiler.assume_constant_result
+def _constants(names: tuple[str, ...], values: tuple[typing.Any, ...]) -> tuple[str, list[bool]]:
+    """The options as text, and whether they ask for each of the sums.
+
+    torch.compile takes no dict for a constant, so that they come as names and values, and
+    `label_sets` as pairs.
+    """
+    options = dict(zip(names, values, strict=True))
+    if options.get("label_sets"):
+        options["label_sets"] = dict(options["label_sets"])
+    text = _text.written(options)
+    return text, [name in _text.asked(text) for name in DiceSums._fields]
+
+
+class SumsLoss(_family.LogitsFirst, torch.nn.Module):
+    """Base of the losses that are a formula over `dice_sums`; derive your own from it.
+
+    The arguments are those of `dice_op.losses.SumsLoss`, but for these.
+
+    Args:
+      data_format: `"channels_first"` by default.
+      reduction: `"mean"` or `"sum"` over the samples, or `"none"`.
+      overwrite_logits: Whether the gradient takes the memory of the logits, see `dice_sums`.
+
+    Call:
+      logits: `[N, C, spatial...]` of any float type, also under autocast.
+      labels: Class indices `[N, spatial...]` or `[N, 1, spatial...]` of any integer type, or labels
+        of the shape of the logits.
+      weight: `[N]`, or one weight per voxel, `[N, spatial...]` or `[N, 1, spatial...]`.
+
+    With `batch=True` the sums are taken over all processes of `torch.distributed`, so that under
+    DistributedDataParallel loss and gradients are those of the whole batch in one process.
+    """
+
+    def __init__(self, *, overwrite_logits: bool = False, **options: typing.Any) -> None:
+        torch.nn.Module.__init__(self)
+        super().__init__(**options)
+        self.overwrite_logits = _checks.flag("overwrite_logits", overwrite_logits)
+
+    def default_data_format(self) -> DataFormat:
+        return "channels_first"
+
+    def over_replicas(self, sums: DiceSums) -> DiceSums:
+        distributed = torch.distributed
+        if not distributed.is_available() or not distributed.is_initialized():
+            return sums
+        from torch.distributed.nn.functional import all_reduce
+
+        return formulas.map_sums(all_reduce, sums)
+
+    def forward(
+        self, logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        sums = functools.partial(dice_sums, overwrite_logits=self.overwrite_logits)
+        return typing.cast(torch.Tensor, self.value(sums, logits, labels, weight))
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
+
+
+class OverlapLoss(_family.OverlapLoss, SumsLoss):
+    __doc__ = _family.OverlapLoss.__doc__
+
+
+class DiceLoss(_family.DiceLoss, OverlapLoss):
+    __doc__ = _family.DiceLoss.__doc__
+
+
+class TverskyLoss(_family.TverskyLoss, OverlapLoss):
+    __doc__ = _family.TverskyLoss.__doc__
+
+
+class MatthewsLoss(_family.MatthewsLoss, OverlapLoss):
+    __doc__ = _family.MatthewsLoss.__doc__
+
+
+class GeneralizedDiceLoss(_family.GeneralizedDiceLoss, SumsLoss):
+    __doc__ = _family.GeneralizedDiceLoss.__doc__
+
+
+class GeneralizedWassersteinDiceLoss(_family.GeneralizedWassersteinDiceLoss, SumsLoss):
+    __doc__ = _family.GeneralizedWassersteinDiceLoss.__doc__
+
+
+class DiceCELoss(_family.DiceCELoss, DiceLoss):
+    __doc__ = _family.DiceCELoss.__doc__
+
+
+class DiceFocalLoss(_family.DiceFocalLoss, DiceCELoss):
+    __doc__ = _family.DiceFocalLoss.__doc__
+
+
+class GeneralizedDiceFocalLoss(_family.GeneralizedDiceFocalLoss, GeneralizedDiceLoss):
+    __doc__ = _family.GeneralizedDiceFocalLoss.__doc__
+
+
+class UnifiedFocalLoss(_family.UnifiedFocalLoss, SumsLoss):
+    __doc__ = _family.UnifiedFocalLoss.__doc__
