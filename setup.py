@@ -101,6 +101,11 @@ def tensorflow_extras():
     return {name: [name + fits] for name in PACKAGES}
 
 
+def other_extras():
+    """What dice_op.torch and dice_op.jax need. Any later version will do."""
+    return {"torch": ["torch>=2.6"], "jax": ["jax>=0.5"]}
+
+
 options = {"build": {"build_base": "build/wheel"}}  # CMake has build/ to itself
 if LOCAL_VERSION:
     options["egg_info"] = {"tag_build": LOCAL_VERSION}
@@ -109,6 +114,6 @@ setup(
     # This makes the wheel one for this Python and platform. CMake knows the sources.
     ext_modules=[Extension("dice_op.core", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    extras_require=tensorflow_extras(),
+    extras_require=tensorflow_extras() | other_extras(),
     options=options,
 )

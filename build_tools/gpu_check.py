@@ -112,11 +112,11 @@ def worker(module, *arguments, installed=True):
 
     With `python -m`, the folder in which it starts comes first on the path. So a worker imports the
     dice_op that is built for this GPU, and not the one of the source folder; or, if `installed` is
-    False, the other way round. The rest comes from the repository: benchmarks, the modules of
-    tests/, and examples/jax_dice.py.
+    False, the other way round. The rest comes from the repository: benchmarks, and the modules of
+    tests/.
     """
     folder = INSTALL if installed else ROOT
-    path = [folder, ROOT, ROOT / "tests", ROOT / "examples"]
+    path = [folder, ROOT, ROOT / "tests"]
     path += filter(None, [os.environ.get("PYTHONPATH")])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     environment["PYTHONIOENCODING"] = "utf-8"

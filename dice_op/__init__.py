@@ -4,8 +4,9 @@
 >>> model.compile(optimizer="adam", loss=dice_op.losses.DiceLoss())
 
 `dice_op.losses` and `dice_op.metrics` hold what Keras takes. `dice_op.dice_sums` computes the sums
-that they are made of, and `dice_op.core` does the same on NumPy arrays. Importing the package
-imports neither TensorFlow nor Keras; the first use of something that needs them does.
+that they are made of, and `dice_op.core` does the same on NumPy arrays. `dice_op.torch` and
+`dice_op.jax` have the losses for PyTorch and JAX. Importing the package imports none of these
+frameworks; the first use of something that needs one does, and imports no other.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import warnings
 
 if typing.TYPE_CHECKING:
     from dice_op import formulas, losses, metrics
-    from dice_op.ops import DiceSums, dice_sums
+    from dice_op import jax as jax
+    from dice_op import torch as torch
+    from dice_op._sums import DiceSums
+    from dice_op.ops import dice_sums
 
 __all__ = ["DiceSums", "core", "dice_sums", "formulas", "losses", "metrics"]
 
@@ -70,10 +74,11 @@ if _wanted and _wanted not in _levels:
 if not typing.TYPE_CHECKING:  # It would make a type checker believe that every name exists.
 
     def __getattr__(name):
-        if name not in __all__:
+        if name not in (*__all__, "torch", "jax"):  # `import *` must not import these two.
             raise AttributeError(f"module 'dice_op' has no attribute {name!r}")
-        if name in ("DiceSums", "dice_sums"):
-            return getattr(importlib.import_module("dice_op.ops"), name)
+        homes = {"DiceSums": "dice_op._sums", "dice_sums": "dice_op.ops"}
+        if name in homes:
+            return getattr(importlib.import_module(homes[name]), name)
         return importlib.import_module(f"dice_op.{name}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import json
@@ -41,6 +42,10 @@ def info() -> dict[str, typing.Any]:
         report["op"] = _or_why_not(_op)
         report["xla"] = _or_why_not(_xla)
         report["losses"] = _or_why_not(_losses)
+    for name in ("torch", "jax"):
+        report[name] = None
+        if importlib.util.find_spec(name):
+            report[name] = _or_why_not(functools.partial(_front_end, name))
     return report
 
 
@@ -74,6 +79,12 @@ def _xla() -> str:
 
     problem = xla_problem()
     return f"not loaded: {problem}" if problem else f"loaded from {XLA_LIBRARY}"
+
+
+def _front_end(name: str) -> str:
+    """The framework's version, if dice_op works with it."""
+    importlib.import_module(f"dice_op.{name}")
+    return str(importlib.import_module(name).__version__)
 
 
 def _losses() -> str:

@@ -137,9 +137,9 @@ def _jax(case):
 
 
 def _dice_op_in_jax(case):
-    import jax_dice  # examples/jax_dice.py
+    from dice_op.jax import DiceLoss
 
-    return _in_jax(jax_dice.dice_loss)
+    return _in_jax(DiceLoss())
 
 
 # --- the step -------------------------------------------------------------------------------------

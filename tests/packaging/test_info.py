@@ -1,9 +1,11 @@
 """`python -m dice_op info`: what it says of a build, and of a machine where something is broken."""
 
+import importlib.util
 import json
 import re
 import shutil
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -22,6 +24,10 @@ def test_info_tells_of_the_build():
     assert report["op"].startswith("loaded from ")
     assert report["xla"] == f"loaded from {PACKAGE / 'dice_op_xla.so'}"
     assert report["simd_level"] == info["simd_level"]
+    for framework in ("torch", "jax"):
+        installed = importlib.util.find_spec(framework)
+        wanted = metadata.version(framework) if installed else None
+        assert report[framework] == wanted
     text = output_of(*DICE_OP, "info")
     for key in report:
         assert re.search(rf"^{key} +\S", text, re.MULTILINE), key
