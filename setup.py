@@ -103,7 +103,7 @@ def tensorflow_extras():
 
 def other_extras():
     """What dice_op.torch and dice_op.jax need. Any later version will do."""
-    return {"torch": ["torch>=2.6"], "jax": ["jax>=0.5"]}
+    return {"torch": ["torch>=2.6"], "jax": ["jax>=0.7"]}
 
 
 options = {"build": {"build_base": "build/wheel"}}  # CMake has build/ to itself

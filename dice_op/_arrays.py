@@ -17,14 +17,15 @@ Array: typing.TypeAlias = typing.Any
 
 def library_of(array: Array) -> str:
     """`"tensorflow"`, `"torch"`, `"jax"` or `"numpy"`."""
-    name = type(array).__module__.partition(".")[0]
-    name = {"jaxlib": "jax", "keras": "tensorflow"}.get(name, name)
-    if name not in ("tensorflow", "torch", "jax", "numpy"):
-        raise TypeError(
-            f"{type(array).__name__} is no array of TensorFlow, PyTorch, JAX or NumPy, on which "
-            "dice_op's formulas work"
-        )
-    return name
+    for kind in type(array).__mro__:  # It may be of a class that another library derives.
+        name = kind.__module__.partition(".")[0]
+        name = {"jaxlib": "jax", "keras": "tensorflow"}.get(name, name)
+        if name in ("tensorflow", "torch", "jax", "numpy"):
+            return name
+    raise TypeError(
+        f"{type(array).__name__} is no array of TensorFlow, PyTorch, JAX or NumPy, on which "
+        "dice_op's formulas work"
+    )
 
 
 def namespace(array: Array) -> typing.Any:
@@ -42,7 +43,7 @@ def _tensorflow() -> types.SimpleNamespace:
     def reduction(function: typing.Callable[..., tf.Tensor]) -> typing.Callable[..., tf.Tensor]:
         return lambda x, axis=None, keepdims=False: function(x, axis, keepdims)
 
-    same = ("abs", "cosh", "cumsum", "matmul", "ones_like", "sqrt", "where", "zeros_like")
+    same = ("abs", "cosh", "cumsum", "ones_like", "sqrt", "where", "zeros_like")
     return types.SimpleNamespace(
         **{name: getattr(tf, name) for name in same},
         clip=tf.clip_by_value,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import functools
+import json
 import typing
 
 from dice_op import _checks, core
-from dice_op._sums import DiceSums
+
+# The names of the options.
+_KNOWN = {"cross_entropy", *core.op_attributes()} - {"with_cross_entropy"}
 
 
 def written(options: typing.Mapping[str, typing.Any]) -> str:
@@ -15,7 +17,12 @@ def written(options: typing.Mapping[str, typing.Any]) -> str:
     given = {name: _plain(value) for name, value in options.items() if value is not None}
     if isinstance(given.get("focal_gamma"), list):
         given["focal_gammas"] = given.pop("focal_gamma")
-    return repr(dict(sorted(given.items())))
+    for name in given:
+        if name not in _KNOWN:
+            raise TypeError(
+                f"dice_sums has no argument {name!r}: it has {', '.join(sorted(_KNOWN))}"
+            )
+    return json.dumps(given, sort_keys=True)
 
 
 def _plain(value: typing.Any) -> typing.Any:
@@ -30,7 +37,10 @@ def _plain(value: typing.Any) -> typing.Any:
 @functools.lru_cache(maxsize=64)
 def read(text: str) -> dict[str, typing.Any]:
     """The arguments of `core.sums` that the text stands for."""
-    return typing.cast(dict[str, typing.Any], ast.literal_eval(text))
+    options: dict[str, typing.Any] = json.loads(text)
+    if isinstance(options.get("label_sets"), dict):  # JSON makes strings of the keys.
+        options["label_sets"] = {int(k): v for k, v in options["label_sets"].items()}
+    return options
 
 
 @functools.lru_cache(maxsize=64)
@@ -59,9 +69,3 @@ def is_last(text: str) -> bool:
 def counts(text: str) -> bool:
     """Whether the sums are counts, which are in double precision."""
     return attributes(text)["activation"] in ("argmax", "threshold")
-
-
-def named(sums: typing.Sequence[typing.Any], text: str) -> DiceSums:
-    """A `DiceSums` of all the sums, in order, with None for those that are not asked for."""
-    pairs = zip(DiceSums._fields, sums, strict=True)
-    return DiceSums(**{name: s if name in asked(text) else None for name, s in pairs})

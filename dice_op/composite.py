@@ -6,6 +6,7 @@ respect to dense labels and voxel weights. It makes arrays of the volume's size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from dice_op import _arrays, core
@@ -97,8 +98,10 @@ def sums(
             cross_entropy = xp.sum(m * losses, 1)
     distance_sum = nothing
     if dist_matrix:
-        distances = reshape(_arrays.constant(dist_matrix, x), [classes, classes])
-        distance = xp.sum(xp.matmul(t, distances) * p, -1, keepdims=True)
+        count = math.isqrt(len(dist_matrix))
+        matrix = reshape(_arrays.constant(dist_matrix, x), [count, count])
+        row = _arrays.rows(matrix, xp.clip(index, 0, count - 1))
+        distance = xp.sum(row * p, -1, keepdims=True)
         distance_sum = xp.sum(m * t * distance, 1)
     return [
         xp.sum(known * (_least(p, t) if soft else p * t), 1),

@@ -56,8 +56,9 @@ def _call_sums(text: str, logits: Array, labels: Array, *weight: Array) -> tuple
     """The sums that are asked for."""
     spatial = logits.shape[1:-1] if _text.is_last(text) else logits.shape[2:]
     n, c = logits.shape[0], logits.shape[-1 if _text.is_last(text) else 1]
-    platform = "cpu" if jax.default_backend() == "cpu" else "CUDA"
-    workspace = core.ffi_workspace(platform, n, math.prod(spatial), c)
+    # Nobody knows yet on which platform this will run, so that there is enough for each.
+    sizes = (core.ffi_workspace(p, n, math.prod(spatial), c) for p in core.ffi_targets())
+    workspace = max(sizes)
     results = [*_results(text, logits), jax.ShapeDtypeStruct((workspace,), jnp.uint8)]
     found = jax.ffi.ffi_call("dice_op_sums", results)(logits, labels, *weight, **_attributes(text))
     named = zip(DiceSums._fields, found, strict=False)
@@ -223,6 +224,8 @@ def _sums_forward(
 
 def _sums_backward(text: str, kept: typing.Any, d_sums: typing.Any) -> typing.Any:
     (logits, labels, weight), others = kept
+    if _text.counts(text):  # They have no gradient.
+        return jnp.zeros_like(logits), None, None
     d_sums = tuple(
         jnp.zeros(d.shape, d.dtype) if isinstance(d, jax.custom_derivatives.SymbolicZero) else d
         for d in d_sums
@@ -256,18 +259,23 @@ def _gradient_forward(text: str, *inputs: typing.Any) -> typing.Any:
 
 
 def _gradient_backward(text: str, kept: typing.Any, dd: Array) -> typing.Any:
-    logits, labels, weight, d_sums = kept
-    floats = weight if weight is not None and jnp.issubdtype(weight.dtype, jnp.floating) else None
+    floats = [x is not None and jnp.issubdtype(x.dtype, jnp.floating) for x in kept[:3]]
 
-    def gradient(logits: Array, weight_: Array | None, d_sums: tuple[Array, ...]) -> Array:
+    def gradient(inputs: list[Array], d_sums: tuple[Array, ...]) -> Array:
+        of_floats = iter(inputs)
+        logits, labels, weight = (
+            next(of_floats) if is_float else x for x, is_float in zip(kept, floats, strict=False)
+        )
+
         def sums(x: Array) -> tuple[Array, ...]:
-            w = weight if weight_ is None else weight_
-            return _with_gradient(text, _composite(text, x, labels, w))
+            return _with_gradient(text, _composite(text, x, labels, weight))
 
         return typing.cast(Array, jax.vjp(sums, logits)[1](d_sums)[0])
 
-    d_logits, d_weight, d_d_sums = jax.vjp(gradient, logits, floats, d_sums)[1](dd)
-    return d_logits, None, d_weight, d_d_sums
+    inputs = [x for x, is_float in zip(kept, floats, strict=False) if is_float]
+    found, d_d_sums = jax.vjp(gradient, inputs, kept[3])[1](dd)
+    of_floats = iter(found)
+    return *(next(of_floats) if is_float else None for is_float in floats), d_d_sums
 
 
 _gradient.defvjp(_gradient_forward, _gradient_backward)
@@ -311,7 +319,7 @@ def dice_sums(
     if labels.ndim == logits.ndim and labels.shape[axis] == 1 != logits.shape[axis]:
         labels = labels.squeeze(axis)
     weight = None if voxel_weight is None else jnp.asarray(voxel_weight)
-    if weight is not None and weight.ndim == logits.ndim:
+    if weight is not None and weight.ndim == logits.ndim and weight.shape[axis] == 1:
         weight = weight.squeeze(axis)
     found = iter(_sums(text, logits, labels, weight))
     asked = _text.asked(text)

@@ -162,45 +162,77 @@ def _save(ctx: typing.Any, inputs: tuple[typing.Any, ...], output: typing.Any) -
         ctx.save_for_backward(logits, labels, weight, *others[0])
 
 
+def _cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The same numbers, but of no interest is how they came about: derivatives end here."""
+    if tensor is None or not tensor.is_floating_point():
+        return tensor
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
 def _gradients_of_sums(ctx: typing.Any, d_sums: list[torch.Tensor]) -> tuple[typing.Any, ...]:
     logits, labels, weight = ctx.saved_tensors
     needed = ctx.needs_input_grad
     gradients: list[torch.Tensor | None] = [None, None, None]
-    d = _with_gradient(d_sums, ctx.options)
-    if needed[0] and not ctx.overwrite:
-        gradients[0] = _gradient(logits, labels, weight, d, ctx.options)
+    if _text.counts(ctx.options):  # They have no gradient.
+        return *gradients, None, None
     # Few programs differentiate with respect to dense labels or weights.
-    others = {i: (logits, labels, weight)[i] for i in (1, 2) if needed[i]}
-    if others:
+    if needed[1] or needed[2]:
         again = torch.is_grad_enabled()  # whether somebody wants the next derivative, too
         with torch.enable_grad():
-            sums = _composite(logits, labels, weight, ctx.options)
+            inputs = [_cut(t) for t in (logits, labels, weight)]
+            sums = _composite(inputs[0], inputs[1], inputs[2], ctx.options)
+        places = [i for i in (1, 2) if needed[i]]
         pairs = [(s, d) for s, d in zip(sums, d_sums, strict=True) if s.requires_grad]
         outputs, given = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outputs, list(others.values()), given, create_graph=again)
-        for i, gradient in zip(others, found, strict=True):
+        sources = [inputs[i] for i in places]
+        found = torch.autograd.grad(outputs, sources, given, create_graph=again, allow_unused=True)
+        for i, gradient in zip(places, found, strict=True):
             gradients[i] = gradient
-    if needed[0] and ctx.overwrite:
-        gradients[0] = logits.detach()
-        _gradient_in_place(gradients[0], labels, weight, d, ctx.options)
+    if needed[0]:
+        d = _with_gradient(d_sums, ctx.options)
+        if ctx.overwrite:
+            gradients[0] = logits.detach()
+            _gradient_in_place(gradients[0], labels, weight, d, ctx.options)
+        else:
+            gradients[0] = _gradient(logits, labels, weight, d, ctx.options)
     return *gradients, None, None
 
 
 def _gradients_of_gradient(ctx: typing.Any, d_d_logits: torch.Tensor) -> tuple[typing.Any, ...]:
-    logits, labels, weight, *d_sums = ctx.saved_tensors
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs = [t if t is None else t.detach() for t in (logits, weight, *d_sums)]
-        sources = [t.requires_grad_() for t in inputs if t is not None and t.is_floating_point()]
-        x, w, *d = inputs
-        sums = _with_gradient(_composite(x, labels, w, ctx.options), ctx.options)
-        (d_logits,) = torch.autograd.grad(sums, x, d, create_graph=True)
-        found = iter(torch.autograd.grad(d_logits, sources, d_d_logits, allow_unused=True))
-    gradients = [next(found) if t is not None and t.is_floating_point() else None for t in inputs]
-    return gradients[0], None, gradients[1], gradients[2:], None
+        inputs = [_cut(t) for t in ctx.saved_tensors]
+        logits, labels, weight, *d = inputs
+        sums = _with_gradient(_composite(logits, labels, weight, ctx.options), ctx.options)
+        (d_logits,) = torch.autograd.grad(sums, logits, d, create_graph=True)
+    places = [i for i, t in enumerate(inputs) if t is not None and t.is_floating_point()]
+    sources = [inputs[i] for i in places]
+    found = torch.autograd.grad(
+        d_logits, sources, d_d_logits, create_graph=again, allow_unused=True
+    )
+    gradients: list[torch.Tensor | None] = [None] * len(inputs)
+    for i, gradient in zip(places, found, strict=True):
+        gradients[i] = gradient
+    return *gradients[:3], gradients[3:], None
 
 
 _sums.register_autograd(_gradients_of_sums, setup_context=_save)
 _gradient.register_autograd(_gradients_of_gradient, setup_context=_save)
+
+
+# Adds a tensor over all processes. The derivatives are added as well, so that loss and gradients
+# are those of one process.
+@torch.library.custom_op(
+    "dice_op::over_processes", mutates_args=(), schema="(Tensor part) -> Tensor"
+)
+def _over_processes(part: torch.Tensor) -> torch.Tensor:
+    total = part.clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
+_over_processes.register_fake(torch.empty_like)
+_over_processes.register_autograd(lambda ctx, d_total: _over_processes(d_total))
 
 
 # --- sums and losses ------------------------------------------------------------------------------
@@ -238,9 +270,11 @@ def dice_sums(
         sample NaN instead.
       TypeError: An argument has a wrong type.
     """
-    for name, tensor in (("logits", logits), ("labels", labels)):
-        if not isinstance(tensor, torch.Tensor):
+    given = {"logits": logits, "labels": labels, "voxel_weight": voxel_weight}
+    for name, tensor in given.items():
+        if not isinstance(tensor, torch.Tensor) and (tensor is not None or name != "voxel_weight"):
             raise TypeError(f"{name} is a {type(tensor).__name__}, but must be a torch.Tensor")
+    logits, labels, voxel_weight = map(_as_plain, (logits, labels, voxel_weight))
     if logits.dtype not in _DTYPES:
         raise TypeError(
             f"logits have dtype {logits.dtype}, but must be float16, bfloat16, float32 or float64"
@@ -258,6 +292,13 @@ def dice_sums(
     text, asked = _constants(tuple(options), tuple(values))
     sums = _sums(logits, labels, voxel_weight, text, overwrite_logits)
     return DiceSums(*(s if wanted else None for s, wanted in zip(sums, asked, strict=True)))
+
+
+def _as_plain(tensor: typing.Any) -> typing.Any:
+    """A tensor as torch.Tensor, from which other libraries derive, as MONAI its MetaTensor."""
+    if isinstance(tensor, torch.Tensor) and not torch.compiler.is_compiling():
+        return tensor.as_subclass(torch.Tensor)
+    return tensor
 
 
 @torch.compiler.assume_constant_result
@@ -306,18 +347,21 @@ class SumsLoss(_family.LogitsFirst, torch.nn.Module):
         distributed = torch.distributed
         if not distributed.is_available() or not distributed.is_initialized():
             return sums
-        from torch.distributed.nn.functional import all_reduce
-
-        return formulas.map_sums(all_reduce, sums)
+        parts = [s for s in sums if s is not None]
+        total = _over_processes(torch.cat([p.reshape(-1) for p in parts]))
+        totals = iter(total.split([p.numel() for p in parts]))
+        return formulas.map_sums(lambda s: next(totals).reshape(s.shape), sums)
 
     def forward(
         self, logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None = None
     ) -> torch.Tensor:
         sums = functools.partial(dice_sums, overwrite_logits=self.overwrite_logits)
-        return typing.cast(torch.Tensor, self.value(sums, logits, labels, weight))
+        given = map(_as_plain, (logits, labels, weight))
+        return typing.cast(torch.Tensor, self.value(sums, *given))
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
+        own = {"reduction": self.reduction, "overwrite_logits": self.overwrite_logits}
+        return ", ".join(f"{name}={value!r}" for name, value in {**self.options(), **own}.items())
 
 
 class OverlapLoss(_family.OverlapLoss, SumsLoss):

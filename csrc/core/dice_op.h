@@ -236,8 +236,8 @@ const char* Archs();
 //
 // Shapes and dtypes are those of the TensorFlow ops: a sum that the call does not ask for is [N, 0], and so is its
 // derivative. The attributes are all those of kOptions, as strings, bools, float64, and arrays of int64 or float32.
-// workspace: uint8 [bytes], see below. It is an output, so that the compiled program owns its memory even when the
-// program is replayed as a CUDA graph.
+// workspace: uint8 [bytes or more], see below. It is an output, so that the compiled program owns its memory even when
+// the program is replayed as a CUDA graph.
 namespace ffi {
 
 struct Handler {

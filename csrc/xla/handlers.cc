@@ -234,7 +234,10 @@ Error SumsOf(ContextOf<Platform> context, AnyBuffer logits, AnyBuffer labels, Re
   size_t bytes = 0;
   DICE_OP_RETURN_IF_ERROR(DiceSumsWorkspace(problem, Platform::kName, &bytes));
   const AnyBuffer workspace = **results.get<AnyBuffer>(kSumCount);
-  DICE_OP_RETURN_IF_ERROR(Expect("workspace", workspace, DType::kUint8, {static_cast<int64_t>(bytes)}));
+  if (DTypeOf(workspace) != DType::kUint8 || workspace.element_count() < bytes) {  // it may be another platform's
+    return InvalidArgument("workspace must be at least uint8[" + std::to_string(bytes) + "], but is " +
+                           Describe(workspace));
+  }
   return Platform::DiceSums(context, problem, sums, workspace.untyped_data());
 }
 

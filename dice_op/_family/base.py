@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable
 
 from dice_op import _checks, formulas
-from dice_op._arrays import Array, is_floating, namespace
+from dice_op._arrays import Array, cast, is_floating, namespace
 from dice_op._sums import DiceSums
 from dice_op._types import Activation, DataFormat, LabelSets, Reduction, Regions
 
@@ -59,11 +59,13 @@ class SumsLoss:
         `dice_op.dice_sums` says what such a voxel adds. A class that no voxel of a sample is known
         to belong to is absent from it, so that `absent="skip"` is often wanted as well.
       data_format: `"channels_last"` or `"channels_first"`. None means Keras' setting,
-        `keras.config.image_data_format()`, at the time when the loss is made.
+        `keras.config.image_data_format()`, at the time when the loss is made; in PyTorch channels
+        first, and in JAX channels last.
       reduction, name, dtype: They are those of every Keras loss. `dtype` is the type of the loss,
-        never that of the logits.
+        never that of the logits. PyTorch and JAX have `reduction` alone: `"mean"`, `"sum"` or
+        `"none"`.
 
-    Call:
+    Call, in Keras:
       y_true: Class indices `[N, spatial...]`, or labels of the shape of `y_pred`. With one class it
         is the mask, `[N, spatial...]` or `[N, spatial..., 1]`, of 0 and 1. `dice_op.dice_sums`
         lists the types.
@@ -225,13 +227,21 @@ class LogitsFirst(SumsLoss):
             return is_floating(labels) and per_class
 
         voxel_weight, of_samples = weight, None
-        if weight is not None and rank > 2 and math.prod(weight.shape) == weight.shape[0]:
-            voxel_weight, of_samples = None, weight.reshape(-1)
+        if weight is not None:
+            shape = tuple(getattr(weight, "shape", ()))
+            if shape[:1] != tuple(logits.shape[:1]):
+                raise ValueError(
+                    f"weight has shape {list(shape)}, but logits {list(logits.shape)}: it must be "
+                    "[N], a weight per sample, or [N, spatial...], a weight per voxel"
+                )
+            if math.prod(shape) == shape[0]:
+                voxel_weight, of_samples = None, weight.reshape(-1)
         options = self.options_of_sums(logits.shape[axis], are_soft)
         sums = dice_sums(logits, labels, voxel_weight=voxel_weight, **options)
         if of_samples is None or self.batch:
             losses = self.losses_of(sums, of_samples)
         else:
             losses = self.losses_of(sums)
+            of_samples = cast(of_samples, losses)
             losses = losses * (of_samples if len(losses.shape) == 1 else of_samples[:, None])
         return losses if self.reduction == "none" else getattr(losses, self.reduction)()

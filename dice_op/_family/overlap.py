@@ -56,7 +56,7 @@ class OverlapLoss(SumsLoss):
         the loss is 0.
       average: `"macro"` computes a loss per class, then their mean; `"weighted"` does the same, but
         weights each class by the number of its voxels in the labels (its T); `"micro"` adds the
-        sums of all classes, then computes one loss; `"none"` returns `[N, classes]`, which Keras'
+        sums of all classes, then computes one loss; `"none"` returns `[N, classes]`, which the
         reduction averages.
       absent: What a class contributes that is not among the labels of a sample (with `batch`, of
         the batch). `"keep"`: what the formula gives, which is near 1 once anything is predicted;

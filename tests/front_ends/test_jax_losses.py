@@ -85,7 +85,26 @@ def test_soft_labels_have_gradients():
     options = {"activation": "softmax", "soft_label": True, "cross_entropy": True}
     x, t = arrays(options, (2, 6, 5), "soft")
     t = t.astype(jnp.float64)
-    check_grads(lambda t: total(front_end.dice_sums(x, t, **options)), (t,), 1, modes=["rev"])
+
+    def function(x, t):
+        return total(front_end.dice_sums(x, t, **options))
+
+    # A small step, because min(p, t) has no derivative where p = t.
+    check_grads(function, (x, t), order=2, modes=["rev"], eps=1e-6)
+
+
+def test_scores_have_no_gradient():
+    x, y = arrays({}, (2, 6, 5))
+    scores = jax.grad(lambda x: total(front_end.dice_sums(x, y, activation="argmax")))(x)
+    assert not np.any(scores)
+
+
+def test_a_program_for_another_platform_than_the_default_has_room_enough(monkeypatch):
+    x, y = arrays({}, (2, 6, 5))
+    wanted = front_end.DiceLoss()(x, y)
+    sizes = core.ffi_workspace
+    monkeypatch.setattr(core, "ffi_workspace", lambda *a: sizes(*a) + 1000)
+    np.testing.assert_allclose(jax.jit(front_end.DiceLoss())(x, y), wanted, rtol=1e-12)
 
 
 def test_vmap_gives_what_a_loop_gives():
@@ -169,6 +188,8 @@ def test_errors_name_what_is_wrong():
         jax.block_until_ready(front_end.DiceLoss()(x, y.at[0, 1].set(7)))
     with pytest.raises(jax.errors.JaxRuntimeError, match="labels .* have shape"):
         jax.block_until_ready(front_end.DiceLoss()(x, y[:, :2]))
+    with pytest.raises(ValueError, match=r"weight has shape \[5\], but logits \[2, 4, 3\]"):
+        front_end.DiceLoss()(x, y, jnp.ones(5))
     with pytest.raises(TypeError, match="DiceLoss has no argument 'softmax'"):
         front_end.DiceLoss(softmax=True)
     with pytest.raises(ValueError, match="reduction is 'all', but must be one of 'mean'"):

@@ -125,15 +125,53 @@ def test_gradients_agree_with_numeric_ones_to_second_order(name):
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
-def test_soft_labels_have_gradients(activation):
+def test_soft_labels_have_gradients_to_second_order(activation):
     options = {"activation": activation, "soft_label": True, "cross_entropy": True}
     x, t = tensors(options, "float64", (2, 6, 5), "soft")
+    x, t = x.requires_grad_(), t.double().requires_grad_()
+
+    def function(x, t):
+        return total(front_end.dice_sums(x, t, data_format="channels_last", **options))
+
+    assert torch.autograd.gradcheck(function, (x, t))
+    assert torch.autograd.gradgradcheck(function, (x, t))
+
+
+def test_derivatives_end_at_what_the_loss_is_given():
+    """Labels, weights and logits may come from each other, as those of a teacher do."""
+    x, t = tensors({}, "float64", (2, 6, 5), "soft")
     t = t.double().requires_grad_()
 
     def function(t):
-        return total(front_end.dice_sums(x, t, data_format="channels_last", **options))
+        weight = t.sum(-1) + 1
+        sums = front_end.dice_sums(
+            3 * t, t * t, voxel_weight=weight, activation="sigmoid", data_format="channels_last"
+        )
+        return total(sums)
 
     assert torch.autograd.gradcheck(function, (t,))
+
+
+def test_third_derivatives_agree_with_numeric_ones():
+    x, y = tensors({}, "float64", (1, 4, 3))
+
+    def gradient(x):
+        sums = front_end.dice_sums(x, y, data_format="channels_last", squared_pred=True)
+        return torch.autograd.grad(total(sums), x, create_graph=True)[0]
+
+    assert torch.autograd.gradgradcheck(gradient, (x.requires_grad_(),))
+
+
+def test_scores_have_no_gradient():
+    x, y = tensors({}, "float32", (2, 6, 5))
+    weight = torch.ones(y.shape, requires_grad=True)
+    x.requires_grad_()
+    sums = front_end.dice_sums(
+        x, y, voxel_weight=weight, data_format="channels_last", activation="argmax"
+    )
+    assert sums.pred_sum.dtype == torch.float64
+    total(sums).backward()
+    assert x.grad is None and weight.grad is None
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -280,6 +318,27 @@ def test_a_network_trains_under_autocast():
     assert history[-1] < 0.7 * history[0]
 
 
+def test_tensors_of_monai_are_taken():
+    from monai.data import MetaTensor
+
+    x, y = volume("random")
+    logits, labels = torch.tensor(x).movedim(-1, 1), torch.tensor(y)
+    wanted = front_end.DiceCELoss()(logits, labels)
+    found = front_end.DiceCELoss()(
+        MetaTensor(logits), MetaTensor(labels), MetaTensor(torch.ones(3))
+    )
+    assert type(found) is torch.Tensor and torch.equal(found, wanted)
+
+
+def test_weights_per_sample_need_no_axis_of_voxels():
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    loss = front_end.DiceCELoss(reduction="none")
+    weight = torch.tensor([1, 100, 0.5, 2])
+    torch.testing.assert_close(loss(x, y, weight), weight * loss(x, y))
+    found = loss(x, y, weight.double())
+    assert found.dtype == torch.float32
+
+
 TRAIN = """
 import sys
 import numpy as np
@@ -302,8 +361,11 @@ if world > 1:
     model = torch.nn.parallel.DistributedDataParallel(model)
 optimizer = torch.optim.SGD(model.parameters(), 1.0)
 share = slice(rank * 4 // world, (rank + 1) * 4 // world)
+loss_function = torch.compile(
+    DiceCELoss(batch=True, ce_class_weight=[1, 2, 3]), fullgraph=True, backend="aot_eager"
+)
 for _ in range(3):
-    loss = DiceCELoss(batch=True, ce_class_weight=[1, 2, 3])(model(images[share]), labels[share])
+    loss = loss_function(model(images[share]), labels[share])
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -356,4 +418,4 @@ def test_a_loss_can_be_saved_and_copied(tmp_path):
     for other in (again, copy.deepcopy(loss)):
         assert type(other) is front_end.DiceCELoss
         assert other.options() == loss.options()
-    assert "focal_gamma=2.0" in repr(loss)
+    assert "focal_gamma=2.0" in repr(loss) and "reduction='mean'" in repr(loss)
