@@ -65,7 +65,7 @@ class SumsLoss:
         never that of the logits. PyTorch and JAX have `reduction` alone: `"mean"`, `"sum"` or
         `"none"`.
 
-    Call, in Keras:
+    Call:
       y_true: Class indices `[N, spatial...]`, or labels of the shape of `y_pred`. With one class it
         is the mask, `[N, spatial...]` or `[N, spatial..., 1]`, of 0 and 1. `dice_op.dice_sums`
         lists the types.
