@@ -13,6 +13,7 @@ import functools
 import typing
 
 import torch
+from torch import library
 
 from dice_op import _checks, _family, _text, composite, core, formulas
 from dice_op._sums import DiceSums
@@ -37,7 +38,7 @@ def _call(
         return function(*given, stream=torch.cuda.current_stream().cuda_stream)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "dice_op::sums",
     mutates_args=(),
     schema="(Tensor logits, Tensor labels, Tensor? weight, str options, bool overwrite)"
@@ -80,7 +81,7 @@ def _sums_fake(
     return [logits.new_empty(shape, dtype=dtype) for shape in shapes.values()]
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "dice_op::sums_gradient",
     mutates_args=(),
     schema="(Tensor logits, Tensor labels, Tensor? weight, Tensor[] d_sums, str options) -> Tensor",
@@ -116,7 +117,7 @@ def _write_gradient(
     _call(run, logits, labels, weight, *d_sums)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "dice_op::sums_gradient_",
     mutates_args=("logits",),
     schema="(Tensor(a!) logits, Tensor labels, Tensor? weight, Tensor[] d_sums, str options) -> ()",
@@ -222,9 +223,7 @@ _gradient.register_autograd(_gradients_of_gradient, setup_context=_save)
 
 # Adds a tensor over all processes. The derivatives are added as well, so that loss and gradients
 # are those of one process.
-@torch.library.custom_op(
-    "dice_op::over_processes", mutates_args=(), schema="(Tensor part) -> Tensor"
-)
+@library.custom_op("dice_op::over_processes", mutates_args=(), schema="(Tensor part) -> Tensor")
 def _over_processes(part: torch.Tensor) -> torch.Tensor:
     total = part.clone()
     torch.distributed.all_reduce(total)

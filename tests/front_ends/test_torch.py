@@ -25,6 +25,7 @@ from helpers.peers import (
 if HAS_PEERS:
     import torch
     from monai import losses as monai
+    from torch import library
 
     import dice_op.torch as front_end
 
@@ -180,10 +181,10 @@ def test_the_ops_pass_pytorchs_own_check(name):
     given = dict(OPTIONS[name])
     text = _text.written({**given, "data_format": "channels_last"})
     arguments = (x.requires_grad_(), y, torch.ones(y.shape), text, False)
-    torch.library.opcheck(torch.ops.dice_op.sums.default, arguments)
+    library.opcheck(torch.ops.dice_op.sums.default, arguments)
     sums = torch.ops.dice_op.sums(*arguments)
     d = [torch.ones_like(s) for s in front_end._with_gradient(sums, text)]
-    torch.library.opcheck(torch.ops.dice_op.sums_gradient.default, (x, y, arguments[2], d, text))
+    library.opcheck(torch.ops.dice_op.sums_gradient.default, (x, y, arguments[2], d, text))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
