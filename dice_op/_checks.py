@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from dice_op import core
+from dice_op._types import DataFormat
 
 # People pass these arguments because losses of other libraries have them. The advice says what to
 # do here.
@@ -206,6 +207,13 @@ def distance_matrix(dist_matrix: typing.Any) -> list[list[float]]:
         raise ValueError("dist_matrix holds only zeros, so that no error would count")
     rows: list[list[float]] = (distances / distances.max()).tolist()
     return rows
+
+
+def data_format(value: DataFormat | None, default: str) -> DataFormat:
+    """The layout that is asked for; None means the framework's own, `default`."""
+    value = typing.cast(DataFormat, default) if value is None else value
+    one_of("data_format", value, DataFormat)
+    return value
 
 
 def background(classes: int | None, include_background: bool) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import typing
+from collections.abc import Sequence
 
 from dice_op import _checks, core
+from dice_op._sums import DiceSums
 
 # The names of the options.
 _KNOWN = {"cross_entropy", *core.op_attributes()} - {"with_cross_entropy"}
@@ -64,6 +66,13 @@ def for_composite(text: str) -> dict[str, typing.Any]:
 def is_last(text: str) -> bool:
     """Whether the channels are the last axis."""
     return bool(attributes(text)["data_format"] == "channels_last")
+
+
+def shapes(text: str, logits: Sequence[int]) -> list[tuple[int, ...]]:
+    """Those of all the sums, from that of the logits. One that is not asked for has no classes."""
+    n, c = logits[0], logits[-1 if is_last(text) else 1]
+    of_all = {name: (n, c if name in asked(text) else 0) for name in DiceSums._fields}
+    return list({**of_all, "weight_sum": (n,)}.values())
 
 
 def counts(text: str) -> bool:

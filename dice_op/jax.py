@@ -43,13 +43,7 @@ def _results(text: str, logits: Array) -> list[jax.ShapeDtypeStruct]:
     """What the sums of these logits look like. A sum that is not asked for has no classes."""
     wide = jnp.float64 if _text.counts(text) else jnp.float32
     dtype = jnp.promote_types(logits.dtype, wide)
-    n, c = logits.shape[0], logits.shape[-1 if _text.is_last(text) else 1]
-    asked = _text.asked(text)
-    shapes: dict[str, tuple[int, ...]] = {
-        name: (n, c if name in asked else 0) for name in DiceSums._fields
-    }
-    shapes["weight_sum"] = (n,)
-    return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes.values()]
+    return [jax.ShapeDtypeStruct(shape, dtype) for shape in _text.shapes(text, logits.shape)]
 
 
 def _call_sums(text: str, logits: Array, labels: Array, *weight: Array) -> tuple[Array, ...]:

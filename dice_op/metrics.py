@@ -140,9 +140,7 @@ class OverlapScore(keras.metrics.Metric):
             )
         self.label_sets = _checks.label_set_dict(label_sets)
         _checks.regions_or_label_sets(self.regions, self.label_sets)
-        data_format = data_format or keras.config.image_data_format()
-        _checks.one_of("data_format", data_format, DataFormat)
-        self.data_format = data_format
+        self.data_format = _checks.data_format(data_format, keras.config.image_data_format())
         self._direction = "up"  # Keras' callbacks ask for this attribute.
         self._totals: list[keras.Variable] | None = None
 

@@ -55,30 +55,25 @@ def _sums(
         return core.sums(x, y, voxel_weight=w, **_text.read(options), **where)
 
     found = _call(run, logits, labels, weight)
-    outputs = _sums_fake(logits, labels, weight, options, overwrite)
+    outputs = _results(logits, options)
     for name, output in zip(DiceSums._fields, outputs, strict=True):
         if name in found:
             output.copy_(torch.as_tensor(found[name], device=output.device))
     return outputs
 
 
-@_sums.register_fake
-def _sums_fake(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    weight: torch.Tensor | None,
-    options: str,
-    overwrite: bool,
-) -> list[torch.Tensor]:
-    asked = _text.asked(options)
+def _results(logits: torch.Tensor, options: str) -> list[torch.Tensor]:
+    """Memory for all the sums."""
     wide = logits.dtype == torch.float64 or _text.counts(options)
-    n, c = logits.shape[0], logits.shape[-1 if _text.is_last(options) else 1]
-    shapes: dict[str, tuple[int, ...]] = {
-        name: (n, c if name in asked else 0) for name in DiceSums._fields
-    }
-    shapes["weight_sum"] = (n,)
     dtype = torch.float64 if wide else torch.float32
-    return [logits.new_empty(shape, dtype=dtype) for shape in shapes.values()]
+    return [logits.new_empty(shape, dtype=dtype) for shape in _text.shapes(options, logits.shape)]
+
+
+@_sums.register_fake
+def _(
+    logits: torch.Tensor, labels: typing.Any, weight: typing.Any, options: str, *_: typing.Any
+) -> list[torch.Tensor]:
+    return _results(logits, options)
 
 
 @library.custom_op(

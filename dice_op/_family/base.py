@@ -124,10 +124,7 @@ class SumsLoss:
             )
         self.label_sets = _checks.label_set_dict(label_sets)
         _checks.regions_or_label_sets(self.regions, self.label_sets)
-        if data_format is None:
-            data_format = self.default_data_format()
-        _checks.one_of("data_format", data_format, DataFormat)
-        self.data_format: DataFormat = data_format
+        self.data_format = _checks.data_format(data_format, self.default_data_format())
 
     def from_sums(self, sums: DiceSums) -> Array:
         """The loss of each sample, `[N]` or `[N, classes]`, from a `DiceSums`.
