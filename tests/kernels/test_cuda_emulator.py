@@ -250,8 +250,8 @@ KERNEL_BUGS = {
     ),
     "soft labels: the derivative of the product": (
         "../core/voxel.h",
-        "if (terms.soft) return cardinality",
-        "if (false) return cardinality",
+        "if (terms.soft) return linear",
+        "if (false) return linear",
         "plain",
     ),
     "label sets: unknown classes count": (
