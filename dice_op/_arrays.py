@@ -12,7 +12,13 @@ import sys
 import types
 import typing
 
+from dice_op._types import DataFormat
+
 Array: typing.TypeAlias = typing.Any
+
+
+def channel_axis(data_format: DataFormat) -> int:
+    return -1 if data_format == "channels_last" else 1
 
 
 def library_of(array: Array) -> str:

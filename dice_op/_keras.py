@@ -1,4 +1,4 @@
-"""Refuses a Keras that the losses and metrics cannot work with, and says what to do instead."""
+"""Refuses Keras 2, which the losses and metrics cannot work with, and says what to do instead."""
 
 from __future__ import annotations
 
@@ -6,27 +6,20 @@ import os
 import sys
 import types
 
-import keras
-
 _OWN_LOOP = "In a loop of your own, dice_op.dice_sums and dice_op.formulas work with any model"
 
 
-def require_keras_3_on_tensorflow() -> None:
-    """Refuses to import losses and metrics where they could not be used.
+def require_keras_3() -> None:
+    """Refuses to import losses and metrics where `tf.keras` is Keras 2.
 
     Raises:
-      ImportError: `tf.keras` is Keras 2, or Keras runs on another backend than TensorFlow.
+      ImportError: `TF_USE_LEGACY_KERAS` is set.
     """
     if os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true"):
         raise ImportError(
             "dice_op's losses and metrics are for Keras 3, but TF_USE_LEGACY_KERAS is set, which "
             "makes tf.keras the older tf_keras (Keras 2): unset it before importing tensorflow. "
             f"{_OWN_LOOP}"
-        )
-    if keras.backend.backend() != "tensorflow":
-        raise ImportError(
-            "dice_op.losses needs Keras on TensorFlow, but its backend is "
-            f"{keras.backend.backend()}: set KERAS_BACKEND=tensorflow before importing keras"
         )
 
 

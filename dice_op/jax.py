@@ -25,6 +25,11 @@ from dice_op._types import DataFormat
 
 Array: typing.TypeAlias = jax.Array
 
+if not hasattr(core, "ffi_targets"):
+    raise ImportError(
+        "this build of dice_op does not serve JAX, because it was made without XLA's header: "
+        "install jaxlib and build again, or build without --no-build-isolation"
+    )
 for _platform, _handlers in core.ffi_targets().items():
     for _name, _handler in _handlers.items():
         jax.ffi.register_ffi_target(_name, _handler, platform=_platform)
@@ -42,7 +47,7 @@ def _attributes(text: str) -> dict[str, typing.Any]:
 def _results(text: str, logits: Array) -> list[jax.ShapeDtypeStruct]:
     """What the sums of these logits look like. A sum that is not asked for has no classes."""
     wide = jnp.float64 if _text.counts(text) else jnp.float32
-    dtype = jnp.promote_types(logits.dtype, wide)
+    dtype = jax.dtypes.canonicalize_dtype(jnp.promote_types(logits.dtype, wide))
     return [jax.ShapeDtypeStruct(shape, dtype) for shape in _text.shapes(text, logits.shape)]
 
 
@@ -295,20 +300,31 @@ def dice_sums(
         or soft labels of the shape of `logits`.
       voxel_weight: `[N, spatial...]`. A voxel of weight 0 does not count, whatever its logits are.
       data_format: `"channels_last"` or `"channels_first"`.
-      **options: The other arguments of `dice_op.dice_sums`, with the same meaning. Scores
-        (`"argmax"`, `"threshold"`) are float64, which needs `jax_enable_x64`.
+      **options: The other arguments of `dice_op.dice_sums`, with the same meaning. The counts of
+        scores (`"argmax"`, `"threshold"`) are float64 with `jax_enable_x64`, and are rounded to
+        float32 without it.
 
     Returns:
       A `DiceSums` of arrays. Those that are not asked for are None.
 
     Raises:
-      jax.errors.JaxRuntimeError: The shapes do not fit, a label is not a class, or a prediction is
-        not a probability although `activation` is `"none"`. On a GPU such a value makes the sums of
-        its sample NaN instead.
-      ValueError: An option has a wrong value.
+      ValueError: The shapes do not fit, or an option has a wrong value.
+      jax.errors.JaxRuntimeError: A label is not a class, or a prediction is not a probability
+        although `activation` is `"none"`. On a GPU such a value makes the sums of its sample NaN
+        instead.
     """
     text = _text.written({"data_format": data_format, **options})
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    # The handlers check this as well, but a trace of the program says where it was written.
+    known = [[s if isinstance(s, int) else None for s in a.shape] for a in (logits, labels)]
+    core.label_kind(
+        known[0],
+        known[1],
+        labels.dtype.name,
+        data_format=data_format,
+        ignore_label=options.get("ignore_label"),
+        regions=options.get("regions"),
+    )
     axis = -1 if data_format == "channels_last" else 1
     if labels.ndim == logits.ndim and labels.shape[axis] == 1 != logits.shape[axis]:
         labels = labels.squeeze(axis)

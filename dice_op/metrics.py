@@ -6,13 +6,14 @@ import typing
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 # Importing the losses checks Keras, and lets it load them with a model that has both.
 from dice_op import _checks, _inputs, _keras, formulas, losses  # noqa: F401
+from dice_op._arrays import Array
+from dice_op._backends import backend
 from dice_op._sums import DiceSums
 from dice_op._types import Average, DataFormat, LabelSets, Prediction, Regions, TensorLike
-from dice_op.ops import dense_tensor, dice_sums
 
 if typing.TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -36,6 +37,38 @@ class ScoreOptions(typing.TypedDict, total=False):
     label_sets: LabelSets | None
     data_format: DataFormat | None
     dtype: str | keras.DTypePolicy | None
+
+
+class _Total:
+    """A sum over batches, `[size]`: in float64, or where there is none, to twice the precision of
+    float32.
+
+    A data set may have more voxels than a float32 can count.
+    """
+
+    def __init__(self, metric: keras.metrics.Metric, name: str, size: int) -> None:
+        def variable(name: str, dtype: str) -> keras.Variable:
+            return metric.add_variable((size,), "zeros", dtype=dtype, name=name)
+
+        self._rest = None  # what the rounding of the sum has lost
+        if backend.has_float64():
+            self._sum = variable(name, "float64")
+        else:
+            self._sum, self._rest = variable(name, "float32"), variable(f"{name}_rest", "float32")
+
+    def add(self, values: Array) -> None:
+        if self._rest is None:
+            self._sum.assign_add(values)
+            return
+        before = ops.convert_to_tensor(self._sum)
+        total = before + values
+        added = total - before  # Knuth's sum of two numbers, which has no error
+        self._rest.assign_add((before - (total - added)) + (values - added))
+        self._sum.assign(total)
+
+    def value(self) -> Array:
+        total = ops.convert_to_tensor(self._sum)
+        return total if self._rest is None else total + ops.convert_to_tensor(self._rest)
 
 
 class OverlapScore(keras.metrics.Metric):
@@ -142,15 +175,15 @@ class OverlapScore(keras.metrics.Metric):
         _checks.regions_or_label_sets(self.regions, self.label_sets)
         self.data_format = _checks.data_format(data_format, keras.config.image_data_format())
         self._direction = "up"  # Keras' callbacks ask for this attribute.
-        self._totals: list[keras.Variable] | None = None
+        self._totals: list[_Total] | None = None
 
     _needs_weight_sum = False  # whether `score` asks for `weight_sum`
 
-    def score(self, sums: DiceSums) -> tf.Tensor:
+    def score(self, sums: DiceSums) -> Array:
         """The score of each sample and class, `[N, C]`, from the counts."""
         raise NotImplementedError
 
-    def _make_totals(self, classes: int | None) -> list[keras.Variable]:
+    def _make_totals(self, classes: int | None) -> list[_Total]:
         if classes is None:
             raise ValueError(
                 "y_pred has an unknown number of classes: give the model's last layer a fixed one"
@@ -171,32 +204,30 @@ class OverlapScore(keras.metrics.Metric):
                 shapes["m"] = 1
                 if self.label_sets:
                     shapes["u"] = shapes["t"]
-        return [
-            self.add_variable((shape,), "zeros", dtype="float64", name=name)
-            for name, shape in shapes.items()
-        ]
+        return [_Total(self, name, size) for name, size in shapes.items()]
 
     def update_state(
         self, y_true: TensorLike, y_pred: TensorLike, sample_weight: TensorLike | None = None
     ) -> None:
         """Adds a batch."""
         _keras.refuse_call_from_tf_keras()
-        y_true, y_pred = dense_tensor("y_true", y_true), dense_tensor("y_pred", y_pred)
+        mask, share = _inputs.keras_mask(y_pred), None
+        y_true = backend.dense_tensor("y_true", y_true)
+        y_pred = backend.dense_tensor("y_pred", y_pred)
         if self._totals is None:
-            self._totals = self._make_totals(y_pred.shape[_inputs.channel_axis(self.data_format)])
+            self._totals = self._make_totals(_inputs.classes_of(y_pred, self.data_format))
         if self.from_logits and self.prediction == "threshold":
             _inputs.check_not_activated(y_pred, "sigmoid", instead="from_logits=False")
         voxel_weight, sample_weight = _inputs.split_weights(sample_weight, y_pred, self.data_format)
         _inputs.check_shapes(
             y_true, y_pred, self.data_format, each_sample_counts=self.over == "samples"
         )
-        mask, share = _inputs.keras_mask(y_pred), None
         if mask is not None:
             voxel_weight, share = _inputs.apply_mask(mask, voxel_weight, y_pred, self.data_format)
         threshold = self.threshold
         if self.from_logits:
             threshold = float(np.log(threshold) - np.log1p(-threshold))
-        sums = dice_sums(
+        sums = backend.dice_sums(
             y_true,
             y_pred,
             activation=self.prediction,
@@ -211,60 +242,58 @@ class OverlapScore(keras.metrics.Metric):
             sums = formulas.select_classes(sums, 1)
         if self.average == "micro":
             sums = formulas.over_classes(sums)
-        weight = tf.ones_like(sums.weight_sum)
-        if sample_weight is not None:
-            weight *= tf.cast(sample_weight, tf.float64)
-        if share is not None:
-            weight *= tf.cast(share > 0, tf.float64)
+        weight = ops.ones_like(sums.weight_sum)
+        for factor in (sample_weight, None if share is None else share > 0):
+            if factor is not None:
+                weight *= ops.cast(factor, weight.dtype)
         if self.over == "samples":
             scores, counted = self._averaged(self.score(sums), sums)
-            weight = weight[:, tf.newaxis] * tf.cast(counted, tf.float64)
+            weight = weight[:, None] * ops.cast(counted, weight.dtype)
             added = [scores * weight, weight]
         else:
             sums = formulas.weighted(sums, weight)
             added = [sums.intersection, sums.pred_sum, sums.label_sum]
             if self._needs_weight_sum:
-                added.append(sums.weight_sum[:, tf.newaxis])
+                added.append(sums.weight_sum[:, None])
                 if self.label_sets:
                     added.append(sums.unknown_sum)
         for total, values in zip(self._totals, added, strict=True):
-            total.assign_add(tf.reduce_sum(values, 0))
+            total.add(ops.sum(values, 0))
 
-    def _counted(self, sums: DiceSums) -> tf.Tensor:
+    def _counted(self, sums: DiceSums) -> Array:
         """Whether each sample and class counts, `[N, C]`."""
         if self.absent == "keep":
-            return tf.ones_like(sums.label_sum, tf.bool)
+            return ops.ones_like(sums.label_sum, "bool")
         labelled = sums.label_sum > 0
-        return labelled if self.absent == "skip" else tf.logical_or(labelled, sums.pred_sum > 0)
+        return labelled if self.absent == "skip" else ops.logical_or(labelled, sums.pred_sum > 0)
 
-    def _averaged(self, scores: tf.Tensor, sums: DiceSums) -> tuple[tf.Tensor, tf.Tensor]:
+    def _averaged(self, scores: Array, sums: DiceSums) -> tuple[Array, Array]:
         """The scores and whether they count, `[N, C]`; `[N, 1]` for `average="weighted"`."""
         if self.average != "weighted":
             return scores, self._counted(sums)
-        mean = formulas.mean_by_support(scores, sums)[:, tf.newaxis]
-        return mean, tf.reduce_any(sums.label_sum > 0, 1, keepdims=True)
+        mean = formulas.mean_by_support(scores, sums)[:, None]
+        return mean, ops.any(sums.label_sum > 0, 1, keepdims=True)
 
-    def result(self) -> tf.Tensor:
+    def result(self) -> Array:
         """The score: a scalar, or `[classes]` for `average="none"`."""
         if self._totals is None:
-            return tf.constant(np.nan, self.dtype)
-        totals = [tf.convert_to_tensor(t) for t in self._totals]
+            return ops.cast(np.nan, self.dtype)
+        totals = [total.value() for total in self._totals]
         if self.over == "samples":
             scores, weights = totals
             counted = weights > 0
-            scores = tf.math.divide_no_nan(scores, weights)
+            scores = ops.divide_no_nan(scores, weights)
         else:
             names = ["intersection", "pred_sum", "label_sum", "weight_sum", "unknown_sum"]
-            known = dict(zip(names, (total[tf.newaxis] for total in totals), strict=False))
+            known = dict(zip(names, (total[None] for total in totals), strict=False))
             if self._needs_weight_sum:
                 known["weight_sum"] = totals[3]
             sums = DiceSums(**dict.fromkeys(DiceSums._fields) | known)
             scores, counted = (v[0] for v in self._averaged(self.score(sums), sums))
         if self.average == "none":
-            nan = tf.constant(np.nan, scores.dtype)
-            return tf.cast(tf.where(counted, scores, nan), self.dtype)
-        mean = formulas.mean_over_classes(scores[tf.newaxis], counted=counted[tf.newaxis])[0]
-        return tf.cast(tf.where(tf.reduce_any(counted), mean, np.nan), self.dtype)
+            return ops.cast(ops.where(counted, scores, np.nan), self.dtype)
+        mean = formulas.mean_over_classes(scores[None], counted=counted[None])[0]
+        return ops.cast(ops.where(ops.any(counted), mean, np.nan), self.dtype)
 
     def get_config(self) -> dict[str, typing.Any]:
         return {**super().get_config(), **{n: getattr(self, n) for n in self._arguments}}
@@ -280,7 +309,7 @@ class DiceScore(OverlapScore):
     def __init__(self, *, name: str | None = "dice_score", **options: Unpack[ScoreOptions]) -> None:
         super().__init__(name=name, **options)
 
-    def score(self, sums: DiceSums) -> tf.Tensor:
+    def score(self, sums: DiceSums) -> Array:
         return formulas.dice(sums)
 
 
@@ -296,7 +325,7 @@ class JaccardScore(OverlapScore):
     ) -> None:
         super().__init__(name=name, **options)
 
-    def score(self, sums: DiceSums) -> tf.Tensor:
+    def score(self, sums: DiceSums) -> Array:
         return formulas.jaccard(sums)
 
 
@@ -326,7 +355,7 @@ class TverskyScore(OverlapScore):
         if self.alpha == self.beta == 0:
             raise ValueError("alpha and beta are both 0, so that no error would count")
 
-    def score(self, sums: DiceSums) -> tf.Tensor:
+    def score(self, sums: DiceSums) -> Array:
         return formulas.tversky(sums, alpha=self.alpha, beta=self.beta)
 
 
@@ -343,7 +372,7 @@ class Sensitivity(OverlapScore):
     ) -> None:
         super().__init__(name=name, **options)
 
-    def score(self, sums: DiceSums) -> tf.Tensor:
+    def score(self, sums: DiceSums) -> Array:
         return formulas.sensitivity(sums)
 
 
@@ -358,7 +387,7 @@ class Precision(OverlapScore):
     def __init__(self, *, name: str | None = "precision", **options: Unpack[ScoreOptions]) -> None:
         super().__init__(name=name, **options)
 
-    def score(self, sums: DiceSums) -> tf.Tensor:
+    def score(self, sums: DiceSums) -> Array:
         return formulas.precision(sums)
 
 
@@ -376,7 +405,7 @@ class Specificity(OverlapScore):
     ) -> None:
         super().__init__(name=name, **options)
 
-    def score(self, sums: DiceSums) -> tf.Tensor:
+    def score(self, sums: DiceSums) -> Array:
         return formulas.specificity(sums)
 
 
@@ -392,5 +421,5 @@ class Matthews(OverlapScore):
     def __init__(self, *, name: str | None = "matthews", **options: Unpack[ScoreOptions]) -> None:
         super().__init__(name=name, **options)
 
-    def score(self, sums: DiceSums) -> tf.Tensor:
+    def score(self, sums: DiceSums) -> Array:
         return formulas.matthews(sums)

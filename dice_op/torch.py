@@ -245,7 +245,7 @@ def dice_sums(
 
     Args:
       logits: `[N, C, spatial...]`, or channels last, as float16, bfloat16, float32 or float64. A
-        tensor whose memory has the channels last (`torch.channels_last_3d`) is read as it is.
+        tensor whose memory has the other layout (`torch.channels_last_3d`) is read as it is.
       labels: Class indices `[N, spatial...]` or `[N, 1, spatial...]`, or one-hot or soft labels of
         the shape of `logits`.
       voxel_weight: `[N, spatial...]`. A voxel of weight 0 does not count, whatever its logits are.
@@ -273,14 +273,17 @@ def dice_sums(
         raise TypeError(
             f"logits have dtype {logits.dtype}, but must be float16, bfloat16, float32 or float64"
         )
-    if data_format == "channels_first" and logits.ndim > 2 and not logits.is_contiguous():
-        last = logits.movedim(1, -1)
-        if last.is_contiguous():
-            one_value = labels.ndim == logits.ndim - 1
-            labels = labels if one_value else labels.movedim(1, -1)
+    if logits.ndim > 2 and not logits.is_contiguous():
+        # The memory may be that of the other layout, which the kernels take as well.
+        here, there = (1, -1) if data_format == "channels_first" else (-1, 1)
+        moved = logits.movedim(here, there)
+        if moved.is_contiguous():
+            if labels.ndim == logits.ndim:
+                labels = labels.movedim(here, there)
             if voxel_weight is not None and voxel_weight.ndim == logits.ndim:
-                voxel_weight = voxel_weight.movedim(1, -1)
-            logits, data_format = last, "channels_last"
+                voxel_weight = voxel_weight.movedim(here, there)
+            logits = moved
+            data_format = "channels_last" if here == 1 else "channels_first"
     options["data_format"] = data_format
     values = (tuple(v.items()) if isinstance(v, dict) else v for v in options.values())
     text, asked = _constants(tuple(options), tuple(values))
@@ -307,6 +310,18 @@ def _constants(names: tuple[str, ...], values: tuple[typing.Any, ...]) -> tuple[
         options["label_sets"] = dict(options["label_sets"])
     text = _text.written(options)
     return text, [name in _text.asked(text) for name in DiceSums._fields]
+
+
+def over_processes(sums: DiceSums) -> DiceSums:
+    """The sums over all processes of `torch.distributed`, where it is used. This is
+    differentiable."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return sums
+    parts = [s for s in sums if s is not None]
+    total = _over_processes(torch.cat([p.reshape(-1) for p in parts]))
+    totals = iter(total.split([p.numel() for p in parts]))
+    return formulas.map_sums(lambda s: next(totals).reshape(s.shape), sums)
 
 
 class SumsLoss(_family.LogitsFirst, torch.nn.Module):
@@ -338,13 +353,7 @@ class SumsLoss(_family.LogitsFirst, torch.nn.Module):
         return "channels_first"
 
     def over_replicas(self, sums: DiceSums) -> DiceSums:
-        distributed = torch.distributed
-        if not distributed.is_available() or not distributed.is_initialized():
-            return sums
-        parts = [s for s in sums if s is not None]
-        total = _over_processes(torch.cat([p.reshape(-1) for p in parts]))
-        totals = iter(total.split([p.numel() for p in parts]))
-        return formulas.map_sums(lambda s: next(totals).reshape(s.shape), sums)
+        return over_processes(sums)
 
     def forward(
         self, logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None = None

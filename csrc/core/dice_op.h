@@ -37,11 +37,12 @@ using Dims = std::vector<int64_t>;  // -1: not known yet
 // One call. Only `MakeProblem` (problem.h) makes it, and only that function decides which calls are legal.
 struct Problem {
   Options options;
-  Dims logits_dims;           // [N, spatial..., C], or [N, C, spatial...] if channels first
-  int64_t batch = 0;          // N
-  int64_t voxels = 0;         // V
-  int64_t classes = 0;        // C
-  bool dense_labels = false;  // the labels hold t itself, one value per class
+  Dims logits_dims;            // [N, spatial..., C], or [N, C, spatial...] if channels first
+  int64_t batch = 0;           // N
+  int64_t voxels = 0;          // V
+  int64_t classes = 0;         // C
+  bool dense_labels = false;   // the labels hold t itself, one value per class
+  bool single_counts = false;  // the caller wants counts as floats
   DType logits_dtype = DType::kFloat;
   DType labels_dtype = DType::kUint8;
   DType weight_dtype = DType::kFloat;
@@ -94,8 +95,11 @@ struct Problem {
   bool in_double() const {
     return logits_dtype == DType::kDouble || (hard() && voxel_weight && weight_dtype >= DType::kInt32);
   }
-  // The dtype of the sums. It is the one of the arithmetic, but counts are doubles, which hold every count exactly.
-  DType sums_dtype() const { return hard() || logits_dtype == DType::kDouble ? DType::kDouble : DType::kFloat; }
+  // The dtype of the sums. It is the one of the arithmetic, but counts are doubles, which hold every count exactly,
+  // unless the caller has none.
+  DType sums_dtype() const {
+    return logits_dtype == DType::kDouble || (hard() && !single_counts) ? DType::kDouble : DType::kFloat;
+  }
   // Whether the call asks for this sum.
   bool Has(Sum sum) const {
     switch (sum) {

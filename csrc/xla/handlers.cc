@@ -225,6 +225,8 @@ Error SumsOf(ContextOf<Platform> context, AnyBuffer logits, AnyBuffer labels, Re
   if (results.size() != kSumCount + 1) {
     return InvalidArgument("there must be " + std::to_string(kSumCount + 1) + " results");
   }
+  // JAX has doubles only where it is told to have them.
+  problem.single_counts = DTypeOf(**results.get<AnyBuffer>(0)) == DType::kFloat;
   Sums sums;
   for (const SumInfo& info : kSums) {
     const AnyBuffer result = **results.get<AnyBuffer>(static_cast<size_t>(info.sum));

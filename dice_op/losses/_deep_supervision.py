@@ -7,12 +7,13 @@ import typing
 from collections.abc import Sequence
 
 import keras
-import tensorflow as tf
+from keras import ops
 
 from dice_op import _checks, _inputs
+from dice_op._arrays import Array, channel_axis, known_shape
+from dice_op._backends import backend
 from dice_op._types import TensorLike
 from dice_op.losses._base import SumsLoss
-from dice_op.ops import dense_tensor
 
 _Scheme = typing.Literal["nnunet"]
 
@@ -40,37 +41,23 @@ class DownsampledLabels(keras.losses.Loss):
 
     def __call__(
         self, y_true: TensorLike, y_pred: TensorLike, sample_weight: TensorLike | None = None
-    ) -> tf.Tensor:
-        y_pred = dense_tensor("y_pred", y_pred)
+    ) -> Array:
+        mask = _inputs.keras_mask(y_pred)
+        y_pred = backend.dense_tensor("y_pred", y_pred)
+        y_true = backend.dense_tensor("y_true", y_true)
         data_format = self.loss.data_format
-        first = _inputs.first_spatial_axis(data_format)
-        rank = y_pred.shape.rank
-        size = rank and tf.shape(y_pred)[first : first + rank - 2]
-
-        def resampled(name: str, volume: tf.Tensor) -> tf.Tensor:
-            if rank is None or volume.shape.rank not in (rank - 1, rank):
-                raise ValueError(
-                    f"{name} has shape {volume.shape}, and y_pred {y_pred.shape}: {name} must have "
-                    "the axes [N, spatial...], or those of y_pred; where they are not known, "
-                    "tf.ensure_shape tells them"
-                )
-            return _nearest(name, volume, size, first if volume.shape.rank == rank else 1)
-
-        y_true = dense_tensor("y_true", y_true)
-        full = tf.shape(y_true)
-        if y_true.shape.rank == rank:  # There is an axis of channels.
-            full = _inputs.voxel_shape(y_true, data_format)
-        labels = resampled("y_true", y_true)
+        predicted, given = known_shape(y_pred), known_shape(y_true)
+        full = None if given is None else list(ops.shape(y_true))  # [N, spatial...] of the labels
+        if full and predicted and len(full) == len(predicted):
+            del full[channel_axis(data_format)]
         voxel_weight, weight = _inputs.split_weights(sample_weight, y_pred, data_format, full)
+        labels = _inputs.resampled("y_true", y_true, y_pred, data_format)
         if voxel_weight is not None:
-            if voxel_weight.shape.rank is None:
-                voxel_weight = tf.reshape(voxel_weight, full)
-                voxel_weight.set_shape([None] * (rank - 1))
-            voxel_weight = resampled("sample_weight", voxel_weight)
+            voxel_weight = _inputs.resampled("sample_weight", voxel_weight, y_pred, data_format)
         if voxel_weight is None or weight is None:
             return self.loss(labels, y_pred, weight if voxel_weight is None else voxel_weight)
         # Keras' `sample_weight` is one tensor. These two stand for weights of an unknown kind.
-        return self.loss._call_with_weights(labels, y_pred, voxel_weight, weight)
+        return self.loss._call_with_weights(labels, y_pred, voxel_weight, weight, mask)
 
     def get_config(self) -> dict[str, typing.Any]:
         return {"loss": keras.losses.serialize(self.loss), "name": self.name}
@@ -78,20 +65,6 @@ class DownsampledLabels(keras.losses.Loss):
     @classmethod
     def from_config(cls, config: dict[str, typing.Any]) -> DownsampledLabels:
         return cls(keras.losses.deserialize(config["loss"]), name=config["name"])
-
-
-def _nearest(name: str, volume: tf.Tensor, size: tf.Tensor, first: int) -> tf.Tensor:
-    """The values of `volume` at the centres of `size` voxels along the axes from `first` on."""
-    for axis in range(size.shape[0]):
-        old, new = tf.shape(volume)[first + axis], size[axis]
-        too_small = f"{name} is smaller than y_pred: give labels of the finest resolution"
-        known = tf.get_static_value(new), volume.shape[first + axis]
-        if None not in known and known[0] > known[1]:
-            raise ValueError(f"{too_small}; their sizes are {known[1]} and {known[0]}")
-        with tf.control_dependencies([tf.debugging.assert_less_equal(new, old, too_small)]):
-            centre = ((2 * tf.range(new) + 1) * old) // (2 * new)
-        volume = tf.gather(volume, centre, axis=first + axis)
-    return volume
 
 
 def deep_supervision(

@@ -68,6 +68,25 @@ def test_jax_gives_the_same_bits_as_numpy(name):
             assert found is None
 
 
+@pytest.mark.parametrize("x64", [False, True])
+def test_counts_are_as_exact_as_jax_has_numbers(x64):
+    """Ten million voxels and one more, which a float32 would still count, with a weight of three
+    halves each, so that it does not."""
+    y = np.zeros((1, 10_000_001), np.uint8)
+    x = np.zeros((*y.shape, 2), np.float32)
+    weight = np.full(y.shape, 1.5, np.float32)
+    with jax.enable_x64(x64):
+        sums = front_end.dice_sums(x, y, voxel_weight=weight, activation="argmax")
+        assert sums.intersection.dtype == (jnp.float64 if x64 else jnp.float32)
+        exact = 1.5 * y.size
+        assert sums.intersection[0, 0] == (exact if x64 else np.float32(exact))
+
+
+def test_shapes_that_do_not_fit_are_an_error_while_tracing():
+    with pytest.raises(ValueError, match="they fit data_format='channels_first'"):
+        jax.eval_shape(front_end.dice_sums, jnp.zeros((2, 3, 6, 5)), jnp.zeros((2, 6, 5), int))
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_gradients_agree_with_numeric_ones_to_second_order(name):
     """Also with respect to the weights of the voxels."""

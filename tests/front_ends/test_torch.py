@@ -99,11 +99,26 @@ def test_pytorch_gives_the_same_bits_as_numpy(name, dtype, data_format):
     assert np.any(gradient.astype(np.float64))
 
 
-def test_channels_first_are_read_as_they_are():
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
+def test_memory_of_the_other_layout_is_read_as_it_is(data_format, dense, monkeypatch):
+    """Also that of labels and weights, which have the logits' layout."""
     x, y = tensors({}, "float32", (2, 4 * 5 * 6, 3))
-    first = front_end.dice_sums(x.movedim(-1, 1).contiguous(), y)
-    last = front_end.dice_sums(x, y, data_format="channels_last")
-    for a, b in zip(first, last, strict=True):
+    labels = torch.nn.functional.one_hot(y.long(), 3).float() if dense else y
+    weight = torch.rand(2, 4 * 5 * 6, 1)
+    one = front_end.dice_sums(x, labels, voxel_weight=weight, data_format="channels_last")
+    there = x.movedim(-1, 1)  # channels first, in memory that has them last
+    if data_format == "channels_last":
+        there = there.contiguous().movedim(1, -1)
+    elif dense:
+        labels = labels.movedim(-1, 1)
+    weight = weight if data_format == "channels_last" else weight.movedim(-1, 1)
+    read = []
+    kernels = core.sums
+    monkeypatch.setattr(core, "sums", lambda x, *a, **o: read.append(x) or kernels(x, *a, **o))
+    other = front_end.dice_sums(there, labels, voxel_weight=weight, data_format=data_format)
+    assert read[0].data_ptr() == there.data_ptr()
+    for a, b in zip(one, other, strict=True):
         if a is not None:
             np.testing.assert_allclose(a, b, rtol=1e-6)
 

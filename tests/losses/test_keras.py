@@ -7,11 +7,12 @@ And what is said about shapes and arguments that may be meant otherwise.
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from keras import ops
 
 from dice_op import losses, metrics
 from dice_op.losses import DiceCELoss, DiceLoss
 from helpers import reference
+from helpers.any_backend import JIT, ONLY_TENSORFLOW, REFUSED, program, with_mask
 from helpers.kernel_inputs import NAMES
 
 CLASSES = 3
@@ -62,7 +63,7 @@ def masking_model(loss, jit_compile=False, **options):
     return model
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", JIT)
 @pytest.mark.parametrize("batch", [False, True])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_the_cross_entropy_of_masked_steps_is_that_of_keras(lengths, batch, jit_compile):
@@ -88,7 +89,8 @@ def test_masks_and_weights_per_sample_count_as_in_keras(reduction):
         keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
     )
     steps = 7 if reduction == "sum" else 1  # Keras adds up the steps, ours the samples.
-    expected = theirs.evaluate(x, y, sample_weight=weight, verbose=0) / steps
+    of_steps = np.repeat(weight, 7, 1)  # With [N, 1] Keras fails on PyTorch.
+    expected = theirs.evaluate(x, y, sample_weight=of_steps, verbose=0) / steps
     assert_close(ours.evaluate(x, y, sample_weight=weight, verbose=0), expected)
 
 
@@ -106,9 +108,7 @@ def test_a_mask_leaves_voxels_out_as_weights_of_0_do(options, shape):
     share = counts.reshape(len(y), -1).mean(1)
     wanted = (expected_losses(x, y, weight) * share).sum() / share.sum()
     logits = np.moveaxis(x, -1, 1) if "data_format" in options else x
-    y_pred = tf.convert_to_tensor(logits)
-    y_pred._keras_mask = tf.constant(mask)
-    assert_close(DiceCELoss(**options)(y, y_pred, voxel_weight), wanted)
+    assert_close(DiceCELoss(**options)(y, with_mask(logits, mask), voxel_weight), wanted)
 
 
 def test_a_mask_counts_where_a_batch_is_one_volume():
@@ -120,7 +120,7 @@ def test_a_mask_counts_where_a_batch_is_one_volume():
     assert_close(model.evaluate(x, y, verbose=0), wanted)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", JIT)
 @pytest.mark.parametrize("over", ["samples", "dataset"])
 def test_a_metric_leaves_masked_steps_out(over, jit_compile):
     x, y, steps = masked_series("nothing left of one")
@@ -159,7 +159,7 @@ def weighted_loss(x, y, weight):
     return expected_losses(x, y, weight).mean()
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", JIT)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_weights_of_both_kinds_may_come_in_turn(shape, jit_compile):
     """After weights of two kinds Keras traces a function that does not know their rank."""
@@ -172,9 +172,12 @@ def test_weights_of_both_kinds_may_come_in_turn(shape, jit_compile):
         assert_close(found, weighted_loss(logits, y, weight))
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@ONLY_TENSORFLOW
+@pytest.mark.parametrize("jit_compile", JIT)
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_weights_may_have_an_unknown_rank(data_format, jit_compile):
+    import tensorflow as tf
+
     x, y = make((4, 6, 5))
     loss = DiceCELoss(data_format=data_format)
     logits = x if data_format == "channels_last" else np.moveaxis(x, -1, 1).copy()
@@ -188,7 +191,7 @@ def test_weights_may_have_an_unknown_rank(data_format, jit_compile):
             assert_close(of_weights(tf.cast(weight, tf.float32)), weighted_loss(x, y, weight))
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", JIT)
 def test_weights_of_both_kinds_may_come_in_turn_for_signals(jit_compile):
     """Both kinds have two axes. After batches of several sizes Keras knows the length of
     neither."""
@@ -203,7 +206,7 @@ def test_weights_of_both_kinds_may_come_in_turn_for_signals(jit_compile):
         assert_close(found, weighted_loss(logits[:n], y[:n], weight))
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", JIT)
 def test_weights_of_both_kinds_may_come_in_turn_at_several_resolutions(jit_compile):
     x, y = make((4, 8, 6))
     inputs = keras.Input((8, 6, CLASSES))
@@ -220,8 +223,11 @@ def test_weights_of_both_kinds_may_come_in_turn_at_several_resolutions(jit_compi
         assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@ONLY_TENSORFLOW
+@pytest.mark.parametrize("jit_compile", JIT)
 def test_a_weight_of_unknown_rank_that_fits_nothing_is_an_error(jit_compile):
+    import tensorflow as tf
+
     x, y = make((4, 6, 5))
     loss = DiceLoss()
 
@@ -229,7 +235,7 @@ def test_a_weight_of_unknown_rank_that_fits_nothing_is_an_error(jit_compile):
     def of_weights(weight):
         return loss(y, tf.constant(x), weight)
 
-    with pytest.raises(tf.errors.InvalidArgumentError):
+    with pytest.raises(REFUSED):
         of_weights(tf.ones([4, 6, 1]))
 
 
@@ -269,9 +275,9 @@ def test_the_layout_is_saved_as_it_was_found(cls, channels_first):
 
 def test_labels_that_fit_the_other_layout_are_an_error_that_says_so():
     x, y = make((4, 6, 5))
-    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match="channels_first'"):
+    with pytest.raises(REFUSED, match="channels_first'"):
         DiceLoss()(y, np.moveaxis(x, -1, 1))
-    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match="channels_last'"):
+    with pytest.raises(REFUSED, match="channels_last'"):
         DiceLoss(data_format="channels_first")(y, x)
 
 
@@ -315,7 +321,7 @@ class WithWeights(DiceCELoss):
         return 2 * super().call(y_true, y_pred, voxel_weight, sample_weight)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", JIT)
 @pytest.mark.parametrize("cls", [AsInKeras, WithWeights])
 def test_a_subclass_may_override_call(cls, jit_compile):
     x, y = make((4, 6, 5))
@@ -331,12 +337,13 @@ class MeanSquaredError(losses.SumsLoss):
     """People write it for `keras.losses.Loss`. It counts on labels in the dtype of the loss."""
 
     def call(self, y_true, y_pred):
-        return tf.reduce_mean((tf.one_hot(tf.cast(y_true, tf.int32), 3) - y_pred) ** 2, [1, 2, 3])
+        one_hot = ops.one_hot(ops.cast(y_true, "int32"), 3)
+        return ops.mean((one_hot - y_pred) ** 2, (1, 2, 3))
 
 
 class Constant(losses.SumsLoss):
     def call(self, y_true, y_pred):
-        return [2 * float(y_true.dtype == tf.float32)] * 4
+        return [2 * float(keras.backend.standardize_dtype(y_true.dtype) == "float32")] * 4
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int64"])
@@ -345,14 +352,13 @@ def test_a_subclass_gets_labels_and_predictions_as_keras_has_them(dtype):
     wanted = ((reference.one_hot(y, CLASSES) - x) ** 2).mean((1, 2, 3))
     weight = np.arange(4.0)
     assert_close(MeanSquaredError()(y.astype(dtype), x, weight), (wanted * weight).mean())
-    assert_close(MeanSquaredError()(y.astype(dtype), tf.cast(x, tf.float64)), wanted.mean())
+    assert_close(MeanSquaredError()(y.astype(dtype), ops.cast(x, "float64")), wanted.mean())
     assert_close(Constant()(y.astype(dtype), x, weight), 2 * weight.mean())
 
 
 def test_a_subclass_that_takes_no_weights_refuses_those_that_enter_the_sums():
     x, y = make((4, 6, 5))
-    masked = tf.convert_to_tensor(x)
-    masked._keras_mask = tf.ones([4, 6], tf.bool)
+    masked = with_mask(x, np.ones((4, 6), bool))
     for call in (
         lambda: AsInKeras()(y, x, np.ones((4, 6, 5))),
         lambda: AsInKeras(batch=True)(y, x, np.ones(4)),
@@ -408,7 +414,7 @@ def test_a_spatial_axis_in_the_place_of_the_classes_warns(dtype, shape, data_for
     loss = DiceLoss(activation="sigmoid", data_format=data_format)
     for call in (
         loss,
-        tf.function(loss),
+        program(loss),
         DiceLoss(data_format=data_format),
         metrics.DiceScore(data_format=data_format).update_state,
     ):
@@ -440,7 +446,7 @@ def test_rows_that_may_be_voxels_warn():
     rows, labels = x.reshape(-1, CLASSES), y.reshape(-1)
     for call in (
         lambda: DiceLoss()(labels, rows),
-        lambda: tf.function(DiceCELoss())(labels, rows),
+        lambda: program(DiceCELoss())(labels, rows),
         lambda: metrics.DiceScore().update_state(labels, rows),
     ):
         with pytest.warns(UserWarning, match="each row counts as a sample of one voxel"):
@@ -457,7 +463,10 @@ def test_rows_that_are_added_up_do_not_warn():
     metrics.DiceScore(over="dataset").update_state(labels, rows)
 
 
+@ONLY_TENSORFLOW
 def test_ragged_and_sparse_tensors_are_refused_in_words():
+    import tensorflow as tf
+
     x, y = make((4, 6))
     ragged = tf.RaggedTensor.from_tensor(tf.constant(y))
     logits = tf.RaggedTensor.from_tensor(tf.constant(x))
@@ -489,11 +498,14 @@ def test_class_indices_in_floats_are_not_soft_labels(layout, dtype):
         x, labels = np.moveaxis(x, -1, 1), labels[:, None]
     elif layout != "none":
         labels = labels[..., None]
-    for loss in (DiceCELoss(**options), tf.function(DiceCELoss(**options))):
+    for loss in (DiceCELoss(**options), program(DiceCELoss(**options))):
         assert_close(loss(labels, x), wanted)
 
 
+@ONLY_TENSORFLOW
 def test_labels_of_unknown_channels_that_may_be_soft_are_refused():
+    import tensorflow as tf
+
     spec = [tf.TensorSpec([None] * 4), tf.TensorSpec([None, None, None, 3])]
     loss = DiceCELoss(squared_pred=True, ce_class_weight=[1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="squares"):
@@ -534,12 +546,12 @@ def test_logits_that_are_taken_for_probabilities_are_an_error(way, dtype):
     x[1, 2, 3, 0] = 12.625
     loss = DiceCELoss(activation="none")
     says = r"voxel \[1, 2, 3\] hold the value 12.625, but activation='none' takes probabilities"
-    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=says):
+    with pytest.raises(REFUSED, match=says):
         if way == "fit":
             model = keras.Sequential([keras.Input(x.shape[1:]), keras.layers.Flatten()])
             model.add(keras.layers.Reshape(x.shape[1:]))
             model.compile("sgd", loss=loss, jit_compile=False)
             model.evaluate(x, y, verbose=0)
         else:
-            call = loss if way == "eager" else tf.function(loss, jit_compile=way == "XLA")
-            call(y, tf.constant(x))
+            call = loss if way == "eager" else program(loss, compiled=way == "XLA")
+            call(y, ops.convert_to_tensor(x))

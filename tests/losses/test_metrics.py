@@ -5,11 +5,11 @@ import json
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from dice_op import metrics
 from dice_op.metrics import DiceScore, JaccardScore
 from helpers import reference
+from helpers.any_backend import BACKEND, ONLY_TENSORFLOW, REFUSED
 from helpers.kernel_inputs import read_label_sets
 
 CLASSES = 4
@@ -346,6 +346,8 @@ def test_probabilities_that_are_taken_for_logits_are_an_error():
     model.add(keras.layers.Activation("sigmoid"))
     x, y = make()
     model.compile(metrics=[DiceScore(prediction="threshold")], loss="mse")
+    if BACKEND == "jax":  # A traced array does not tell what it comes from.
+        return
     with pytest.raises(ValueError, match="y_pred are probabilities.*from_logits=False"):
         model.evaluate(x, (y > 0).astype("float32")[..., None], verbose=0)
     model.compile(metrics=[DiceScore(prediction="threshold", from_logits=False)], loss="mse")
@@ -362,14 +364,17 @@ def test_a_score_of_nothing_is_nan(average, over):
     options = dict(average=average, over=over, include_background=False)
     metric = DiceScore(**options)
     metric.update_state(y, x)
-    assert np.isnan(metric.result()).all()
+    assert np.isnan(np.asarray(metric.result())).all()
     metric = DiceScore(absent="keep", **options)
     metric.update_state(y, x)
-    assert np.all(metric.result() == 1)
+    assert np.all(np.asarray(metric.result()) == 1)
 
 
+@ONLY_TENSORFLOW
 def test_weights_of_both_kinds_may_come_in_turn():
     """Keras then traces the metric again, for weights of unknown rank."""
+    import tensorflow as tf
+
     x, y = make(4)
     each = [np.float32([1, 0.5, 2, 1]), (y > 1).astype(np.float32)]
     metric = DiceScore()
@@ -388,7 +393,7 @@ def test_weights_of_both_kinds_may_come_in_turn():
 
 def test_wrong_labels_are_errors():
     x, y = make()
-    with pytest.raises(tf.errors.InvalidArgumentError, match="have the value 4"):
+    with pytest.raises(REFUSED, match="have the value 4"):
         DiceScore().update_state(y + 4, x)
-    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match="labels .* have shape"):
+    with pytest.raises(REFUSED, match="labels .* have shape"):
         DiceScore().update_state(y[:, :3], x)
