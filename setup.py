@@ -19,8 +19,19 @@ PACKAGES = ("tensorflow-cpu", "tensorflow")  # the same TensorFlow: either will 
 LOCAL_VERSION = os.environ.get("DICE_OP_LOCAL_VERSION", "")
 
 
+def say(what):
+    print(f"dice_op: {what}", file=sys.stderr)
+
+
 def stop(why):
     sys.exit(f"dice_op: {why}")
+
+
+def with_tensorflow():
+    """Whether this build has the TensorFlow op: if TensorFlow is there, and nobody objects."""
+    if os.environ.get("DICE_OP_TENSORFLOW") == "none":
+        return False
+    return importlib.util.find_spec("tensorflow") is not None
 
 
 def tensorflow_version():
@@ -44,12 +55,17 @@ def check_requirements():
             f"a build without isolation needs {' and '.join(missing)} in this environment: "
             f"{sys.executable} -m pip install {' '.join(missing)}"
         )
-    wanted = "-DDICE_OP_WITH_TENSORFLOW=OFF" not in os.environ.get("CMAKE_ARGS", "")
-    if wanted and not importlib.util.find_spec("tensorflow"):
+    wanted = os.environ.get("DICE_OP_TENSORFLOW", "none")
+    if wanted != "none" and not with_tensorflow():
         stop(
-            "a build without isolation is for the TensorFlow of its environment, and here is none: "
+            f"DICE_OP_TENSORFLOW is {wanted}, but a build without isolation is for the TensorFlow "
+            "of its environment, and here is none: "
             f"{sys.executable} -m pip install tensorflow (or tensorflow-cpu)"
         )
+    if not with_tensorflow():
+        say("a build without the TensorFlow op: it serves PyTorch, JAX and NumPy")
+        if not importlib.util.find_spec("jaxlib"):
+            say("but not JAX, as there is no jaxlib, whose header that needs")
 
 
 class CMakeBuild(build_ext):
@@ -71,6 +87,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR, 'ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DDICE_OP_LOCAL_VERSION={LOCAL_VERSION}",
+            f"-DDICE_OP_WITH_TENSORFLOW={'ON' if with_tensorflow() else 'OFF'}",
             f"-DDICE_OP_CUDA={os.environ.get('DICE_OP_CUDA') or 'auto'}",
             f"-DDICE_OP_CUDA_ARCHS={os.environ.get('DICE_OP_CUDA_ARCHS', '')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
@@ -93,7 +110,7 @@ class CMakeBuild(build_ext):
 
 def tensorflow_extras():
     """A build fits one minor version of TensorFlow: the one in the environment that builds it."""
-    version = tensorflow_version()
+    version = tensorflow_version() if with_tensorflow() else None
     if not version:
         return {}
     major, minor = map(int, version.split(".")[:2])
@@ -102,8 +119,11 @@ def tensorflow_extras():
 
 
 def other_extras():
-    """What dice_op.torch and dice_op.jax need. Any later version will do."""
-    return {"torch": ["torch>=2.6"], "jax": ["jax>=0.7"]}
+    """What dice_op.torch and dice_op.jax need. Any later version will do.
+
+    XLA's handlers need a JAX that is not older than the header they were compiled with.
+    """
+    return {"torch": ["torch>=2.6"], "jax": ["jax>=0.8.1" if with_tensorflow() else "jax>=0.7"]}
 
 
 options = {"build": {"build_base": "build/wheel"}}  # CMake has build/ to itself

@@ -2,8 +2,9 @@
 
 pip builds in an environment of its own, which holds only what the backend asks for. A build fits
 one minor version of TensorFlow. The environment variable DICE_OP_TENSORFLOW chooses it: a version
-("2.20") or a requirement ("tensorflow==2.21.0"). Without it, the default in pyproject.toml counts.
-If CUDA kernels are wanted (DICE_OP_CUDA=on) and the machine has no nvcc, pip installs one.
+("2.20"), a requirement ("tensorflow==2.21.0"), or "none" for a build that serves PyTorch, JAX and
+NumPy alone. Without it, the TensorFlow that is installed counts, or that there is none. If CUDA
+kernels are wanted (DICE_OP_CUDA=on) and the machine has no nvcc, pip installs one.
 """
 
 import os
@@ -16,7 +17,7 @@ from setuptools.build_meta import *  # noqa: F403  (the hooks that stay as they 
 
 
 def _requirements():
-    wanted = os.environ.get("DICE_OP_TENSORFLOW")
+    wanted = os.environ.get("DICE_OP_TENSORFLOW") or requirements.tensorflow_beside()
     needed = requirements.GROUPS["build"] + requirements.of_tensorflow(wanted)
     if os.environ.get("DICE_OP_CUDA") == "on" and not find_nvcc.of_machine():
         needed += requirements.GROUPS["cuda"]

@@ -6,19 +6,22 @@
 First, it checks the file: its size, contents, tag and licences, and what its libraries need and
 export. Second, it installs the wheel with its TensorFlow, and nothing else, into a new virtual
 environment. A wheel with CUDA gets two environments: one with tensorflow, one with tensorflow-cpu.
-There, in an empty folder, it measures how long the import takes, compares values and gradients
-with double precision, trains a Keras model with and without XLA, and runs `python -m dice_op info`.
-Third, it installs the wheels for other versions of TensorFlow, and checks that their error messages
-name both versions.
+A wheel without TensorFlow gets one with torch alone, and one with jax and keras alone. There, in an
+empty folder, it measures how long the import takes, compares values and gradients with double
+precision, trains a Keras model with and without XLA, and runs `python -m dice_op info`. Third, it
+installs the wheels for other versions of TensorFlow, and checks that their error messages name both
+versions.
 """
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import typing
 import zipfile
 from pathlib import Path
 
@@ -26,7 +29,8 @@ from wheels import EXCLUDED, MATRIX, PIP, PLATFORM, ROOT, WORK, interpreter, par
 
 MOST_BYTES = 5_000_000
 MOST_IMPORT_SECONDS = 0.05
-LIBRARIES = ["dice_op.so", "dice_op_kernels.so", "dice_op_xla.so"]
+KERNELS = "dice_op_kernels.so"
+LIBRARIES = ["dice_op.so", KERNELS, "dice_op_xla.so"]  # a wheel without TensorFlow has the kernels
 # Every Linux has these libraries. manylinux allows a few more, but dice_op should not need them.
 SYSTEM = re.compile(r"lib(c|m|dl|rt|pthread|gcc_s)\.so\.\d+|ld-linux-x86-64\.so\.2")
 # Symbols of Python, TensorFlow and dice_op, which are defined in other libraries of the process.
@@ -34,7 +38,7 @@ THEIRS = re.compile(r"_?Py|_Z\w*(dice_op|tensorflow|tsl|xla|absl|Eigen|stream_ex
 # What each library may export: the kernels their API, the others what Python or TensorFlow loads.
 EXPORTS = {
     "dice_op.so": r"(?!)",
-    "dice_op_kernels.so": r"(vtable for |typeinfo (name )?for )?dice_op::.*",
+    KERNELS: r"(vtable for |typeinfo (name )?for )?dice_op::.*",
     "dice_op_xla.so": r"dice_op_xla_refusal",
     "core": r"PyInit_core",
 }
@@ -59,12 +63,46 @@ for jit_compile in (False, True):
     print(losses[0], losses[-1])
 """
 
-VALUES = """
+# `of` computes DiceLoss and its gradient. What follows it holds them to double precision.
+IN_TENSORFLOW = """
 import os
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import numpy as np
 import tensorflow as tf
 import dice_op
+
+def of(x, y, **options):
+    logits = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(logits)
+        value = dice_op.losses.DiceLoss(**options)(y, logits)
+    return float(value), tape.gradient(value, logits).numpy()
+"""
+
+IN_TORCH = """
+import numpy as np
+import torch
+import dice_op.torch
+
+def of(x, y, **options):
+    logits = torch.tensor(x, requires_grad=True)
+    loss = dice_op.torch.DiceLoss(data_format="channels_last", **options)
+    value = torch.compile(loss, fullgraph=True, backend="aot_eager")(logits, torch.tensor(y))
+    value.backward()
+    return value.item(), logits.grad.numpy()
+"""
+
+IN_JAX = """
+import jax
+import numpy as np
+import dice_op.jax
+
+def of(x, y, **options):
+    value, gradient = jax.jit(jax.value_and_grad(dice_op.jax.DiceLoss(**options)))(x, y)
+    return float(value), np.asarray(gradient)
+"""
+
+VALUES = """
 rng = np.random.default_rng(0)
 for classes in (2, 3, 14, 104):
     x = 3 * rng.standard_normal((2, 9, 10, 11, classes))
@@ -77,29 +115,33 @@ for classes in (2, 3, 14, 104):
         sums = [v.sum((1, 2, 3)) for v in (p * t, p, t)]
         return np.mean(1 - (2 * sums[0] + 1e-5) / (sums[1] + sums[2] + 1e-5))
 
-    logits = tf.constant(x, tf.float32)
-    with tf.GradientTape() as tape:
-        tape.watch(logits)
-        value = dice_op.losses.DiceLoss(smooth_nr=1e-5, smooth_dr=1e-5)(y.astype("uint8"), logits)
+    smooth = {"smooth_nr": 1e-5, "smooth_dr": 1e-5}
+    value, gradient = of(x.astype("float32"), y.astype("uint8"), **smooth)
     direction = rng.standard_normal(x.shape)
-    along = np.sum(direction * tape.gradient(value, logits).numpy().astype(float))
+    along = np.sum(direction * gradient.astype(float))
     wanted = loss(x + 1e-30j * direction).imag / 1e-30
-    assert abs(value - loss(x)) < 1e-6 * loss(x), (classes, float(value), loss(x))
+    assert abs(value - loss(x)) < 1e-6 * loss(x), (classes, value, loss(x))
     assert abs(along - wanted) < 1e-4 * abs(wanted), (classes, along, wanted)
+"""
+
+NUMERIC = """
+for classes in (2, 3, 14, 104):
     small = dice_op.losses.DiceLoss(dtype="float64")
-    few, their = tf.constant(x[:1, :1, :2, :2]), y[:1, :1, :2, :2].astype("uint8")
+    few, their = tf.constant(rng.standard_normal((1, 1, 2, 2, classes))), np.uint8([[[[0, 1]] * 2]])
     theory, numeric = tf.test.compute_gradient(lambda z: small(their, z), [few], 1e-5)
     off = np.abs(theory[0] - numeric[0]).max() / np.abs(numeric[0]).max()
     assert off < 1e-6, (classes, off)
 """
 
+# How long it takes to import what is ours, where the frameworks are loaded already.
 IMPORT_TIME = """
-import os, time
+import importlib, os, sys, time
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-import tensorflow, keras
-keras.losses.Dice, tensorflow.function
+ours, *frameworks = sys.argv[1:]
+for name in frameworks:
+    importlib.import_module(name)
 start = time.perf_counter()
-import dice_op.losses
+importlib.import_module(ours)
 print(time.perf_counter() - start)
 """
 
@@ -112,6 +154,36 @@ try:
 except ImportError as error:
     print(error)
 """
+
+
+class Trial(typing.NamedTuple):
+    """An environment that a wheel is tried in."""
+
+    programs: tuple[str, ...]  # the code that must run there
+    imports: tuple[str, ...]  # what of ours is imported, and the frameworks before it
+    packages: tuple[str, ...] = ()  # what is installed besides
+    environment: dict[str, str] = {}
+
+
+IN_KERAS = Trial(
+    (IN_TENSORFLOW + VALUES + NUMERIC, TRAIN), ("dice_op.losses", "tensorflow", "keras")
+)
+TRIALS = {  # by the extra that installs the framework
+    "tensorflow": IN_KERAS,
+    "tensorflow-cpu": IN_KERAS,
+    "torch": Trial((IN_TORCH + VALUES,), ("dice_op.torch", "torch")),
+    "jax": Trial(
+        (IN_JAX + VALUES, TRAIN), ("dice_op.jax", "jax"), ("keras",), {"KERAS_BACKEND": "jax"}
+    ),
+}
+
+
+def trials(tensorflow, variant, python):
+    """The names of a wheel's trials."""
+    if tensorflow == "core":
+        return ("torch",) if python == "3.10" else ("torch", "jax")  # JAX 0.7 has left 3.10 behind.
+    # A CUDA build must run with both: tensorflow exports symbols of CUDA, tensorflow-cpu none.
+    return ("tensorflow-cpu",) if variant == "cpu" else ("tensorflow", "tensorflow-cpu")
 
 
 class WheelError(Exception):
@@ -140,7 +212,8 @@ def check_file(wheel, tensorflow, variant):
         package = {n.removeprefix("dice_op/") for n in names if n.startswith("dice_op/")}
         binaries = {n for n in package if n.endswith(".so")}
         core = next((n for n in binaries if n.startswith("core.")), "core.*.so")
-        require(binaries == {core, *LIBRARIES}, f"its libraries are {sorted(binaries)}")
+        libraries = [KERNELS] if tensorflow == "core" else LIBRARIES
+        require(binaries == {core, *libraries}, f"its libraries are {sorted(binaries)}")
         source = ROOT / "dice_op"
         sources = {str(p.relative_to(source)) for p in source.rglob("*.py")}
         sources |= {"py.typed", "core.pyi"}
@@ -151,8 +224,11 @@ def check_file(wheel, tensorflow, variant):
             require(any(n.endswith(f"licenses/{notice}") for n in names), f"{notice} is missing")
         (metadata,) = [n for n in names if n.endswith(".dist-info/METADATA")]
         text = archive.read(metadata).decode()
-        minor = int(tensorflow.split(".")[1])
         for name in ("tensorflow", "tensorflow-cpu"):
+            if tensorflow == "core":
+                require(f'extra == "{name}"' not in text, f"{name} in its metadata")
+                continue
+            minor = int(tensorflow.split(".")[1])
             fits = rf'Requires-Dist: {name}<2.{minor + 1},>={tensorflow}; extra == "{name}"'
             require(fits in text, f"no {fits!r} in its metadata")
         for name in binaries:
@@ -164,7 +240,7 @@ def check_file(wheel, tensorflow, variant):
 def check_library(library, variant):
     dynamic = run(["readelf", "-d", library])
     for needed in re.findall(r"NEEDED.*\[(.*)\]", dynamic):
-        known = SYSTEM.fullmatch(needed) or needed in EXCLUDED or needed == "dice_op_kernels.so"
+        known = SYSTEM.fullmatch(needed) or needed in EXCLUDED or needed == KERNELS
         require(known, f"{library.name} needs {needed}")
     paths = re.findall(r"(?:RPATH|RUNPATH).*\[(.*)\]", dynamic)
     require(all(path == "$ORIGIN" for path in paths), f"{library.name} looks in {paths}")
@@ -182,13 +258,13 @@ def check_library(library, variant):
         require(known, f"{library.name} needs {symbol}")
     content = library.read_bytes()
     require(f"{ROOT}/".encode() not in content, f"{library.name} names {ROOT}")
-    if library.name == "dice_op_kernels.so":
+    if library.name == KERNELS:
         has = b"nv_fatbin" in content
         require(has == (variant != "cpu"), f"{library.name} has CUDA kernels: {has}")
 
 
-def check_installed(wheel, package, tensorflow, variant, python, folder):
-    """Tries the wheel in a new environment with this package of TensorFlow.
+def check_installed(wheel, name, tensorflow, variant, python, folder):
+    """Makes one of TRIALS with the wheel, in a new environment.
 
     Returns the first words of an install command of its pip, a function that runs code there, and
     the seconds that an import takes.
@@ -197,25 +273,31 @@ def check_installed(wheel, package, tensorflow, variant, python, folder):
     run([interpreter(python), "-m", "venv", folder / "venv"])
     inside = folder / "venv" / "bin" / "python"
     pip = [inside, *PIP, "install"]
-    run([*pip, f"dice-op[{package}] @ {wheel.resolve().as_uri()}"])
+    trial = TRIALS[name]
+    run([*pip, f"dice-op[{name}] @ {wheel.resolve().as_uri()}", *trial.packages])
     empty = folder / "empty"
     empty.mkdir()
 
-    def ask(code):
-        return run([inside, "-c", code], cwd=empty)
+    def ask(code, *arguments):
+        variables = {**os.environ, **trial.environment}
+        return run([inside, "-c", code, *arguments], cwd=empty, env=variables)
 
     report = json.loads(run([inside, "-m", "dice_op", "info", "--json"], cwd=empty))
-    require(report["op"].startswith("loaded"), f"the op is {report['op']}")
-    require(report["xla"].startswith("loaded"), f"the op in XLA is {report['xla']}")
-    require(report["tensorflow"].startswith(tensorflow + "."), f"info: {report}")
+    if tensorflow == "core":
+        require(report["tensorflow"] is None, f"info: {report}")
+        require(re.match(r"\d", report[name]), f"{name} is {report[name]}")
+    else:
+        require(report["op"].startswith("loaded"), f"the op is {report['op']}")
+        require(report["xla"].startswith("loaded"), f"the op in XLA is {report['xla']}")
+        require(report["tensorflow"].startswith(tensorflow + "."), f"info: {report}")
     wanted = MATRIX["variants"][variant]
     archs = wanted["archs"].split(",") if "archs" in wanted else []
     require(report["build_cuda_archs"] == archs, f"info: {report}")
     cuda = report["build_cuda"] and report["build_cuda"].split(".")[0]
     require(cuda == wanted.get("cuda"), f"info: {report}")
-    ask(VALUES)
-    ask(TRAIN)
-    seconds = [float(ask(IMPORT_TIME)) for _ in range(5)]
+    for program in trial.programs:
+        ask(program)
+    seconds = [float(ask(IMPORT_TIME, *trial.imports)) for _ in range(5)]
     return pip, ask, statistics.median(seconds)
 
 
@@ -227,11 +309,10 @@ def check_mismatch(others, pip, ask, tensorflow):
     for wheel, built_for in others:
         run([*pip, "--no-deps", "--force-reinstall", wheel])
         words = ask(MISMATCH)
-        for expected in (
-            f"is for TensorFlow {built_for}",
-            f"TensorFlow {tensorflow}.",
-            "pip install",
-        ):
+        expected_words = ("has no TensorFlow op",)
+        if built_for != "core":
+            expected_words = (f"is for TensorFlow {built_for}", f"TensorFlow {tensorflow}.")
+        for expected in (*expected_words, "pip install"):
             require(expected in words, f"with {wheel.name}: no {expected!r} in {words!r}")
 
 
@@ -254,10 +335,9 @@ def main():
         others = [
             (other, of)
             for other, (of, its, its_python) in known.items()
-            if of != tensorflow and (its, its_python) == (variant, python)
+            if "core" != tensorflow != of and (its, its_python) == (variant, python)
         ]
-        # A CUDA build must run with both: tensorflow exports symbols of CUDA, tensorflow-cpu none.
-        packages = ("tensorflow-cpu",) if variant == "cpu" else ("tensorflow", "tensorflow-cpu")
+        packages = trials(tensorflow, variant, python)
         try:
             check_file(wheel, tensorflow, variant)
             imports = []

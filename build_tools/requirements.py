@@ -1,5 +1,7 @@
 """What a build needs that pip brings, as pyproject.toml's dependency groups have it."""
 
+import sysconfig
+from importlib import metadata
 from pathlib import Path
 
 try:
@@ -11,12 +13,24 @@ PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_t
 GROUPS = PROJECT["dependency-groups"]
 
 
-def of_tensorflow(wanted=None):
-    """The requirements of a build for one TensorFlow. `wanted` is a version ("2.20"), a requirement
-    ("tensorflow==2.21.0"), or None for the default."""
-    requirements = list(GROUPS["tensorflow"])
-    if wanted:
-        requirements = [f"tensorflow-cpu=={wanted}.*" if wanted[0].isdigit() else wanted]
-    if any("2.19" in requirement for requirement in requirements):
-        requirements += GROUPS["tensorflow_2_19"]
+def of_tensorflow(wanted):
+    """The requirements of a build for one TensorFlow, a version ("2.20") or a requirement
+    ("tensorflow==2.21.0"); or of a build without it, "none"."""
+    if wanted == "none":
+        return list(GROUPS["xla_header"])
+    requirements = [f"tensorflow-cpu=={wanted}.*" if wanted[0].isdigit() else wanted]
+    if "2.19" in requirements[0]:
+        requirements += GROUPS["xla_header"]
     return requirements
+
+
+def tensorflow_beside():
+    """The minor version of the TensorFlow that pip would put dice_op beside; "none" without one.
+
+    A build in isolation does not see the packages of that environment, but it has its Python.
+    """
+    folders = sorted({sysconfig.get_path(kind) for kind in ("purelib", "platlib")})
+    for package in metadata.distributions(path=folders):
+        if package.name in ("tensorflow", "tensorflow-cpu"):
+            return ".".join(package.version.split(".")[:2])
+    return "none"

@@ -30,7 +30,7 @@ if(NOT EXISTS "${ffi_include}/${_ffi_header}")
   if(DICE_OP_WITH_TENSORFLOW)
     list(APPEND tensorflow_include ${CMAKE_CURRENT_LIST_DIR}/tensorflow_2_19)
     if(NOT EXISTS "${ffi_include}/${_ffi_header}")
-      read_pyproject(tensorflow_2_19 _jaxlib)
+      read_pyproject(xla_header _jaxlib)
       message(FATAL_ERROR "TensorFlow ${tensorflow_version} lacks the header ${_ffi_header}, which JAX of its time has: "
                           "${Python_EXECUTABLE} -m pip install '${_jaxlib}'")
     endif()

@@ -4,11 +4,11 @@
     make wheels WHEELS="--variant cpu --tensorflow 2.21"
     make wheels WHEELS="--list"
 
-A wheel is named like dice_op-0.1.0+tf2.21.cu13: docs/install.md says why. The nvcc for CUDA 12 is
-CUDACXX_12, or else the first of this version that find_nvcc.py knows, or else that of
-`make cuda12`. For CUDA 13 it is the same with CUDACXX_13, and pip's nvcc is the last choice.
-A wheel that cannot be built is left out, and the last lines name it. The exit status is 0 only if
-every wheel that was asked for is there.
+A wheel is named like dice_op-0.1.0+tf2.21.cu13, or without TensorFlow +core.cu13: docs/install.md
+says why. The nvcc for CUDA 12 is CUDACXX_12, or else the first of this version that find_nvcc.py
+knows, or else that of `make cuda12`. For CUDA 13 it is the same with CUDACXX_13, and pip's nvcc is
+the last choice. A wheel that cannot be built is left out, and the last lines name it. The exit
+status is 0 only if every wheel that was asked for is there.
 """
 
 import argparse
@@ -59,13 +59,13 @@ def jobs(chosen):
 
 
 def local_version(tensorflow, variant):
-    return f"tf{tensorflow}.{variant}"
+    return f"{tensorflow if tensorflow == 'core' else f'tf{tensorflow}'}.{variant}"
 
 
 def parsed(name):
     """What a wheel is for, from its file's name: (tensorflow, variant, python); or None."""
-    match = re.match(r"dice_op-[\d.]+\+tf([\d.]+)\.(\w+)-cp(\d)(\d+)-", name)
-    return match and (match[1], match[2], f"{match[3]}.{match[4]}")
+    match = re.match(r"dice_op-[\d.]+\+(?:tf([\d.]+)|core)\.(\w+)-cp(\d)(\d+)-", name)
+    return match and (match[1] or "core", match[2], f"{match[3]}.{match[4]}")
 
 
 def title(tensorflow, variant, python):
@@ -108,11 +108,13 @@ def interpreter(python):
 
 
 def environment(python, tensorflow):
-    """The Python of a virtual environment that has this TensorFlow and all that a build needs."""
+    """The Python of a virtual environment that has this TensorFlow, or none for "core", and all
+    that a build needs."""
     folder = WORK / f"python{python}-tf{tensorflow}"
     inside, ready = folder / "bin" / "python", folder / "ready"
     build_requirements = requirements.GROUPS["build"]
-    packages = [*requirements.of_tensorflow(tensorflow), *build_requirements, *TOOLS]
+    needed = requirements.of_tensorflow("none" if tensorflow == "core" else tensorflow)
+    packages = [*needed, *build_requirements, *TOOLS]
     if not ready.exists() or ready.read_text() != repr(packages):
         run([interpreter(python), "-m", "venv", "--clear", folder])
         run([inside, *PIP, "install", *packages])

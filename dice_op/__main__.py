@@ -17,7 +17,7 @@ from dice_op import _gpu, core
 
 
 def info() -> dict[str, typing.Any]:
-    """What this build is and what it runs on. TensorFlow is not needed for it."""
+    """What this build is and what it runs on. No framework is needed for it."""
     report: dict[str, typing.Any] = {
         f"build_{k}" if k != "version" else k: v for k, v in core.build_info().items()
     }
@@ -31,17 +31,18 @@ def info() -> dict[str, typing.Any]:
     report["gpus"] = list(map(str, machine.gpus))
     problem = _gpu.problem(report["build_cuda"], report["build_cuda_archs"], machine)
     report["gpu_kernels"] = problem or ("fit" if machine.gpus and report["build_cuda"] else None)
-    report["tensorflow"] = report["keras"] = report["losses"] = None
+    report["tensorflow"] = None
     report["op"] = report["xla"] = "not loaded: TensorFlow is not installed"
     if importlib.util.find_spec("tensorflow"):
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         report["tensorflow"] = _or_why_not(
             lambda: importlib.import_module("tensorflow").__version__
         )
-        report["keras"] = _or_why_not(_keras)
         report["op"] = _or_why_not(_op)
         report["xla"] = _or_why_not(_xla)
-        report["losses"] = _or_why_not(_losses)
+    keras = importlib.util.find_spec("keras")
+    report["keras"] = _or_why_not(_keras) if keras else None
+    report["losses"] = _or_why_not(_losses) if keras else None
     for name in ("torch", "jax"):
         report[name] = None
         if importlib.util.find_spec(name):

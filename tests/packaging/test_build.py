@@ -1,5 +1,6 @@
 """Building from source, and what is said where something is missing."""
 
+import importlib
 import shutil
 import sys
 
@@ -43,7 +44,24 @@ def without(*modules):
 def test_a_build_names_what_is_missing():
     assert "compiler CXX=/no/compiler does not exist" in setup(CXX="/no/compiler")
     assert "pip install cmake ninja" in setup(without("cmake", "ninja"))
-    assert "pip install tensorflow" in setup(without("tensorflow"))
+    asked_for = setup(without("tensorflow"), DICE_OP_TENSORFLOW="2.21")
+    assert "DICE_OP_TENSORFLOW is 2.21" in asked_for and "pip install tensorflow" in asked_for
+
+
+@pytest.mark.parametrize("installed", ["2.20.1", "none"])
+def test_a_build_is_for_the_tensorflow_that_is_installed(installed, monkeypatch, tmp_path):
+    """Also in isolation, where pip hides the packages of the environment."""
+    monkeypatch.syspath_prepend(BUILD_TOOLS)
+    requirements = importlib.import_module("requirements")
+    if installed != "none":
+        package = tmp_path / f"tensorflow_cpu-{installed}.dist-info"
+        package.mkdir()
+        (package / "METADATA").write_text(f"Name: tensorflow-cpu\nVersion: {installed}\n")
+    monkeypatch.setattr(requirements.sysconfig, "get_path", lambda kind: str(tmp_path))
+    beside = requirements.tensorflow_beside()
+    assert beside == ("none" if installed == "none" else "2.20")
+    (needed,) = requirements.of_tensorflow(beside)
+    assert needed.startswith("jaxlib" if installed == "none" else "tensorflow-cpu==2.20.")
 
 
 @pytest.mark.parametrize(

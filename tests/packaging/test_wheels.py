@@ -23,8 +23,17 @@ def test_the_matrix_lists_every_wheel():
     for tensorflow in ("2.19", "2.20", "2.21"):
         for variant in ("cpu", "cu12", "cu13"):
             assert f"tf{tensorflow}.{variant}, Python 3.12" in listed
-    # 3 variants for each of 3 + 4 + 4 pairs of TensorFlow and Python
-    assert len(listed.splitlines()) == 33
+    assert "core.cpu, Python 3.13" in listed
+    # 3 variants for each of 3 + 4 + 4 pairs of TensorFlow and Python, and 4 Pythons without it
+    assert len(listed.splitlines()) == 45
+
+
+def test_the_name_of_a_wheel_says_what_it_is_for(wheels):
+    for what in (("2.21", "cu13", "3.12"), ("core", "cpu", "3.10")):
+        of = wheels.local_version(*what[:2])
+        name = f"dice_op-0.1.0+{of}-cp{what[2].replace('.', '')}-cp312-manylinux_2_17_x86_64.whl"
+        assert wheels.parsed(name) == what
+    assert wheels.parsed("dice_op-0.1.0-cp312-cp312-linux_x86_64.whl") is None
 
 
 def test_ci_builds_the_whole_matrix():
@@ -91,8 +100,8 @@ def test_wheels_that_cannot_be_built_do_not_stop_the_others(wheels, monkeypatch,
 def test_all_wheels_that_were_asked_for_are_built(wheels, monkeypatch, tmp_path, capsys):
     arguments = ("--variant", "cpu", "cu13", "--python", "3.11")
     built, status = build_wheels(wheels, monkeypatch, tmp_path, *arguments)
-    assert len(built) == 6 and not status
-    assert capsys.readouterr().out.endswith("Built 6 of 6 wheels.\n")
+    assert len(built) == 8 and not status
+    assert capsys.readouterr().out.endswith("Built 8 of 8 wheels.\n")
 
 
 def program(path, *lines):
