@@ -1,6 +1,7 @@
 # Everything goes into .venv and build/ in this folder; nothing is installed elsewhere.
 #   make demo PYTHON=python3.12                 uses another Python
 #   make demo TENSORFLOW='tensorflow==2.21.*'   uses another TensorFlow (this one supports GPUs)
+#   make demo BACKEND=jax                       trains with Keras on JAX (or torch), not on TensorFlow
 #   make build DICE_OP_CUDA=on                  compiles the CUDA kernels even if there is no GPU
 
 python := .venv/bin/python
@@ -16,8 +17,8 @@ export DICE_OP_CUDA DICE_OP_CUDA_ARCHS
 help:  ## list these commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1\t/p' Makefile
 
-demo: build  ## train a small 3D U-Net on a brain volume with the fused loss
-	$(python) examples/brain_segmentation.py
+demo: build $(if $(BACKEND),.venv/peers)  ## train a small 3D U-Net on a brain volume with the fused loss; BACKEND=jax or torch
+	$(if $(BACKEND),KERAS_BACKEND=$(BACKEND)) $(python) examples/brain_segmentation.py
 
 test: lint build  ## check style and types, run the tests
 	$(pytest)

@@ -73,6 +73,10 @@ def _in_place_cases(case):
     return case.plain and (case.shape in ((160,) * 3, (128,) * 3) or case.classes == 104)
 
 
+def _other_frameworks_cases(case):
+    return case.plain and (case.shape[0], case.classes) in ((160, 4), (128, 14))
+
+
 def _snippet_cases(case):
     return case.plain and case.logits_bytes < 1 << 27 and 1 < case.classes < 20
 
@@ -222,13 +226,36 @@ def _in_tensorflow(make_loss, eager=False, jit_compile=False):
 # --- PyTorch --------------------------------------------------------------------------------------
 
 
-def _monai(compiled):
+def _monai(case):
+    from monai.losses import DiceLoss
+
+    many = case.classes > 1
+    return DiceLoss(softmax=many, sigmoid=not many, to_onehot_y=many)
+
+
+def _dice_op_torch(case, **options):
+    from dice_op.torch import DiceLoss
+
+    return DiceLoss(smooth_nr=SMOOTH, smooth_dr=SMOOTH, **options)
+
+
+def _torch(case):
+    import torch
+
+    def loss(logits, labels):
+        p = torch.softmax(logits, 1)
+        t = torch.nn.functional.one_hot(labels[:, 0].long(), case.classes).movedim(-1, 1)
+        intersection, pred_sum, label_sum = (v.sum((2, 3, 4)) for v in (p * t, p, t))
+        return (1 - (2 * intersection + SMOOTH) / (pred_sum + label_sum + SMOOTH)).mean()
+
+    return loss
+
+
+def _in_torch(make_loss, compiled=False):
     def make_step(case):
         import torch
-        from monai.losses import DiceLoss
 
-        many = case.classes > 1
-        loss = DiceLoss(softmax=many, sigmoid=not many, to_onehot_y=many)
+        loss = make_loss(case)
         function = torch.compile(loss) if compiled else loss
 
         def step(logits, labels):
@@ -240,6 +267,38 @@ def _monai(compiled):
         return step
 
     return make_step
+
+
+# --- JAX ------------------------------------------------------------------------------------------
+
+
+def _dice_op_jax(case):
+    from dice_op.jax import DiceLoss
+
+    return DiceLoss(smooth_nr=SMOOTH, smooth_dr=SMOOTH)
+
+
+def _jax(case):
+    import jax
+
+    def loss(logits, labels):
+        p, t = jax.nn.softmax(logits), jax.nn.one_hot(labels, case.classes)
+        intersection, pred_sum, label_sum = (v.sum((1, 2, 3)) for v in (p * t, p, t))
+        return (1 - (2 * intersection + SMOOTH) / (pred_sum + label_sum + SMOOTH)).mean()
+
+    return loss
+
+
+def _in_jax(make_loss):
+    def make_step(case):
+        import jax
+
+        return jax.jit(jax.value_and_grad(make_loss(case)))
+
+    return make_step
+
+
+# --- all of them ----------------------------------------------------------------------------------
 
 
 def _equal(case):
@@ -276,7 +335,13 @@ def _mean_loss(case):
 
 def _monai_contender(title, applies, compiled):
     needs = ("monai", "torch")
-    return Contender(title, _monai(compiled), applies, framework="torch", needs=needs)
+    step = _in_torch(_monai, compiled)
+    return Contender(title, step, applies, framework="torch", needs=needs)
+
+
+def _front_end(title, framework, make_step, **about):
+    needs = (framework,)
+    return Contender(title, make_step, _other_frameworks_cases, framework, needs=needs, **about)
 
 
 CONTENDERS = by_title(
@@ -295,4 +360,14 @@ CONTENDERS = by_title(
     # MONAI always gets channels first, so a case with another layout would measure the same.
     _monai_contender("monai", _plain, compiled=False),
     _monai_contender("monai, torch.compile", _compiled_monai_cases, compiled=True),
+    _front_end("dice_op.torch", "torch", _in_torch(_dice_op_torch), ours=True),
+    _front_end(
+        "dice_op.torch, in place",
+        "torch",
+        _in_torch(functools.partial(_dice_op_torch, overwrite_logits=True)),
+        ours=True,
+    ),
+    _front_end("dice_op.jax", "jax", _in_jax(_dice_op_jax), ours=True),
+    _front_end("vectorised, PyTorch", "torch", _in_torch(_torch)),
+    _front_end("vectorised, JAX", "jax", _in_jax(_jax)),
 )

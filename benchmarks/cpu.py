@@ -133,7 +133,14 @@ class PyTorch(Host):
         return x, torch.tensor(y[:, None])
 
 
-FRAMEWORKS = {"numpy": Host, "tensorflow": TensorFlow, "torch": PyTorch}
+class Jax(Host):
+    def convert(self, x, y):
+        import jax
+
+        return jax.numpy.asarray(x), jax.numpy.asarray(y)
+
+
+FRAMEWORKS = {"numpy": Host, "tensorflow": TensorFlow, "torch": PyTorch, "jax": Jax}
 
 
 # --- processes ------------------------------------------------------------------------------------

@@ -3,9 +3,9 @@
     python build_tools/gpu_check.py [--quick]
 
 It needs Linux, a GPU with its driver, nvcc of CUDA 12 or later, and Python >= 3.10 with numpy,
-pybind11 and cmake. It also measures PyTorch, Triton, JAX and TensorFlow if they can be imported.
-The exit status is 0 if all checks that ran passed, 1 if one failed, and 2 if there is no GPU or no
-nvcc.
+pybind11 and cmake. What it checks and measures in PyTorch, JAX, TensorFlow and Keras, and beside
+Triton, it skips if they cannot be imported, and the record says so. The exit status is 0 if all
+checks that ran passed, 1 if one failed, and 2 if there is no GPU or no nvcc.
 """
 
 import argparse
@@ -32,7 +32,22 @@ RESULT, WORDS = "RECORD ", "SAY "
 
 # The steps and their weights. A step may use its share, by weight, of the time that is left for it
 # and for the steps after it.
-STEPS = {"build": 3, "check": 2, "sanitizer": 1.5, "measure": 3, "contenders": 3.5, "tensorflow": 1}
+STEPS = {
+    "build": 3, "check": 2, "front_ends": 2, "keras": 4, "sanitizer": 1.5, "measure": 3,
+    "contenders": 3.5, "tensorflow": 1,
+}  # fmt: skip
+# The workers of the steps that consist of nothing else, and in the same way their weights.
+WORKERS = {
+    "check": [(1, "gpu.kernels", "all")],
+    "front_ends": [(1, "gpu.front_ends", name) for name in ("torch", "jax")],
+    "keras": [(1, "gpu.keras_training", name) for name in ("tensorflow", "jax", "torch")],
+    "measure": [(1, "benchmarks.gpu.kernels")],
+    "contenders": [
+        (3, "benchmarks.gpu.contenders", "torch"),
+        (1, "benchmarks.gpu.contenders", "jax"),
+    ],
+    "tensorflow": [(1, "gpu.tensorflow_ops", "tensorflow")],
+}
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
@@ -67,7 +82,9 @@ class Record:
     """The record as a JSON file, which is written again whenever something is added."""
 
     def __init__(self, folder, gpu, commit):
-        modules = ("numpy", "torch", "triton", "jax", "cupy-cuda13x", "tensorflow", "ml_dtypes")
+        modules = (
+            "numpy", "torch", "triton", "jax", "cupy-cuda13x", "tensorflow", "keras", "ml_dtypes",
+        )  # fmt: skip
         versions = {}
         for name in modules:
             try:
@@ -265,20 +282,15 @@ def run_sanitizer(seconds, record, start):
 
 
 def run_step(name, arguments, seconds, record, start):
-    """Runs a step that consists of one worker or two."""
-    programs = {
-        "check": [["gpu.kernels", "all"]],
-        "tensorflow": [["gpu.tensorflow_ops"]],
-        "measure": [["benchmarks.gpu.kernels"]],
-        "contenders": [["benchmarks.gpu.contenders", kind] for kind in ("torch", "jax")],
-    }[name]
-    ends = []
-    for i, program in enumerate(programs):
+    """Runs a step that consists of workers. If they skip all that they do, so is the step."""
+    workers, first, ends = WORKERS[name], len(record.data["results"]), []
+    for i, (weight, *program) in enumerate(workers):
         left = start + seconds - time.monotonic()
-        share = left * 0.75 if i + 1 < len(programs) else left
-        options = [] if name == "tensorflow" else ["--seconds", str(share * 0.85)]
+        share = left * weight / sum(worker[0] for worker in workers[i:])
+        options = ["--seconds", str(share * 0.85)]
         options += ["--quick"] * (arguments.quick and name in ("measure", "contenders"))
-        how = worker(*program, *options, installed=name != "tensorflow")
+        # What is built for this GPU has no op for TensorFlow.
+        how = worker(*program, *options, installed="tensorflow" not in program)
         before = len(record.data["results"])
         status, log = run_worker(how[0], max(1, share), record, *how[1:])
         wrong = [r for r in record.data["results"][before:] if r.get("wrong")]
@@ -288,14 +300,16 @@ def run_step(name, arguments, seconds, record, start):
         ends.append({"status": status, "wrong": len(wrong)} | ({"log": log} if status else {}))
     crashed = any(end["status"] != 0 for end in ends)
     failed = any(end["wrong"] for end in ends) or (crashed and name not in ("contenders",))
-    reason = "; ".join(
+    reasons = [
         f"exit {end['status']}: {end['log'].splitlines()[-1] if end['log'] else ''}"
         for end in ends
         if end["status"] != 0
-    )
-    status = "failed" if failed else "passed"
-    if name == "tensorflow" and (why := record.data["results"][-1:]) and "skipped" in why[0]:
-        status, reason = "skipped", why[0]["skipped"]
+    ]
+    results = record.data["results"][first:]
+    skipped = [result["skipped"] for result in results if "skipped" in result]
+    nothing = results and len(skipped) == len(results) and not crashed
+    status = "failed" if failed else "skipped" if nothing else "passed"
+    reason = "; ".join(dict.fromkeys([*reasons, *skipped]))
     record.step(name, status, start, workers=ends, reason=reason)
 
 

@@ -1,10 +1,12 @@
 """Trains a small 3D U-Net to segment grey and white matter, with dice_op's fused Dice loss.
 
     python examples/brain_segmentation.py
+    KERAS_BACKEND=jax python examples/brain_segmentation.py    # or torch
 
 The data is the MNI152 T1 brain at 1 mm with its tissue maps, which nilearn provides. The network
 learns from the back of the brain, and its scores are for the front, which it never saw. The program
-also draws a picture, and measures what the loss costs on the whole volume beside plain TensorFlow.
+also draws a picture, and measures what the loss costs on the whole volume, beside plain operations
+of the framework.
 """
 
 import argparse
@@ -43,7 +45,6 @@ def native_logs_off():
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 with native_logs_off():
     import keras
-    import tensorflow as tf
     from keras import layers
 
     import dice_op
@@ -56,6 +57,13 @@ SIZE_MULTIPLE = 2 ** (len(FILTERS) - 1)  # each level of the U-Net halves the vo
 PATCH = 48
 BATCH = 2
 LEARNING_RATE = 1e-2
+
+# What the loss is measured beside, by Keras' backend.
+CONTENDERS = {
+    "tensorflow": ("dice_op", "dice_op, XLA", "vectorised", "vectorised, XLA"),
+    "jax": ("dice_op.jax", "vectorised, JAX"),
+    "torch": ("dice_op.torch", "dice_op.torch, in place", "vectorised, PyTorch"),
+}
 
 # The front is held out. A left or right half would not do, because the brain is nearly symmetric.
 HELD_OUT = 56
@@ -108,24 +116,35 @@ def brain_box(labels):
     return tuple(box)
 
 
-def random_patches(t1, labels, seed):
-    """Makes an endless data set of T1 `[N, D, H, W, 1]` and uint8 labels `[N, D, H, W]`."""
-    centres = tf.constant(np.argwhere(labels > 0).astype(np.int32))
-    t1, labels = tf.constant(t1), tf.constant(labels)
+class RandomPatches(keras.utils.PyDataset):
+    """Batches of T1 `[N, D, H, W, 1]` and uint8 labels `[N, D, H, W]`, others in each epoch."""
 
-    def draw(number):
-        seeds = tf.stack([number, seed])
-        which, gain, contrast, noise = tf.unstack(tf.random.stateless_uniform([4], seeds))
-        centre = centres[tf.cast(which * len(centres), tf.int32)]
-        corner = tf.clip_by_value(centre - PATCH // 2, 0, tf.shape(t1) - PATCH)
-        image = tf.slice(t1, corner, [PATCH] * 3)
+    def __init__(self, t1, labels, steps, seed):
+        super().__init__()
+        self.t1, self.labels, self.steps, self.seed = t1, labels, steps, seed
+        self.centres = np.argwhere(labels > 0)
+        self.epoch = 0
+
+    def __len__(self):
+        return self.steps
+
+    def on_epoch_end(self):
+        self.epoch += 1
+
+    def __getitem__(self, step):
+        rng = np.random.default_rng((self.seed, self.epoch, step))
+        patches = [self.draw(rng) for _ in range(BATCH)]
+        return tuple(np.stack(arrays) for arrays in zip(*patches, strict=True))
+
+    def draw(self, rng):
+        centre = self.centres[rng.integers(len(self.centres))]
+        corner = np.clip(centre - PATCH // 2, 0, np.array(self.t1.shape) - PATCH)
+        patch = tuple(slice(start, start + PATCH) for start in corner)
         # Another contrast, another gain and some noise imitate another scanner.
-        image = (0.9 + 0.2 * gain) * image ** tf.exp(0.5 * contrast - 0.25)
-        image += 0.06 * noise * tf.random.stateless_normal([PATCH] * 3, seeds)
-        return image[..., tf.newaxis], tf.slice(labels, corner, [PATCH] * 3)
-
-    numbers = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True)
-    return numbers.map(draw, num_parallel_calls=2).batch(BATCH).prefetch(2)
+        gain, contrast, noise = rng.random(3)
+        image = (0.9 + 0.2 * gain) * self.t1[patch] ** np.exp(0.5 * contrast - 0.25)
+        image += 0.06 * noise * rng.standard_normal(image.shape, np.float32)
+        return image[..., np.newaxis].astype(np.float32), self.labels[patch]
 
 
 def conv_block(x, filters):
@@ -155,15 +174,13 @@ def build_unet():
     return keras.Model(inputs, layers.Conv3D(len(CLASSES), 1)(x), name="unet")
 
 
-def train(model, patches, epochs, steps):
+def train(model, patches, epochs):
     """Trains the model with the fused loss."""
-    schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, epochs * steps)
+    schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, epochs * len(patches))
     model.compile(keras.optimizers.Adam(schedule), loss=dice_op.losses.DiceLoss())
     model.fit(
         patches,
         epochs=epochs,
-        steps_per_epoch=steps,
-        shuffle=False,  # The patches are random already.
         verbose=1 if sys.stdout.isatty() else 2,  # A file gets one line for each epoch.
     )
 
@@ -174,7 +191,7 @@ def predict(model, t1):
     for start in range(0, t1.shape[1], TILE):
         first = max(start - HALO, 0)
         tile = t1[np.newaxis, :, first : start + TILE + HALO, :, np.newaxis]
-        logits = model(tile, training=False)
+        logits = model.predict_on_batch(tile)
         classes = np.argmax(logits[0], axis=-1).astype(np.uint8)
         tiles.append(classes[:, start - first : start - first + TILE])
     return np.concatenate(tiles, axis=1)
@@ -297,9 +314,9 @@ def parse_arguments():
 
 
 def compare_losses(labels, seconds):
-    """Measures time, memory and error of the loss and its gradient, beside plain TensorFlow."""
+    """Measures time, memory and error of the loss and its gradient, beside plain operations."""
     results = {}
-    names = ("dice_op", "dice_op, XLA", "vectorised", "vectorised, XLA")
+    names = CONTENDERS[keras.config.backend()]
     for result in cpu.compare(Case(labels.shape, 3), names, seconds, labels[None]):
         print("  " + report.line(result), flush=True)
         if result.get("wrong", True):
@@ -327,7 +344,7 @@ def main():
     model = build_unet()
     untrained = predict(model, t1)
     say(f"Training a 3D U-Net of {model.count_params():,} weights on {BATCH} x {PATCH}^3 patches")
-    train(model, random_patches(t1[seen], labels[seen], arguments.seed), epochs, steps)
+    train(model, RandomPatches(t1[seen], labels[seen], steps, arguments.seed), epochs)
 
     say("Predicting the whole brain")
     trained = predict(model, t1)
@@ -346,6 +363,7 @@ def main():
 
     summary = {
         "quick": arguments.quick,
+        "backend": keras.config.backend(),
         "held_out_dice": scores,
         "volume": measured.shape,
         "loss_and_gradient": costs,

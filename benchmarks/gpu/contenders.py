@@ -17,11 +17,11 @@ import time
 
 from benchmarks.cases import SMOOTH, cube
 from benchmarks.contenders import Contender, by_title
-from benchmarks.gpu import report
+from benchmarks.gpu import installed, report
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.frameworks import Jax, PyTorch
 from benchmarks.gpu.volume import RepeatedVolume
-from benchmarks.measuring import follow, measure
+from benchmarks.measuring import emit, follow, measure
 
 FRAMEWORKS = {"torch": PyTorch, "jax": Jax}
 
@@ -58,8 +58,20 @@ def _nnunet_loss(torch, x, y):
     return _dice_loss((p * t).sum(1), p.sum(1), label_sum)
 
 
-def _by_autograd(loss_function, compiled=False):
+def _by_autograd(loss):
     """Loss and gradient by PyTorch's autograd, which cannot use the memory for a gradient."""
+    import torch
+
+    def step(x, y, out):
+        x = x.detach().requires_grad_()
+        value = loss(x, y)
+        return value.detach(), torch.autograd.grad(value, x)[0]
+
+    return step
+
+
+def _in_torch(loss_function, compiled=False):
+    """A contender that computes a loss with PyTorch's own operations."""
 
     def make_step(case):
         import torch
@@ -70,39 +82,15 @@ def _by_autograd(loss_function, compiled=False):
             # anew after this.
             torch.compiler.reset()
             function = torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs")
-
-        def step(x, y, out):
-            x = x.detach().requires_grad_()
-            loss = function(x, y)
-            return loss.detach(), torch.autograd.grad(loss, x)[0]
-
-        return step
+        return _by_autograd(function)
 
     return make_step
 
 
 def _dice_op_in_torch(case):
-    """The fused sums and gradient, with the formula in PyTorch between them."""
-    import torch
+    from dice_op.torch import DiceLoss
 
-    from dice_op import core
-
-    def step(x, y, out):
-        stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
-        sums = core.sums(x, y, stream=stream)
-        intersection, pred_sum, label_sum = (
-            torch.as_tensor(sums[name], device=x.device)
-            for name in ("intersection", "pred_sum", "label_sum")
-        )
-        cardinality = pred_sum + label_sum + SMOOTH
-        scale = 1 / (cardinality * x.shape[-1])
-        dice = (2 * intersection + SMOOTH) / cardinality
-        core.gradient(
-            x, y, d_intersection=-2 * scale, d_pred_sum=dice * scale, out=out, stream=stream
-        )  # fmt: skip
-        return (1 - dice).mean(), out
-
-    return step
+    return _by_autograd(DiceLoss(data_format="channels_last"))
 
 
 def _triton(case):
@@ -148,11 +136,11 @@ def _dice_op_in_jax(case):
 CONTENDERS = by_title(
     Contender("dice_op", _dice_op_in_torch, framework="torch", ours=True),
     Contender("Triton kernels", _triton, framework="torch", needs=("triton",), most_classes=16),
-    Contender("PyTorch eager, nnU-Net's form", _by_autograd(_nnunet_loss), framework="torch"),
-    Contender("PyTorch eager, MONAI's form", _by_autograd(_monai_loss), framework="torch"),
+    Contender("PyTorch eager, nnU-Net's form", _in_torch(_nnunet_loss), framework="torch"),
+    Contender("PyTorch eager, MONAI's form", _in_torch(_monai_loss), framework="torch"),
     Contender(
         "torch.compile, MONAI's form",
-        _by_autograd(_compilable_loss, compiled=True),
+        _in_torch(_compilable_loss, compiled=True),
         framework="torch",
         later=3,
     ),
@@ -214,6 +202,9 @@ def main():
     deadline = time.monotonic() + arguments.seconds
     # Otherwise JAX would take nearly all memory at its first use.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if why := installed.why_not(arguments.framework):
+        emit({"kind": "contenders", "framework": arguments.framework, "skipped": why})
+        return
     framework = FRAMEWORKS[arguments.framework](Device())
     parts = plan(arguments.framework, arguments.quick)
     measure_one = functools.partial(measure_part, framework)

@@ -99,12 +99,14 @@ def markdown(record):
     for tool, result in record["steps"].get("sanitizer", {}).get("tools", {}).items():
         text.append(f"- {tool}: {result.splitlines()[0]}")
     text.append("")
-    for result in (r for r in results if r["kind"] == "checks"):
+    for result in (r for r in results if "worst" in r and r["kind"] != "few_checks"):
         rows = [
             (kind, f"{float(w['error']):.1e}", f"{w['tolerance']:.1e}", w["case"])
             for kind, w in result["worst"].items()
         ]
-        text += [f"## {result['count']} checks, {len(result['failures'])} failed", ""]
+        of = {"checks": "kernels", "tensorflow": "TensorFlow's op"}.get(result["kind"])
+        of = of or f"losses in {result['framework']}"
+        text += [f"## {result['count']} checks of the {of}, {len(result['failures'])} failed", ""]
         text += table(("relative error", "largest", "allowed", "where"), rows)
         text += [f"- {item}" for item in (*result["failures"], *result["left_out"])] + [""]
     for result in (r for r in results if r["kind"] == "yardsticks"):

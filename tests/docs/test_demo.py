@@ -1,15 +1,32 @@
 """`make demo` in small: every part of it runs for a few steps and writes what it promises."""
 
+import importlib.util
 import json
 import sys
+
+import pytest
 
 from helpers.paths import EXAMPLES
 from helpers.processes import output_of
 
 
+def quick_demo(folder, **environment):
+    demo = [sys.executable, EXAMPLES / "brain_segmentation.py", "--quick", "--output", folder]
+    return output_of(*demo, **environment)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="needs PyTorch: make test-full")
+def test_the_quick_demo_runs_on_another_backend(tmp_path):
+    """On JAX it takes several minutes, most of them to compile for tiles of four sizes."""
+    assert "dice_op.torch" in quick_demo(tmp_path, KERAS_BACKEND="torch")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["backend"] == "torch"
+    assert all(cost["error"] <= 1e-6 for cost in summary["loss_and_gradient"].values())
+
+
 def test_the_quick_demo_runs_and_writes_what_it_promises(tmp_path):
-    demo = [sys.executable, EXAMPLES / "brain_segmentation.py", "--quick", "--output", tmp_path]
-    printed = output_of(*demo)
+    printed = quick_demo(tmp_path)
     assert (tmp_path / "brain.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((tmp_path / "summary.json").read_text())
     costs = summary["loss_and_gradient"]

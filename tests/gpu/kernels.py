@@ -118,13 +118,11 @@ def only_second_is_nan(sums):
     return all(np.isnan(s[1]).all() and np.isfinite(s[::2]).all() for s in sums.values())
 
 
-class Checker:
-    """Makes calls, and keeps what is wrong with their results."""
+class Outcomes:
+    """Keeps what checks find."""
 
-    def __init__(self, core, device):
-        self.core, self.device = core, device
+    def __init__(self):
         self.count, self.failures, self.worst = 0, [], {}
-        self.expected = functools.lru_cache(64)(Expected)
 
     def record(self, what, passed, detail=""):
         """Keeps the outcome of a check, and prints a failure at once."""
@@ -139,6 +137,33 @@ class Checker:
         if not error <= self.worst.get(kind, {"error": -1})["error"]:
             self.worst[kind] = {"error": error, "tolerance": tolerance, "case": str(what)}
         self.record(what, error <= tolerance, f"{kind}: error {error:.2e}, allowed {tolerance:.2e}")
+
+    def facts(self):
+        """What a record says of them."""
+        return {"count": self.count, "failures": self.failures, "worst": self.worst}
+
+
+def until(deadline, parts):
+    """Calls the parts in turn, while there is time. Returns what was left out, and why.
+
+    A part returns why it was left out, if it was.
+    """
+    left_out = []
+    for i, part in enumerate(parts):
+        if time.monotonic() > deadline:
+            left_out.append(f"{len(parts) - i} of {len(parts)} parts: no time left")
+            break
+        left_out += [reason] if (reason := part()) else []
+    return left_out
+
+
+class Checker(Outcomes):
+    """Makes calls, and keeps what is wrong with their results."""
+
+    def __init__(self, core, device):
+        super().__init__()
+        self.core, self.device = core, device
+        self.expected = functools.lru_cache(64)(Expected)
 
     def expected_of(self, call):
         """Returns the reference of a call. Calls that share one get the same object."""
@@ -374,20 +399,14 @@ def few_calls():
 
 def check(checker, deadline, few):
     """Makes all calls or a few, and returns the result for the record."""
-    left_out = []
     calls = [*few_calls()] if few else [*option_calls(), *regime_calls()]
     parts = [functools.partial(checker.check, call) for call in calls]
     if not few:
         first = (checker.same_bits, checker.bad_labels, checker.bad_predictions, checker.refusals)
         parts = [*first, *parts, *(functools.partial(checker.huge, c) for c in (4, 14))]
-    for i, part in enumerate(parts):
-        if time.monotonic() > deadline:
-            left_out.append(f"{len(parts) - i} of {len(parts)} parts: no time left")
-            break
-        left_out += [reason] if (reason := part()) else []
-    result = {"count": checker.count, "failures": checker.failures, "worst": checker.worst}
-    result |= {"left_out": left_out, "build_info": checker.core.build_info()}
-    return {"kind": "few_checks" if few else "checks", **result}
+    left_out = until(deadline, parts)
+    about = {"left_out": left_out, "build_info": checker.core.build_info()}
+    return {"kind": "few_checks" if few else "checks", **checker.facts(), **about}
 
 
 def main():

@@ -3,11 +3,13 @@
 import functools
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import os
 import sys
 import textwrap
+import types
 
 import numpy as np
 import pytest
@@ -15,11 +17,13 @@ import pytest
 from benchmarks import measuring
 from benchmarks.cases import cube, decode, encode
 from benchmarks.contenders import Contender
-from benchmarks.gpu import contenders, kernels, report
+from benchmarks.gpu import contenders, installed, kernels, report
 from benchmarks.gpu.device import DeviceError
 from benchmarks.gpu.volume import RepeatedVolume
+from gpu import front_ends, keras_training, tensorflow_ops
 from gpu import kernels as checks
 from helpers import host_device, reference
+from helpers.each_loss import EACH
 from helpers.host_device import HostCore, HostDevice, WrongCore
 from helpers.paths import BENCHMARKS, BUILD_TOOLS, ROOT
 
@@ -51,7 +55,7 @@ def test_every_module_can_be_imported_and_needs_no_tensorflow(run_python):
         import importlib, sys
         for name in {sorted(names)}:
             importlib.import_module("benchmarks.gpu." + name)
-        import gpu.kernels, gpu.tensorflow_ops
+        import gpu.front_ends, gpu.keras_training, gpu.kernels, gpu.tensorflow_ops
         print(*{{"tensorflow", "keras", "torch", "jax"}} & set(sys.modules))
     """
     assert run_python(code, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}").split() == []
@@ -226,6 +230,169 @@ def test_what_a_deadline_leaves_is_said(device, capsys):
     assert json.loads(text) == left
 
 
+# --- the front ends, Keras and TensorFlow ---------------------------------------------------------
+
+
+def named(**values):
+    return types.SimpleNamespace(**values)
+
+
+BLIND = {  # frameworks that see no GPU
+    "tensorflow": named(config=named(list_physical_devices=lambda kind: []), __version__="1.2"),
+    "torch": named(cuda=named(is_available=lambda: False), __version__="1.2"),
+    "jax": named(default_backend=lambda: "cpu", __version__="1.2"),
+}
+
+
+@pytest.mark.parametrize(
+    ("worker", "name"),
+    [
+        *itertools.product((front_ends, contenders), ("torch", "jax")),
+        (tensorflow_ops, "tensorflow"),
+        *((keras_training, name) for name in BLIND),
+    ],
+)
+def test_a_framework_that_is_not_there_is_skipped(worker, name, monkeypatch, capsys):
+    monkeypatch.setenv("KERAS_BACKEND", "")  # The worker sets it.
+    monkeypatch.setattr(sys, "argv", ["worker", name])
+    for module, why in (
+        (None, f"{name} cannot be imported: "),
+        (BLIND[name], f"{name} 1.2 sees no GPU"),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+        assert not worker.main()
+        (line,) = capsys.readouterr().out.splitlines()
+        assert json.loads(line.removeprefix(measuring.RESULT))["skipped"].startswith(why)
+
+
+def test_what_else_may_not_be_there(monkeypatch):
+    seeing = named(config=named(list_physical_devices=lambda kind: ["a GPU"]), __version__="1.2")
+    monkeypatch.setitem(sys.modules, "tensorflow", seeing)
+    for cuda, why in (("13.0", None), (None, "dice_op is built here without CUDA")):
+        core = named(build_info=lambda cuda=cuda: {"cuda": cuda})
+        monkeypatch.setitem(sys.modules, "dice_op", named(dice_sums=len, core=core))
+        assert installed.why_not("tensorflow") == why
+    monkeypatch.setitem(sys.modules, "dice_op", None)
+    assert installed.why_not("tensorflow").startswith("dice_op cannot be imported: ")
+    monkeypatch.setitem(sys.modules, "keras", None)
+    assert keras_training.why_not("tensorflow", "cpu").startswith("keras cannot be imported: ")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "Triton" in installed.why_not_compiled("torch")
+    assert installed.why_not_compiled("jax") is None
+
+
+@pytest.mark.full
+def test_every_loss_of_pytorch_is_checked(monkeypatch):
+    pytest.importorskip("torch")
+    shapes = {(2, 6, 5, 4): front_ends.DTYPES, (1, 35): ("float32",)}
+    monkeypatch.setattr(front_ends, "SHAPES", shapes)
+    front_end = front_ends.PyTorch("cpu", host_device.HostCuda())
+    result = front_ends.check(front_end)
+    # A value and a gradient in each type, and of three other ways to call one of the losses.
+    assert result["count"] == 2 * (4 * len(EACH) + 3)
+    assert not result["failures"] and not result["left_out"]
+    gradient = front_end.losses.core.gradient
+
+    def a_little_too_large(logits, *others, out, **options):
+        gradient(logits, *others, out=out, **options)
+        out.mul_(1.01 if logits.dtype is not front_end.torch.float64 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(front_end.losses.core, "gradient", a_little_too_large)
+        failures = front_ends.check(front_end)["failures"]
+    assert len(failures) == result["count"] / 2
+    assert all(": gradient, " in failure for failure in failures)
+    outcomes, loss = checks.Outcomes(), front_end.losses.DiceLoss()
+    volume = front_ends.volume((1, 35))
+    wanted = front_end.result(loss, *volume, "float64")
+    not_in_place = functools.partial(front_end.result, front_end.in_place(loss), *volume, "float32")
+    front_ends.compare(outcomes, "in place", "float32", not_in_place, wanted)
+    assert "other memory than the logits" in outcomes.failures[0]
+
+
+@pytest.mark.full
+def test_every_loss_of_jax_is_checked(run_python):
+    """Of a few only, because JAX compiles a program for each."""
+    pytest.importorskip("jax")
+    code = """
+        import json
+        import dice_op.jax
+        from gpu import front_ends
+
+        front_ends.SHAPES = {(2, 6, 10, 4): front_ends.DTYPES}
+        few = ("Dice + focal", "label sets")
+        front_ends.EACH = {name: front_ends.EACH[name] for name in few}
+        print(json.dumps(front_ends.check(front_ends.Jax("cpu"))))
+        gradient = dice_op.jax._gradient
+        dice_op.jax._gradient = lambda text, logits, *others: gradient(text, logits, *others) * (
+            1.01 if logits.dtype != "float64" else 1
+        )
+        print(json.dumps(front_ends.check(front_ends.Jax("cpu"))))
+    """
+    variables = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    lines = run_python(code, **variables, **devices).splitlines()
+    right, wrong = (json.loads(line) for line in lines if line.startswith("{"))
+    # The sharded array besides.
+    assert right["count"] == 2 * (3 * 2 + 1) and not right["failures"] and not right["left_out"]
+    assert len(wrong["failures"]) == right["count"] / 2
+
+
+def test_the_ops_of_tensorflow_are_compared(monkeypatch):
+    import dice_op
+
+    right = tensorflow_ops.check("cpu")
+    assert right["count"] == 12 * 6 and not right["failures"]
+    calls, of_ours = itertools.count(), dice_op.dice_sums
+
+    def every_second_too_large(y, x, **options):
+        sums = of_ours(y, x, **options)
+        larger = 1 + 1e-5 * (next(calls) % 2)
+        return type(sums)(*(s if s is None else s * larger for s in sums))
+
+    monkeypatch.setattr(dice_op, "dice_sums", every_second_too_large, raising=False)
+    wrong = tensorflow_ops.check("cpu")["failures"]
+    assert len(wrong) >= 12 * 5 and "C=2 float32: pred_sum: error 1.0" in "; ".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("backend", "ways"),
+    [
+        ("tensorflow", [False, True]),
+        # Operation by operation JAX takes long, and so does the compiler of PyTorch.
+        pytest.param("jax", [True], marks=pytest.mark.full),
+        pytest.param("torch", [False], marks=pytest.mark.full),
+    ],
+)
+def test_a_network_trains_in_keras(backend, ways, run_python):
+    pytest.importorskip(backend)
+    code = f"""
+        from gpu import keras_training
+        assert keras_training.why_not("{backend}", "cpu") is None
+        options = dict(ways={ways}, edge=8, epochs=12)
+        assert keras_training.check("{backend}", "cpu", **options)
+    """
+    variables = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    out = run_python(code, KERAS_BACKEND=backend, **variables)
+    lines = [line for line in out.splitlines() if line.startswith(measuring.RESULT)]
+    results = [json.loads(line.removeprefix(measuring.RESULT)) for line in lines]
+    assert [result["compiled"] for result in results] == ways
+    assert all(len(result["losses"]) == 12 and not result["failures"] for result in results)
+
+
+def test_a_network_that_does_not_train_is_noticed(monkeypatch, capsys):
+    right = {"losses": [1.0, 0.5], "scores": [0.2, 0.6]}
+    trained = {False: right, True: {"losses": [1.1, 1.0], "scores": [0.2, 0.3]}}
+    monkeypatch.setattr(keras_training, "train", trained.get)
+    assert not keras_training.check("jax")
+    out = capsys.readouterr().out
+    assert "SAY Keras on jax, without compilation: losses 1.000 to 0.500, scores 0.200 to" in out
+    wrong = "the loss went from 1.1000 to 1.0000; the score went from 0.2000 to 0.3000; "
+    assert wrong + "the first loss is 1.1000, but 1.0000 without compilation" in out
+    assert keras_training.check("jax", deadline=-math.inf)
+    assert capsys.readouterr().out.count("compilation: no time left") == 2
+
+
 # --- contenders -----------------------------------------------------------------------------------
 
 
@@ -342,6 +509,8 @@ STAND_IN = """
     from benchmarks.cases import cube
     from benchmarks.contenders import CONTENDERS
     from benchmarks.gpu import contenders, kernels
+    from benchmarks.gpu import installed
+    from gpu import front_ends, keras_training
     from gpu import kernels as checks
     from helpers import host_device
 
@@ -358,6 +527,27 @@ STAND_IN = """
     checks.few_calls = checks.option_calls = lambda: few
     checks.regime_calls = lambda: ()
     checks.Checker.same_bits = lambda self: None
+
+    class Known:  # a front end whose losses are 1, and whose gradients are the logits
+        def __init__(self, place):
+            self.losses = self
+
+        def __getattr__(self, kind):
+            return dict
+
+        def result(self, loss, x, y, dtype, place=None):
+            return 1.0, x * (1.1 if (core, dtype) == ("WrongCore", "float16") else 1)
+
+        def ways(self, kind, options):
+            return {"another way": "not here"}
+
+    front_ends.FRONT_ENDS = dict.fromkeys(("torch", "jax"), Known)
+    front_ends.SHAPES = {(2, 3): front_ends.DTYPES}
+    last = 0.9 if core == "WrongCore" else 0.1
+    keras_training.train = lambda compiled: {"losses": [1, last], "scores": [0, 1 - last]}
+    absent = () if worker is contenders else ("tensorflow", "jax")
+    installed.why_not = lambda name, *_: f"{name} is not here" if name in absent else None
+    installed.why_not_compiled = lambda name, place: "no compiler"
     sys.exit(worker.main())
 """
 GPU = {
@@ -410,7 +600,7 @@ def test_gpu_check_records_what_workers_find(on_the_stand_in, gpu_check, monkeyp
     text = path.with_suffix(".md").read_text()
     assert text in printed and str(path.with_suffix(".md")) in printed
     for words in (
-        "# NVIDIA H200, ", "| check | passed |", "- memcheck: no errors", " checks, 0 failed",
+        "# NVIDIA H200, ", "| check | passed |", "- memcheck: no errors", " checks of the kernels, 0 failed",
         "This GPU, in the same process: copy ", "| 8³ × 4 | ", "| 8³ × 14 bfloat16 | ",
         "| 8³ × 17 | dice_op.core | ", "| 8³ × 17 | Triton kernels | – | – | – | – | ",
     ):  # fmt: skip
@@ -431,6 +621,35 @@ def test_gpu_check_fails_if_a_result_is_wrong(on_the_stand_in, capfd):
     )
     assert "  FAILED V=" in capfd.readouterr().out
     assert all(result["wrong"] for result in record["results"] if result["kind"] == "kernels")
+
+
+def test_gpu_check_says_what_was_not_there(on_the_stand_in, capfd):
+    steps = ("front_ends", "keras", "tensorflow")
+    status, path, record = on_the_stand_in("HostCore", "--steps", ",".join(steps))
+    printed = capfd.readouterr().out
+    assert status == 0, printed
+    found = {name: (step["status"], step["reason"]) for name, step in record["steps"].items()}
+    absent = "tensorflow is not here; jax is not here"
+    without = "Keras on torch, with compilation: no compiler"
+    assert found == {
+        "front_ends": ("passed", "jax is not here"),
+        "keras": ("passed", f"{absent}; {without}"),
+        "tensorflow": ("skipped", "tensorflow is not here"),
+    }
+    of_torch = next(r for r in record["results"] if r.get("framework") == "torch")
+    assert of_torch["count"] == 2 * 3 * len(EACH)
+    assert of_torch["left_out"] == ["another way: not here"]
+    assert f"{absent}; {without}" in printed and f"{absent}; {without}" in path.read_text()
+    assert f"  torch: {of_torch['count']} checks, 0 failed" in printed
+
+
+def test_gpu_check_fails_if_a_framework_computes_something_wrong(on_the_stand_in, capfd):
+    status, _, record = on_the_stand_in("WrongCore", "--steps", "front_ends,keras")
+    assert status == 1
+    assert [step["status"] for step in record["steps"].values()] == ["failed", "failed"]
+    printed = capfd.readouterr().out
+    assert "  FAILED Dice, (2, 3): gradient, float16: error 1.00e-01" in printed
+    assert "the loss went from 1.0000 to 0.9000" in printed
 
 
 def test_a_record_of_a_gpu_becomes_a_table_and_a_plot(tmp_path):
