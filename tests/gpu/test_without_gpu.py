@@ -600,9 +600,10 @@ def test_gpu_check_records_what_workers_find(on_the_stand_in, gpu_check, monkeyp
     text = path.with_suffix(".md").read_text()
     assert text in printed and str(path.with_suffix(".md")) in printed
     for words in (
-        "# NVIDIA H200, ", "| check | passed |", "- memcheck: no errors", " checks of the kernels, 0 failed",
-        "This GPU, in the same process: copy ", "| 8³ × 4 | ", "| 8³ × 14 bfloat16 | ",
-        "| 8³ × 17 | dice_op.core | ", "| 8³ × 17 | Triton kernels | – | – | – | – | ",
+        "# NVIDIA H200, ", "| check | passed |", "- memcheck: no errors",
+        " checks of the kernels, 0 failed", "This GPU, in the same process: copy ", "| 8³ × 4 | ",
+        "| 8³ × 14 bfloat16 | ", "| 8³ × 17 | dice_op.core | ",
+        "| 8³ × 17 | Triton kernels | – | – | – | – | ",
     ):  # fmt: skip
         assert words in text, words
     if importlib.util.find_spec("matplotlib"):
