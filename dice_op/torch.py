@@ -298,7 +298,6 @@ def _as_plain(tensor: typing.Any) -> typing.Any:
     return tensor
 
 
-@torch.compiler.assume_constant_result
 def _constants(names: tuple[str, ...], values: tuple[typing.Any, ...]) -> tuple[str, list[bool]]:
     """The options as text, and whether they ask for each of the sums.
 
@@ -310,6 +309,10 @@ def _constants(names: tuple[str, ...], values: tuple[typing.Any, ...]) -> tuple[
         options["label_sets"] = dict(options["label_sets"])
     text = _text.written(options)
     return text, [name in _text.asked(text) for name in DiceSums._fields]
+
+
+# torch.compiler.assume_constant_result does this, and imports the compiler, which takes seconds.
+_constants._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def over_processes(sums: DiceSums) -> DiceSums:

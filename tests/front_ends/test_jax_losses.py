@@ -1,6 +1,7 @@
-"""The front end for JAX: bits, derivatives, vmap, sharded arrays, and the losses.
+"""The front end for JAX: bits, derivatives, vmap, sharded arrays.
 
-`make test-full` installs JAX. front_ends/test_jax.py tests the handlers that it calls.
+`make test-full` installs JAX. front_ends/test_jax.py tests the handlers that it calls, and
+losses/test_conformance.py the values of its losses.
 """
 
 import importlib.util
@@ -10,9 +11,7 @@ import numpy as np
 import pytest
 
 from dice_op import _family, core
-from helpers.each_loss import EACH
 from helpers.kernel_inputs import distances_of, make
-from helpers.peers import VOLUMES, assert_conforms, of_ours, volume
 
 HAS_JAX = importlib.util.find_spec("jax") is not None
 pytestmark = [
@@ -137,19 +136,6 @@ def test_vmap_gives_what_a_loop_gives():
         np.testing.assert_allclose(found[1][i], gradient, rtol=1e-12, atol=1e-15)
     one_label = jax.vmap(loss, (0, None))(x, y[0])
     np.testing.assert_allclose(one_label[1], loss(x[1], y[0]), rtol=1e-12)
-
-
-@pytest.mark.parametrize("volume_name", VOLUMES)
-@pytest.mark.parametrize("name", EACH)
-def test_each_loss_is_that_of_keras(name, volume_name):
-    from dice_op import losses
-
-    kind, options = EACH[name]
-    x, y = volume(volume_name)
-    loss = getattr(front_end, kind)(**options)
-    found = jax.jit(jax.value_and_grad(loss))(jnp.asarray(x), jnp.asarray(y, jnp.uint8))
-    theirs = of_ours(getattr(losses, kind)(data_format="channels_last", **options), x, y)
-    assert_conforms([np.asarray(v) for v in found], theirs)
 
 
 def test_every_loss_of_the_family_is_here():

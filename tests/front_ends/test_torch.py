@@ -17,7 +17,6 @@ from helpers.peers import (
     NEEDS_PEERS,
     VOLUMES,
     assert_conforms,
-    of_ours,
     of_torch,
     volume,
 )
@@ -246,18 +245,6 @@ def test_every_loss_of_the_family_is_here():
         "OverlapLoss",
         "LogitsFirst",
     }
-
-
-@pytest.mark.parametrize("volume_name", VOLUMES)
-@pytest.mark.parametrize("name", EACH)
-def test_each_loss_is_that_of_keras(name, volume_name):
-    from dice_op import losses
-
-    kind, options = EACH[name]
-    x, y = volume(volume_name)
-    ours = in_pytorch(getattr(front_end, kind)(**options), x, y)
-    theirs = of_ours(getattr(losses, kind)(data_format="channels_last", **options), x, y)
-    assert_conforms(ours, theirs)
 
 
 @pytest.mark.parametrize("volume_name", VOLUMES)

@@ -20,6 +20,7 @@ NEEDS_PEERS = [
     pytest.mark.full,
     pytest.mark.skipif(not HAS_PEERS, reason="MONAI and PyTorch are not installed: make test-full"),
 ]
+HAS_JAX = importlib.util.find_spec("jax") is not None
 if HAS_PEERS:
     import torch
 
@@ -74,9 +75,33 @@ def soft_labels(y):
 
 
 def of_ours(loss, x, y):
-    y = tf.constant(y, tf.uint8)
-    value, gradient = value_and_gradient(lambda x: loss(y, x), tf.constant(x))
-    return value.numpy(), gradient.numpy()
+    """Value and gradient of a loss of dice_op, the same in each front end that is installed."""
+    labels = tf.constant(y, tf.uint8)
+    value, gradient = value_and_gradient(lambda x: loss(labels, x), tf.constant(x))
+    found = value.numpy(), gradient.numpy()
+    if type(loss).__module__ == "dice_op.losses" and value.shape.rank == 0:
+        for elsewhere in in_other_front_ends(type(loss).__name__, loss.options(), x, np.uint8(y)):
+            assert_conforms(elsewhere, found, tolerance=1e-6, gradient_tolerance=1e-6)
+    return found
+
+
+def in_other_front_ends(name, options, x, y):
+    """Value and gradient of a loss of this name in PyTorch and JAX."""
+    if HAS_PEERS:
+        import dice_op.torch
+
+        logits = torch.tensor(x, requires_grad=True)
+        value = getattr(dice_op.torch, name)(**options)(logits, torch.tensor(y))
+        value.backward()
+        yield value.item(), logits.grad.numpy()
+    if HAS_JAX:
+        import jax
+
+        import dice_op.jax
+
+        loss = getattr(dice_op.jax, name)(**options)
+        value, gradient = jax.value_and_grad(loss)(jax.numpy.asarray(x), y)
+        yield float(value), np.asarray(gradient)
 
 
 def of_torch(loss, x, y):

@@ -5,6 +5,9 @@ segmentation_models, segmentation_models_pytorch, tensorflow-mri, kornia, and of
 Combo and marginal losses (helpers/peers.py). They compute in double precision on the very float32
 logits that ours get. `make test-full` installs what this needs. tests/docs/test_migration.py runs
 docs/migration.md with the same formulas.
+
+`of_ours` computes in TensorFlow, and holds the losses of PyTorch and JAX to the same value and
+gradient.
 """
 
 import keras
@@ -13,6 +16,7 @@ import pytest
 import tensorflow as tf
 
 from dice_op import losses
+from helpers.each_loss import EACH
 from helpers.peers import (
     CLASSES,
     HAS_PEERS,
@@ -42,6 +46,15 @@ if HAS_PEERS:
     from monai import losses as monai
 
 pytestmark = NEEDS_PEERS
+
+
+@pytest.mark.parametrize("volume_name", ["random", "absent class", "one dimension"])
+@pytest.mark.parametrize("name", EACH)
+def test_each_loss_is_the_same_in_every_front_end(name, volume_name):
+    """With options besides that no other library has."""
+    kind, options = EACH[name]
+    of_ours(getattr(losses, kind)(data_format="channels_last", **options), *volume(volume_name))
+
 
 # --- MONAI ----------------------------------------------------------------------------------------
 
