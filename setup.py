@@ -34,14 +34,21 @@ def with_tensorflow():
     return importlib.util.find_spec("tensorflow") is not None
 
 
+def version_of(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def tensorflow_version():
     """The version of the TensorFlow that is installed here, or None."""
-    for name in PACKAGES:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+    return next(filter(None, map(version_of, PACKAGES)), None)
+
+
+def fits(wanted, found):
+    """Whether a TensorFlow is the one of DICE_OP_TENSORFLOW, a version or a requirement."""
+    return found.startswith(f"{wanted}.") or not wanted[:1].isdigit()
 
 
 def check_requirements():
@@ -55,12 +62,13 @@ def check_requirements():
             f"a build without isolation needs {' and '.join(missing)} in this environment: "
             f"{sys.executable} -m pip install {' '.join(missing)}"
         )
-    wanted = os.environ.get("DICE_OP_TENSORFLOW", "none")
-    if wanted != "none" and not with_tensorflow():
+    wanted = os.environ.get("DICE_OP_TENSORFLOW") or "none"
+    found = tensorflow_version() if with_tensorflow() else None
+    if wanted != "none" and not (found and fits(wanted, found)):
         stop(
             f"DICE_OP_TENSORFLOW is {wanted}, but a build without isolation is for the TensorFlow "
-            "of its environment, and here is none: "
-            f"{sys.executable} -m pip install tensorflow (or tensorflow-cpu)"
+            f"of its environment, and here is {f'TensorFlow {found}' if found else 'none'}: "
+            f"{sys.executable} -m pip install tensorflow (or tensorflow-cpu) in another version"
         )
     if not with_tensorflow():
         say("a build without the TensorFlow op: it serves PyTorch, JAX and NumPy")
@@ -121,9 +129,15 @@ def tensorflow_extras():
 def other_extras():
     """What dice_op.torch and dice_op.jax need. Any later version will do.
 
-    XLA's handlers need a JAX that is not older than the header they were compiled with.
+    XLA's handlers need a JAX that is not older than the header they were compiled with. JAX's own
+    Pythons begin with 3.11.
     """
-    return {"torch": ["torch>=2.6"], "jax": ["jax>=0.8.1" if with_tensorflow() else "jax>=0.7"]}
+    extras = {"torch": ["torch>=2.6"]}
+    header = "0.8.1" if with_tensorflow() else version_of("jaxlib")
+    if header:
+        oldest = "0.7" if header.startswith(("0.5.", "0.6.")) else header
+        extras["jax"] = [f"jax>={oldest}; python_version >= '3.11'"]
+    return extras
 
 
 options = {"build": {"build_base": "build/wheel"}}  # CMake has build/ to itself

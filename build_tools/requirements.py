@@ -1,5 +1,7 @@
 """What a build needs that pip brings, as pyproject.toml's dependency groups have it."""
 
+import re
+import site
 import sysconfig
 from importlib import metadata
 from pathlib import Path
@@ -29,8 +31,9 @@ def tensorflow_beside():
 
     A build in isolation does not see the packages of that environment, but it has its Python.
     """
-    folders = sorted({sysconfig.get_path(kind) for kind in ("purelib", "platlib")})
-    for package in metadata.distributions(path=folders):
-        if package.name in ("tensorflow", "tensorflow-cpu"):
+    folders = [sysconfig.get_path(kind) for kind in ("purelib", "platlib")]
+    folders.append(site.getusersitepackages())
+    for package in metadata.distributions(path=list(dict.fromkeys(folders))):
+        if re.sub(r"[-_.]+", "-", package.name).lower() in ("tensorflow", "tensorflow-cpu"):
             return ".".join(package.version.split(".")[:2])
     return "none"

@@ -11,8 +11,8 @@ class DiceSums(typing.NamedTuple):
     """Sums over the voxels of each sample and class.
 
     They are float32, or float64 for float64 logits. Those of scores (`"argmax"`, `"threshold"`) are
-    counts, and float64. There are N samples and C classes. A voxel has the weight m, the
-    probability p and the label t.
+    counts, and float64, if JAX has that. There are N samples and C classes. A voxel has the weight
+    m, the probability p and the label t.
     """
 
     intersection: Array

@@ -100,7 +100,8 @@ class OverlapScore(keras.metrics.Metric):
         with such a label does not count for these classes, and is none of the others.
       data_format: `"channels_last"` or `"channels_first"`. None means Keras' setting,
         `keras.config.image_data_format()`, at the time when the metric is made.
-      name, dtype: They are those of every Keras metric. Totals are kept in float64.
+      name, dtype: They are those of every Keras metric. Totals are kept in float64,
+        where JAX has it (`jax_enable_x64`).
 
     Call:
       y_true, y_pred, sample_weight: They are those of `dice_op.losses.DiceLoss`. Voxels that a
@@ -284,6 +285,9 @@ class OverlapScore(keras.metrics.Metric):
             counted = weights > 0
             scores = ops.divide_no_nan(scores, weights)
         else:
+            if not backend.has_float64():  # Scores are ratios, but products of totals may overflow.
+                largest = ops.max(ops.stack([ops.max(total) for total in totals]))
+                totals = [total / ops.maximum(largest, 1) for total in totals]
             names = ["intersection", "pred_sum", "label_sum", "weight_sum", "unknown_sum"]
             known = dict(zip(names, (total[None] for total in totals), strict=False))
             if self._needs_weight_sum:

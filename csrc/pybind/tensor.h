@@ -94,9 +94,9 @@ inline py::dtype NumpyType(DType dtype) {
 // `unit` is the size of an element in the unit of `strides`: the number of bytes, or 1.
 template <class Strides>
 void RequireCompact(const Dims& dims, const Strides& strides, int64_t unit, const char* name) {
+  if (std::find(dims.begin(), dims.end(), 0) != dims.end()) return;
   int64_t expected = unit;
   for (size_t i = dims.size(); i-- > 0; expected *= dims[i]) {
-    if (dims[i] == 0) return;
     if (dims[i] != 1 && strides[i] != expected) {
       throw py::value_error(std::string(name) + " is not contiguous in C order; make a copy that is");
     }

@@ -16,7 +16,8 @@ from dice_op._types import TensorLike
 
 class _Torch(Backend):
     def dense_tensor(self, name: str, value: TensorLike) -> torch.Tensor:
-        if isinstance(value, torch.Tensor) and (value.is_sparse or value.is_nested):
+        tensor = value if isinstance(value, torch.Tensor) else torch.empty(0)
+        if tensor.layout is not torch.strided or tensor.is_nested:
             raise TypeError(
                 f"{name} is a sparse or nested tensor, but must be a dense one: call to_dense, or "
                 "pad the samples to one shape"

@@ -54,9 +54,9 @@ class DownsampledLabels(keras.losses.Loss):
         labels = _inputs.resampled("y_true", y_true, y_pred, data_format)
         if voxel_weight is not None:
             voxel_weight = _inputs.resampled("sample_weight", voxel_weight, y_pred, data_format)
-        if voxel_weight is None or weight is None:
+        derived = type(self.loss).__call__ is not SumsLoss.__call__
+        if derived and (voxel_weight is None or weight is None):
             return self.loss(labels, y_pred, weight if voxel_weight is None else voxel_weight)
-        # Keras' `sample_weight` is one tensor. These two stand for weights of an unknown kind.
         return self.loss._call_with_weights(labels, y_pred, voxel_weight, weight, mask)
 
     def get_config(self) -> dict[str, typing.Any]:

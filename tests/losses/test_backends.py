@@ -6,6 +6,7 @@
 import importlib.util
 import json
 import sys
+from concurrent import futures
 
 import keras
 import numpy as np
@@ -139,6 +140,54 @@ def test_a_model_that_tensorflow_saved_trains_to_the_same_weights(
     np.testing.assert_allclose(found["values"], values, rtol=1e-3)
     again = np.concatenate(list(map(np.ravel, model.evaluate(x, y, batch_size=4, verbose=0))))
     np.testing.assert_allclose(again, values, rtol=1e-3)
+
+
+IN_PYTORCH = """
+    import sys
+    import keras
+    import numpy as np
+    import torch
+    from dice_op.losses import DiceCELoss, DownsampledLabels
+
+    file, rank = sys.argv[1], int(sys.argv[2])
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(4, 6, 5, 3)).astype("float32"), rng.integers(0, 3, (4, 6, 5))
+    loss, whole = DiceCELoss(batch=True), DiceCELoss(batch=True)(y, x)
+
+    masked = torch.tensor(x)
+    masked._keras_mask = torch.tensor(rng.random((4, 6)) < 0.5)
+    for each in (DiceCELoss(), DownsampledLabels(DiceCELoss())):
+        torch.compiler.reset()
+        compiled = torch.compile(each, backend="aot_eager")(y, masked)
+        torch.testing.assert_close(compiled, each(y, masked))
+        assert abs(float(compiled) - float(each(y, x))) > 1e-3
+
+    for sparse in (torch.tensor(y).to_sparse(), torch.tensor(y[0]).to_sparse_csr()):
+        try:
+            loss(sparse, x)
+        except TypeError as error:
+            assert "y_true is a sparse or nested tensor" in str(error)
+        else:
+            raise AssertionError(sparse.layout)
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=2
+    )
+    half = slice(2 * rank, 2 * rank + 2)
+    torch.testing.assert_close(loss(y[half], x[half]), whole)
+    print("good")
+"""
+
+
+@pytest.mark.parametrize("backend", [pytest.param("torch", marks=full("torch"))])
+def test_two_processes_of_pytorch_add_up_their_sums(backend, run_python, tmp_path):
+    """And a mask counts in a compiled program too, and sparse tensors are refused."""
+    with futures.ThreadPoolExecutor() as pool:
+        ranks = [
+            pool.submit(run_python, IN_PYTORCH, tmp_path / "meeting", rank, KERAS_BACKEND=backend)
+            for rank in "01"
+        ]
+    assert all("good" in rank.result() for rank in ranks)
 
 
 MEDICAI = """

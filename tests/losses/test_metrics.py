@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dice_op import metrics
-from dice_op.metrics import DiceScore, JaccardScore
+from dice_op.metrics import DiceScore, JaccardScore, Matthews
 from helpers import reference
 from helpers.any_backend import BACKEND, ONLY_TENSORFLOW, REFUSED
 from helpers.kernel_inputs import read_label_sets
@@ -368,6 +368,27 @@ def test_a_score_of_nothing_is_nan(average, over):
     metric = DiceScore(absent="keep", **options)
     metric.update_state(y, x)
     assert np.all(np.asarray(metric.result()) == 1)
+
+
+def test_a_small_batch_counts_after_many_large_ones():
+    """A float32 cannot tell 2^25 from 2^25 + 1."""
+    x, y = np.zeros((1, 4, 2), np.float32), np.zeros((1, 4), np.uint8)
+    x[..., 0] = 1
+    score = DiceScore(over="dataset", average="none")
+    score.update_state(y, x, np.float32([2**25]))
+    for _ in range(64):
+        score.update_state(y + 1, x, np.float32([1]))
+    errors = 64 * 4
+    wanted = 2 * 4 * 2**25 / (2 * 4 * 2**25 + errors)
+    assert abs(float(score.result()[0]) - wanted) <= 0.1 * (1 - wanted)
+
+
+def test_a_correlation_of_ten_billion_voxels_is_finite():
+    x = np.zeros((1, 4, 2), np.float32)
+    x[0, [0, 1, 2, 3], [0, 0, 1, 1]] = 1
+    score = Matthews(over="dataset", average="none")
+    score.update_state(np.uint8([[0, 0, 1, 0]]), x, np.float32([2.5e9]))
+    np.testing.assert_allclose(np.asarray(score.result()), [3**-0.5] * 2, rtol=1e-6)
 
 
 @ONLY_TENSORFLOW

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from dice_op import core
 from helpers.paths import BUILD_TOOLS, ROOT
 from helpers.processes import configure, run
 
@@ -48,6 +49,17 @@ def test_a_build_names_what_is_missing():
     assert "DICE_OP_TENSORFLOW is 2.21" in asked_for and "pip install tensorflow" in asked_for
 
 
+def test_the_tensorflow_of_this_environment_is_found(monkeypatch):
+    monkeypatch.syspath_prepend(BUILD_TOOLS)
+    requirements = importlib.import_module("requirements")
+    assert core.build_info()["tensorflow"].startswith(requirements.tensorflow_beside() + ".")
+
+
+def test_another_tensorflow_than_was_asked_for_is_named():
+    line = setup(DICE_OP_TENSORFLOW="1.15")
+    assert "DICE_OP_TENSORFLOW is 1.15" in line and "TensorFlow 2." in line
+
+
 @pytest.mark.parametrize("installed", ["2.20.1", "none"])
 def test_a_build_is_for_the_tensorflow_that_is_installed(installed, monkeypatch, tmp_path):
     """Also in isolation, where pip hides the packages of the environment."""
@@ -56,8 +68,10 @@ def test_a_build_is_for_the_tensorflow_that_is_installed(installed, monkeypatch,
     if installed != "none":
         package = tmp_path / f"tensorflow_cpu-{installed}.dist-info"
         package.mkdir()
-        (package / "METADATA").write_text(f"Name: tensorflow-cpu\nVersion: {installed}\n")
+        # Its own package writes the name so.
+        (package / "METADATA").write_text(f"Name: tensorflow_cpu\nVersion: {installed}\n")
     monkeypatch.setattr(requirements.sysconfig, "get_path", lambda kind: str(tmp_path))
+    monkeypatch.setattr(requirements.site, "getusersitepackages", lambda: str(tmp_path / "user"))
     beside = requirements.tensorflow_beside()
     assert beside == ("none" if installed == "none" else "2.20")
     (needed,) = requirements.of_tensorflow(beside)
