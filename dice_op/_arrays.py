@@ -164,6 +164,8 @@ def astype(array: Array, dtype: str, like: Array | None = None) -> Array:
         return int(array)
     if library == "torch":
         return array.to(getattr(sys.modules[library], dtype))
+    if library == "jax":  # It may have no types of 64 bits.
+        dtype = sys.modules[library].dtypes.canonicalize_dtype(dtype)
     return array.astype(dtype)
 
 

@@ -44,11 +44,29 @@ def _attributes(text: str) -> dict[str, typing.Any]:
     return {k: np.float64(v) if isinstance(v, float) else v for k, v in given.items()}
 
 
-def _results(text: str, logits: Array) -> list[jax.ShapeDtypeStruct]:
+def _inside_shard_map() -> bool:
+    """Whether arrays are the parts of one device. Nothing is left to shard then."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _struct(shape: typing.Sequence[int], dtype: typing.Any, *inputs: Array) -> typing.Any:
+    """What a result of these inputs looks like."""
+    if not _inside_shard_map():
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    # It differs between the same devices as a sum of all inputs. Each version of JAX has another
+    # way to say so.
+    def as_wide(*inputs: Array) -> Array:
+        return jnp.full(shape, 1, dtype) * sum(jnp.sum(x) for x in inputs).astype(dtype)
+
+    return jax.eval_shape(as_wide, *inputs)
+
+
+def _results(text: str, logits: Array, *others: Array) -> list[typing.Any]:
     """What the sums of these logits look like. A sum that is not asked for has no classes."""
     wide = jnp.float64 if _text.counts(text) else jnp.float32
     dtype = jax.dtypes.canonicalize_dtype(jnp.promote_types(logits.dtype, wide))
-    return [jax.ShapeDtypeStruct(shape, dtype) for shape in _text.shapes(text, logits.shape)]
+    return [_struct(s, dtype, logits, *others) for s in _text.shapes(text, logits.shape)]
 
 
 def _call_sums(text: str, logits: Array, labels: Array, *weight: Array) -> tuple[Array, ...]:
@@ -58,7 +76,8 @@ def _call_sums(text: str, logits: Array, labels: Array, *weight: Array) -> tuple
     # Nobody knows yet on which platform this will run, so that there is enough for each.
     sizes = (core.ffi_workspace(p, n, math.prod(spatial), c) for p in core.ffi_targets())
     workspace = max(sizes)
-    results = [*_results(text, logits), jax.ShapeDtypeStruct((workspace,), jnp.uint8)]
+    given = logits, labels, *weight
+    results = [*_results(text, *given), _struct((workspace,), jnp.uint8, *given)]
     found = jax.ffi.ffi_call("dice_op_sums", results)(logits, labels, *weight, **_attributes(text))
     named = zip(DiceSums._fields, found, strict=False)
     return tuple(value for name, value in named if name in _text.asked(text))
@@ -75,7 +94,7 @@ def _call_gradient(text: str, logits: Array, labels: Array, *rest: Array) -> Arr
         for name in DiceSums._fields
         if every.get(name)
     ]
-    result = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
+    result = _struct(logits.shape, logits.dtype, logits, labels, *rest)
     call = jax.ffi.ffi_call("dice_op_sums_grad", result)
     return call(logits, labels, *weight, *d_sums, **_attributes(text))
 
@@ -175,7 +194,7 @@ def _op(text: str, is_gradient: bool) -> typing.Callable[..., typing.Any]:
 
     @jax.custom_batching.custom_vmap
     def batched(*arrays: Array) -> typing.Any:
-        return sharded(*arrays)
+        return call(text, *arrays) if _inside_shard_map() else sharded(*arrays)
 
     @batched.def_vmap
     def _(size: int, is_batched: typing.Any, *arrays: Array) -> typing.Any:
@@ -244,6 +263,23 @@ def _sums_backward(text: str, kept: typing.Any, d_sums: typing.Any) -> typing.An
 
 
 _sums.defvjp(_sums_forward, _sums_backward, symbolic_zeros=True)
+
+
+# shard_map does not tell which inputs a derivative is wanted for. It is computed for each, and
+# `jit` drops those that nobody uses.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _local_sums(text: str, logits: Array, labels: Array, weight: Array | None) -> tuple[Array, ...]:
+    return _sums.fun(text, logits, labels, weight)
+
+
+def _local_forward(text: str, *inputs: typing.Any) -> typing.Any:
+    floats = [x is not None and jnp.issubdtype(x.dtype, jnp.floating) for x in inputs[1:]]
+    return _local_sums(text, *inputs), (inputs, floats)
+
+
+_local_sums.defvjp(_local_forward, _sums_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -331,7 +367,8 @@ def dice_sums(
     weight = None if voxel_weight is None else jnp.asarray(voxel_weight)
     if weight is not None and weight.ndim == logits.ndim and weight.shape[axis] == 1:
         weight = weight.squeeze(axis)
-    found = iter(_sums(text, logits, labels, weight))
+    sums = _local_sums if _inside_shard_map() else _sums
+    found = iter(sums(text, logits, labels, weight))
     asked = _text.asked(text)
     return DiceSums(**{n: next(found) if n in asked else None for n in DiceSums._fields})
 

@@ -187,6 +187,62 @@ def test_sharded_volumes_stay_where_they_are(run_python):
         assert (in_place, gathers, others) == ("True", "False", "[]")
 
 
+MAPPED = """
+import os
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+import warnings
+warnings.simplefilter("error")
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec as P
+from dice_op import formulas
+from dice_op.jax import DiceCELoss, dice_sums
+
+rng = np.random.default_rng(0)
+x = jnp.asarray(rng.normal(size=(4, 48, 3)), jnp.float32)
+y = jnp.asarray(rng.integers(0, 3, x.shape[:-1]), jnp.uint8)
+weight = jnp.asarray(rng.random(y.shape), jnp.float32)
+dense = jnp.asarray(rng.dirichlet(np.ones(3), y.shape), jnp.float32)
+mesh = Mesh(np.array(jax.devices()), ("device",))
+loss = DiceCELoss()
+
+def of_samples(x, y, weight):
+    return jax.lax.pmean(loss(x, y, weight), "device")
+
+def of_volume(x, y, weight, over="device"):
+    sums = dice_sums(x, y, voxel_weight=weight, activation="softmax")
+    if over:
+        sums = formulas.map_sums(lambda s: jax.lax.psum(s, over), sums)
+    return (1 - formulas.dice(sums)).mean()
+
+def whole_volume(x, y, weight):
+    return of_volume(x, y, weight, over=None)
+
+for mapped, wanted, spec in (
+    (of_samples, loss, P("device")),
+    (of_volume, whole_volume, P(None, "device")),
+):
+    mapped = jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=(spec,) * 3, out_specs=P()))
+    for labels, arguments in ((y, (0, 2)), (dense, (0, 1, 2))):
+        found = jax.value_and_grad(mapped, arguments)(x, labels, weight)
+        right = jax.value_and_grad(wanted, arguments)(x, labels, weight)
+        print(abs(found[0] / right[0] - 1), *(
+            jnp.linalg.norm(a - b) / jnp.linalg.norm(b)
+            for a, b in zip(found[1], right[1], strict=True)
+        ))
+"""
+
+
+def test_each_device_has_its_part_inside_shard_map(run_python):
+    """Of the samples, or of one volume whose sums are added up. Also gradients of weights and of
+    dense labels."""
+    lines = run_python(MAPPED).splitlines()
+    assert [len(line.split()) for line in lines] == [3, 4, 3, 4]
+    assert all(float(error) <= 1e-5 for line in lines for error in line.split())
+
+
 def test_errors_name_what_is_wrong():
     x, y = arrays({}, (2, 4, 3))
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"voxel \[0, 1\] have the value 7"):
