@@ -1,4 +1,8 @@
-"""`python -m dice_op info` prints what a bug report needs to say about this installation."""
+"""Commands for an installation.
+
+`python -m dice_op info` prints what a bug report needs to say about it, and `python -m dice_op
+check` compares what it computes on this machine with double precision.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 
-from dice_op import _gpu, core
+from dice_op import _check, _gpu, core
 
 
 def info() -> dict[str, typing.Any]:
@@ -93,12 +97,35 @@ def _losses() -> str:
     return "loaded"
 
 
+def _run_check(front_end: str | None, as_json: bool) -> int:
+    """Prints the table. Returns 1 if something failed, else 0."""
+    if front_end and as_json:  # The other forms start this one in a process for each front end.
+        print(json.dumps(_check.check_front_end(front_end)))
+        return 0
+    rows = []
+    for row in _check.check([front_end] if front_end else list(_check.FRONT_ENDS)):
+        rows.append(row)
+        if not as_json:
+            print(_check.line(row), flush=True)
+    failed = any(row.get("failures") for row in rows)
+    if as_json:
+        print(json.dumps({"version": core.build_info()["version"], "rows": rows}, indent=2))
+    elif failed:
+        print("Something failed: please report it with the output of `python -m dice_op info`.")
+    return int(failed)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dice_op", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("info", help="versions, build and processor features")
     command.add_argument("--json", action="store_true", help="as JSON")
+    command = commands.add_parser("check", help="whether this machine computes what it should")
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument("--front-end", choices=_check.FRONT_ENDS, help="only this one")
     options = parser.parse_args(arguments)
+    if options.command == "check":
+        return _run_check(options.front_end, options.json)
     report = info()
     if options.json:
         print(json.dumps(report, indent=2))
