@@ -286,8 +286,7 @@ class OverlapScore(keras.metrics.Metric):
             scores = ops.divide_no_nan(scores, weights)
         else:
             if not backend.has_float64():  # Scores are ratios, but products of totals may overflow.
-                largest = ops.max(ops.stack([ops.max(total) for total in totals]))
-                totals = [total / ops.maximum(largest, 1) for total in totals]
+                totals = [total / 2**20 for total in totals]
             names = ["intersection", "pred_sum", "label_sum", "weight_sum", "unknown_sum"]
             known = dict(zip(names, (total[None] for total in totals), strict=False))
             if self._needs_weight_sum:

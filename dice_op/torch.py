@@ -9,7 +9,7 @@ where they are, on the host or on a CUDA device, on PyTorch's current stream.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import typing
 
 import torch
@@ -264,6 +264,20 @@ def dice_sums(
         sample NaN instead.
       TypeError: An argument has a wrong type.
     """
+    values = (tuple(v.items()) if isinstance(v, dict) else v for v in options.values())
+    text = _written(tuple(options), tuple(values))
+    return _sums_of(logits, labels, voxel_weight, data_format, overwrite_logits, text)
+
+
+def _sums_of(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    voxel_weight: torch.Tensor | None,
+    data_format: DataFormat,
+    overwrite_logits: bool,
+    text: str,
+) -> DiceSums:
+    """`dice_sums` with the other options as text."""
     given = {"logits": logits, "labels": labels, "voxel_weight": voxel_weight}
     for name, tensor in given.items():
         if not isinstance(tensor, torch.Tensor) and (tensor is not None or name != "voxel_weight"):
@@ -284,9 +298,7 @@ def dice_sums(
                 voxel_weight = voxel_weight.movedim(here, there)
             logits = moved
             data_format = "channels_last" if here == 1 else "channels_first"
-    options["data_format"] = data_format
-    values = (tuple(v.items()) if isinstance(v, dict) else v for v in options.values())
-    text, asked = _constants(tuple(options), tuple(values))
+    text, asked = _constants(text, data_format)
     sums = _sums(logits, labels, voxel_weight, text, overwrite_logits)
     return DiceSums(*(s if wanted else None for s, wanted in zip(sums, asked, strict=True)))
 
@@ -298,8 +310,8 @@ def _as_plain(tensor: typing.Any) -> typing.Any:
     return tensor
 
 
-def _constants(names: tuple[str, ...], values: tuple[typing.Any, ...]) -> tuple[str, list[bool]]:
-    """The options as text, and whether they ask for each of the sums.
+def _written(names: tuple[str, ...], values: tuple[typing.Any, ...]) -> str:
+    """The options as text.
 
     torch.compile takes no dict for a constant, so that they come as names and values, and
     `label_sets` as pairs.
@@ -307,12 +319,18 @@ def _constants(names: tuple[str, ...], values: tuple[typing.Any, ...]) -> tuple[
     options = dict(zip(names, values, strict=True))
     if options.get("label_sets"):
         options["label_sets"] = dict(options["label_sets"])
-    text = _text.written(options)
+    return _text.written(options)
+
+
+def _constants(text: str, data_format: DataFormat) -> tuple[str, list[bool]]:
+    """The options with this layout, and whether they ask for each of the sums."""
+    text = _text.written({**_text.read(text), "data_format": data_format})
     return text, [name in _text.asked(text) for name in DiceSums._fields]
 
 
 # torch.compiler.assume_constant_result does this, and imports the compiler, which takes seconds.
-_constants._dynamo_marked_constant = True  # type: ignore[attr-defined]
+setattr(_written, "_dynamo_marked_constant", True)  # noqa: B010
+setattr(_constants, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def over_processes(sums: DiceSums) -> DiceSums:
@@ -352,6 +370,15 @@ class SumsLoss(_family.LogitsFirst, torch.nn.Module):
         super().__init__(**options)
         self.overwrite_logits = _checks.flag("overwrite_logits", overwrite_logits)
 
+    def __setattr__(self, name: str, value: typing.Any) -> None:
+        super().__setattr__(name, value)
+        # torch.compile makes a variable of a number that differs between two losses. A text stays a
+        # constant. There is none before all options are there, or if they depend on the classes.
+        self.__dict__["_options"] = None
+        with contextlib.suppress(AttributeError, TypeError, ValueError):
+            options = self.options_of_sums(None, lambda: False)
+            self.__dict__["_options"] = _text.written(options)
+
     def default_data_format(self) -> DataFormat:
         return "channels_first"
 
@@ -361,7 +388,12 @@ class SumsLoss(_family.LogitsFirst, torch.nn.Module):
     def forward(
         self, logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None = None
     ) -> torch.Tensor:
-        sums = functools.partial(dice_sums, overwrite_logits=self.overwrite_logits)
+        def sums(logits: torch.Tensor, labels: torch.Tensor, **options: typing.Any) -> DiceSums:
+            if self._options is None:
+                return dice_sums(logits, labels, overwrite_logits=self.overwrite_logits, **options)
+            given = options["voxel_weight"], self.data_format, self.overwrite_logits
+            return _sums_of(logits, labels, *given, self._options)
+
         given = map(_as_plain, (logits, labels, weight))
         return typing.cast(torch.Tensor, self.value(sums, *given))
 

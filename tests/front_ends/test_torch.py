@@ -390,6 +390,19 @@ def test_two_processes_train_as_one(run_python, tmp_path):
     np.testing.assert_allclose(numbers[1], numbers[0], rtol=1e-5, atol=1e-7)
 
 
+def test_torch_compile_takes_losses_that_differ_in_a_number():
+    """It then makes a variable of the number, but the kernels need to know it."""
+    x, y = volume("random")
+    x, y = torch.tensor(x).movedim(-1, 1), torch.tensor(y)
+    torch.compiler.reset()
+    for gamma in (0.5, 2.0, 3.0):
+        loss = front_end.DiceFocalLoss(focal_gamma=gamma)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, y), loss(x, y))
+    loss.focal_gamma = 1.0  # Its program is another then.
+    torch.testing.assert_close(compiled(x, y), front_end.DiceFocalLoss(focal_gamma=1.0)(x, y))
+
+
 def test_importing_the_front_end_imports_no_other_framework(run_python):
     code = "import sys, dice_op.torch; print(*{'tensorflow', 'keras', 'jax'} & set(sys.modules))"
     assert run_python(code).strip() == ""
