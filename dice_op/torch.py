@@ -389,7 +389,7 @@ class SumsLoss(_family.LogitsFirst, torch.nn.Module):
         self, logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None = None
     ) -> torch.Tensor:
         def sums(logits: torch.Tensor, labels: torch.Tensor, **options: typing.Any) -> DiceSums:
-            if self._options is None:
+            if self._options is None or not torch.compiler.is_compiling():
                 return dice_sums(logits, labels, overwrite_logits=self.overwrite_logits, **options)
             given = options["voxel_weight"], self.data_format, self.overwrite_logits
             return _sums_of(logits, labels, *given, self._options)
