@@ -236,8 +236,10 @@ for mapped, wanted, spec in (
 
 
 def test_each_device_has_its_part_inside_shard_map(run_python):
-    """Of the samples, or of one volume whose sums are added up. Also gradients of weights and of
-    dense labels."""
+    """A device has some of the samples, or a part of one volume, whose sums are then added up.
+
+    The gradients of weights and of dense labels are compared as well.
+    """
     lines = run_python(MAPPED).splitlines()
     assert [len(line.split()) for line in lines] == [3, 4, 3, 4]
     assert all(float(error) <= 1e-5 for line in lines for error in line.split())

@@ -101,7 +101,7 @@ def test_pytorch_gives_the_same_bits_as_numpy(name, dtype, data_format):
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
 def test_memory_of_the_other_layout_is_read_as_it_is(data_format, dense, monkeypatch):
-    """Also that of labels and weights, which have the logits' layout."""
+    """Labels and weights that have the logits' axes are in the same layout as the logits."""
     x, y = tensors({}, "float32", (2, 4 * 5 * 6, 3))
     labels = torch.nn.functional.one_hot(y.long(), 3).float() if dense else y
     weight = torch.rand(2, 4 * 5 * 6, 1)

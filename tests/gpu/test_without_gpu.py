@@ -312,7 +312,7 @@ def test_every_loss_of_pytorch_is_checked(monkeypatch):
 
 @pytest.mark.full
 def test_every_loss_of_jax_is_checked(run_python):
-    """Of a few only, because JAX compiles a program for each."""
+    """Only a few losses are checked here, because JAX compiles a program for each."""
     pytest.importorskip("jax")
     code = """
         import json

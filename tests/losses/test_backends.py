@@ -126,8 +126,8 @@ CASES = [
 def test_a_model_that_tensorflow_saved_trains_to_the_same_weights(
     backend, kind, trained, run_python, tmp_path
 ):
-    """And what is trained there loads here again. With `batch=True` several devices must add up
-    their sums."""
+    """What is trained there loads here again. With `batch=True` several devices must add up their
+    sums."""
     folder, x, y, weights, values = trained
     for file in ("data.npz", "model.keras"):
         (tmp_path / file).write_bytes((folder / file).read_bytes())
@@ -181,7 +181,8 @@ IN_PYTORCH = """
 
 @pytest.mark.parametrize("backend", [pytest.param("torch", marks=full("torch"))])
 def test_two_processes_of_pytorch_add_up_their_sums(backend, run_python, tmp_path):
-    """And a mask counts in a compiled program too, and sparse tensors are refused."""
+    """The processes try two more things: a mask counts in a compiled program, and sparse tensors
+    are refused."""
     with futures.ThreadPoolExecutor() as pool:
         ranks = [
             pool.submit(run_python, IN_PYTORCH, tmp_path / "meeting", rank, KERAS_BACKEND=backend)

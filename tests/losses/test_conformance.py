@@ -51,7 +51,7 @@ pytestmark = NEEDS_PEERS
 @pytest.mark.parametrize("volume_name", ["random", "absent class", "one dimension"])
 @pytest.mark.parametrize("name", EACH)
 def test_each_loss_is_the_same_in_every_front_end(name, volume_name):
-    """With options besides that no other library has."""
+    """These losses have options as well that no other library has."""
     kind, options = EACH[name]
     of_ours(getattr(losses, kind)(data_format="channels_last", **options), *volume(volume_name))
 

@@ -62,7 +62,7 @@ def test_another_tensorflow_than_was_asked_for_is_named():
 
 @pytest.mark.parametrize("installed", ["2.20.1", "none"])
 def test_a_build_is_for_the_tensorflow_that_is_installed(installed, monkeypatch, tmp_path):
-    """Also in isolation, where pip hides the packages of the environment."""
+    """This holds in isolation too, where pip hides the packages of the environment."""
     monkeypatch.syspath_prepend(BUILD_TOOLS)
     requirements = importlib.import_module("requirements")
     if installed != "none":
