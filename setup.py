@@ -46,7 +46,7 @@ def tensorflow_version():
     return next(filter(None, map(version_of, PACKAGES)), None)
 
 
-def fits(wanted, found):
+def is_wanted(found, wanted):
     """Whether a TensorFlow is the one of DICE_OP_TENSORFLOW, a version or a requirement."""
     return found.startswith(f"{wanted}.") or not wanted[:1].isdigit()
 
@@ -64,7 +64,7 @@ def check_requirements():
         )
     wanted = os.environ.get("DICE_OP_TENSORFLOW") or "none"
     found = tensorflow_version() if with_tensorflow() else None
-    if wanted != "none" and not (found and fits(wanted, found)):
+    if wanted != "none" and not (found and is_wanted(found, wanted)):
         stop(
             f"DICE_OP_TENSORFLOW is {wanted}, but a build without isolation is for the TensorFlow "
             f"of its environment, and here is {f'TensorFlow {found}' if found else 'none'}: "

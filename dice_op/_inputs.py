@@ -118,7 +118,10 @@ def are_soft(y_true: Array, y_pred: Array, data_format: DataFormat, **options: t
 
 
 def voxel_shape(y_pred: Array, data_format: DataFormat) -> list[typing.Any]:
-    """`[N, spatial...]` of the predictions, of whole numbers, or tensors for what is not known."""
+    """`[N, spatial...]` of predictions, or of labels that have their axes.
+
+    Its entries are whole numbers, or tensors for what is not known.
+    """
     shape = list(ops.shape(y_pred))
     del shape[channel_axis(data_format)]
     return shape

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from dice_op import _checks, core
 from dice_op._sums import DiceSums
+from dice_op._types import DataFormat
 
 # The names of the options.
 _KNOWN = {"cross_entropy", *core.op_attributes()} - {"with_cross_entropy"}
@@ -61,6 +62,12 @@ def for_composite(text: str) -> dict[str, typing.Any]:
     given = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in attributes(text).items()}
     del given["threshold"]  # that of an activation without a gradient
     return given
+
+
+@functools.lru_cache(maxsize=64)
+def in_layout(text: str, data_format: DataFormat) -> str:
+    """The same options, but for the layout."""
+    return written({**read(text), "data_format": data_format})
 
 
 def is_last(text: str) -> bool:

@@ -20,6 +20,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dice_op import _family, _text, composite, core
+from dice_op._arrays import channel_axis
 from dice_op._sums import DiceSums
 from dice_op._types import DataFormat
 
@@ -361,7 +362,7 @@ def dice_sums(
         ignore_label=options.get("ignore_label"),
         regions=options.get("regions"),
     )
-    axis = -1 if data_format == "channels_last" else 1
+    axis = channel_axis(data_format)
     if labels.ndim == logits.ndim and labels.shape[axis] == 1 != logits.shape[axis]:
         labels = labels.squeeze(axis)
     weight = None if voxel_weight is None else jnp.asarray(voxel_weight)

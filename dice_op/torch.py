@@ -324,7 +324,7 @@ def _written(names: tuple[str, ...], values: tuple[typing.Any, ...]) -> str:
 
 def _constants(text: str, data_format: DataFormat) -> tuple[str, list[bool]]:
     """The options with this layout, and whether they ask for each of the sums."""
-    text = _text.written({**_text.read(text), "data_format": data_format})
+    text = _text.in_layout(text, data_format)
     return text, [name in _text.asked(text) for name in DiceSums._fields]
 
 

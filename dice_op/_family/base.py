@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable
 
 from dice_op import _checks, formulas
-from dice_op._arrays import Array, cast, is_floating, namespace
+from dice_op._arrays import Array, cast, channel_axis, is_floating, namespace
 from dice_op._sums import DiceSums
 from dice_op._types import Activation, DataFormat, LabelSets, Reduction, Regions
 
@@ -216,7 +216,7 @@ class LogitsFirst(SumsLoss):
         weight: Array | None,
     ) -> Array:
         """The reduced loss. `weight` is `[N]`, or one weight per voxel."""
-        axis = -1 if self.data_format == "channels_last" else 1
+        axis = channel_axis(self.data_format)
         rank = len(logits.shape)
 
         def are_soft() -> bool:

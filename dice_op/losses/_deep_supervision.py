@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from dice_op import _checks, _inputs
-from dice_op._arrays import Array, channel_axis, known_shape
+from dice_op._arrays import Array, known_shape
 from dice_op._backends import backend
 from dice_op._types import TensorLike
 from dice_op.losses._base import SumsLoss
@@ -47,9 +47,11 @@ class DownsampledLabels(keras.losses.Loss):
         y_true = backend.dense_tensor("y_true", y_true)
         data_format = self.loss.data_format
         predicted, given = known_shape(y_pred), known_shape(y_true)
-        full = None if given is None else list(ops.shape(y_true))  # [N, spatial...] of the labels
-        if full and predicted and len(full) == len(predicted):
-            del full[channel_axis(data_format)]
+        full = None  # [N, spatial...] of the labels
+        if given and predicted and len(given) == len(predicted):
+            full = _inputs.voxel_shape(y_true, data_format)
+        elif given:
+            full = list(ops.shape(y_true))
         voxel_weight, weight = _inputs.split_weights(sample_weight, y_pred, data_format, full)
         labels = _inputs.resampled("y_true", y_true, y_pred, data_format)
         if voxel_weight is not None:
