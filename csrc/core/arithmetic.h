@@ -13,10 +13,10 @@ template <class T>
 DICE_OP_DEVICE T Select(bool condition, T yes, T no) {
   return condition ? yes : no;
 }
-// This does not choose between two sums, because that takes more registers.
 template <class T>
 DICE_OP_DEVICE T AddWhere(bool condition, T sum, T x) {
-  return sum + Select(condition, x, T(0));
+  if (condition) sum = sum + x;
+  return sum;
 }
 DICE_OP_DEVICE float Max(float a, float b) { return fmaxf(a, b); }
 DICE_OP_DEVICE double Max(double a, double b) { return fmax(a, b); }
@@ -27,7 +27,7 @@ DICE_OP_OUTLINED double Log(double x) { return log(x); }
 DICE_OP_DEVICE float Log1p(float x) { return log1pf(x); }
 DICE_OP_OUTLINED double Log1p(double x) { return log1p(x); }
 
-constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLog2E = 1.4426950408889634f, kLog2 = 0.6931471805599453f;
 
 // This is one instruction, with an error below 2 units in the last place. Subnormal results become 0.
 DICE_OP_DEVICE float Exp2(float x) {
@@ -46,8 +46,9 @@ DICE_OP_OUTLINED double Exp(double x) { return exp(x); }
 // classes, so it cancels when the exponentials are normalised.
 DICE_OP_DEVICE float ExpOfDifference(float a, float b) { return Exp2(fmaf(a, kLog2E, -(b * kLog2E))); }
 DICE_OP_DEVICE double ExpOfDifference(double a, double b) { return Exp(a - b); }
-DICE_OP_DEVICE float ExpOfDifferenceToItself(float a) { return ExpOfDifference(a, a); }
-DICE_OP_DEVICE double ExpOfDifferenceToItself(double) { return 1; }
+// The logarithm of that factor.
+DICE_OP_DEVICE float LogOfFactor(float b) { return fmaf(b, kLog2E, -(b * kLog2E)) * kLog2; }
+DICE_OP_DEVICE double LogOfFactor(double) { return 0; }
 
 // This is one instruction, with an error of one unit in the last place.
 DICE_OP_DEVICE float Reciprocal(float x) {

@@ -3,16 +3,17 @@
 // `R` is a number: a float in a CUDA thread, or on a CPU a SIMD register that holds the same class of several voxels.
 // `Classes` says which classes of a voxel the caller holds. On a CPU these are all classes. A CUDA thread that shares a
 // voxel with its neighbours holds every kLanes-th class, and Sum and Max combine the values of these threads. Such a
-// thread may hold one class too many: its logit is -infinity, which adds nothing to the others. A type R has
-// comparisons and the functions of arithmetic.h: Exp, ExpOfDifference(a, b) = exp(a - b) for a <= b,
-// ExpOfDifferenceToItself(a), which is what that gives for a = b, Reciprocal, Log, Log1p, Max, Abs, Select and
-// AddWhere.
+// thread may hold one class too many: its logit is -infinity, which adds nothing to the others. Top gives the largest
+// logit of all classes. A type R has comparisons and the functions of arithmetic.h: Exp, ExpOfDifference(a, b) = exp(a
+// - b) for a <= b, which may have a factor that depends on b alone, LogOfFactor(b), Reciprocal, Log, Log1p, Max, Abs,
+// Select and AddWhere.
 //
 // Everything is in an unnamed namespace. The CPU kernels compile this file once per instruction set, and internal
 // linkage keeps the linker from merging the copies into one that the processor may not be able to run.
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "core/arithmetic.h"
 #include "core/inline.h"
@@ -20,6 +21,15 @@
 
 namespace dice_op {
 namespace {
+
+// The largest of the logits held.
+template <class Classes, class R>
+DICE_OP_DEVICE R Largest(const Classes& k, const R* z) {
+  R top = z[0];
+  DICE_OP_UNROLL
+  for (int i = 1; i < k.size(); ++i) top = Max(top, z[i]);
+  return top;
+}
 
 // All classes of a voxel. Their number is known at compile time, or only at run time (kCount = 0).
 template <int kCount>
@@ -38,6 +48,10 @@ struct AllClasses {
   template <class R>
   DICE_OP_DEVICE static R Max(R x) {
     return x;
+  }
+  template <class R>
+  DICE_OP_DEVICE R Top(const R* z) const {
+    return Largest(*this, z);
   }
 };
 
@@ -58,6 +72,10 @@ struct IndexLabel {
     return AddWhere(index == c, sum, x);
   }
   template <class R>
+  DICE_OP_DEVICE R Pick(R x, R other, int c, int) const {
+    return Select(index == c, x, other);
+  }
+  template <class R>
   DICE_OP_DEVICE R Mix(R present, R absent, int c, int) const {
     return Select(index == c, present, absent);
   }
@@ -75,6 +93,7 @@ struct SingleLabel {
   R z;        // its logit, if the class is held
   DICE_OP_DEVICE R Times(R x, int, int i) const { return Select(item == i, x, R(0)); }
   DICE_OP_DEVICE R AddTo(R sum, R x, int, int i) const { return AddWhere(item == i, sum, x); }
+  DICE_OP_DEVICE R Pick(R x, R other, int, int i) const { return Select(item == i, x, other); }
   DICE_OP_DEVICE R Mix(R present, R absent, int, int i) const { return Select(item == i, present, absent); }
 };
 
@@ -171,16 +190,13 @@ struct Softmax {
   // multiplied with the voxel's weight only once.
   template <class Classes, class R>
   DICE_OP_DEVICE static Norm<R> Forward(const Classes& k, const R* z, R* e) {
-    R top = z[0];
-    DICE_OP_UNROLL
-    for (int i = 1; i < k.size(); ++i) top = Max(top, z[i]);
-    top = k.Max(top);
-    R total = R(0);
+    const R top = k.Top(z);
+    R total;
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       k.Prefetch(i);
       e[i] = ExpOfDifference(z[i], top);
-      total = total + e[i];
+      total = i == 0 ? e[0] : total + e[i];
     }
     total = k.Sum(total);
     return {top, Reciprocal(total), total};
@@ -195,7 +211,7 @@ struct Softmax {
   }
   template <class R>
   DICE_OP_DEVICE static R LogTotal(const Norm<R>& norm) {
-    return Log(norm.total * Reciprocal(ExpOfDifferenceToItself(norm.top)));
+    return Log(norm.total) - LogOfFactor(norm.top);
   }
   template <class R>
   DICE_OP_DEVICE static R LogProbability(R z, R, const Norm<R>& norm, R log_total) {
@@ -273,6 +289,16 @@ struct Logistic {
   }
 };
 
+// p alone. In float, 1 + exp(-z) may become infinite, but then p is too small for a float.
+template <class R>
+DICE_OP_DEVICE R LogisticP(R z) {
+  if constexpr (std::is_same_v<R, float>) {
+    return Reciprocal(R(1) + Exp(-z));
+  } else {
+    return Logistic<R>::Of(z).p;
+  }
+}
+
 struct Sigmoid : Unscaled {
   static constexpr bool kHard = false;
   static constexpr bool kBinary = true;  // every class has a cross-entropy term, whatever its label
@@ -281,13 +307,13 @@ struct Sigmoid : Unscaled {
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       k.Prefetch(i);
-      p[i] = Logistic<R>::Of(z[i]).p;
+      p[i] = LogisticP(z[i]);
     }
     return {};
   }
   template <class R>
   DICE_OP_DEVICE static R Probability(R z, const Norm<R>&) {
-    return Logistic<R>::Of(z).p;
+    return LogisticP(z);
   }
 };
 
@@ -357,10 +383,8 @@ struct Argmax : Unscaled {
   static constexpr bool kHard = true, kBinary = false;
   template <class Classes, class R, class Scalar>
   DICE_OP_DEVICE static void Decide(const Classes& k, const R* z, R* p, Scalar) {
-    R top = z[0], nan = R(0);
-    DICE_OP_UNROLL
-    for (int i = 1; i < k.size(); ++i) top = Max(top, z[i]);
-    top = k.Max(top);
+    R nan = R(0);
+    const R top = k.Top(z);
     const R no_class = R(Scalar(-INFINITY));
     R first = no_class;  // minus the class index, so that the first class is the largest
     DICE_OP_UNROLL
@@ -429,6 +453,20 @@ DICE_OP_DEVICE Scalar GammaOf(const Classes& k, int i, const Terms<Scalar>& term
   return terms.gamma;
 }
 
+// The term of a voxel whose label is one class. The numbers of this class are picked first, so that logarithm and power
+// are computed only once.
+template <class Activation, class Classes, class Label, class R, class Scalar>
+DICE_OP_DEVICE Focal<R> TermOfLabel(const Classes& k, const R* z, const R* p, const Norm<R>& norm, const Label& label,
+                                    const Terms<Scalar>& terms) {
+  R z_t = R(0), p_t = R(0);
+  DICE_OP_UNROLL
+  for (int i = 0; i < k.size(); ++i) {
+    z_t = label.Pick(z[i], z_t, k.Class(i), i);
+    p_t = label.Pick(p[i], p_t, k.Class(i), i);
+  }
+  return TermOf<Activation>(z_t, Activation::Scale(p_t, norm), norm, Activation::LogTotal(norm), terms.gamma);
+}
+
 // Calls add(i, loss, negative) for every class i. loss is the cross-entropy that the voxel adds to class i, and
 // negative is what it adds to the other sum if the terms are binary. Where they are not, and `e` is given, this also
 // writes h[i], the h of Activation::Backward. e: dL/dcross_entropy of the classes.
@@ -449,19 +487,11 @@ DICE_OP_DEVICE void CrossEntropy(const Classes& k, const R* z, const R* p, const
       add(i, part(binary.present, R(0)), part(R(0), binary.absent));
     }
   } else if constexpr (Label::kOneHot) {
-    // Only one class has a term. Its numbers are picked first, so that logarithm and power are computed only once.
-    R z_t = R(0), p_t = R(0);
-    DICE_OP_UNROLL
-    for (int i = 0; i < k.size(); ++i) {
-      z_t = z_t + label.Times(z[i], k.Class(i), i);
-      p_t = p_t + label.Times(p[i], k.Class(i), i);
-    }
-    p_t = Activation::Scale(p_t, norm);
-    const auto focal = TermOf<Activation>(z_t, p_t, norm, Activation::LogTotal(norm), terms.gamma);
+    const auto focal = TermOfLabel<Activation>(k, z, p, norm, label, terms);
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       add(i, label.Times(focal.loss, k.Class(i), i), R(0));
-      if (e) h[i] = R(e[i]) * label.Times(focal.slope, k.Class(i), i);
+      if (e) h[i] = label.Times(R(e[i]) * focal.slope, k.Class(i), i);
     }
   } else {
     const bool has_sets = Label::kTables && terms.sets;
@@ -591,7 +621,15 @@ DICE_OP_DEVICE void AddVoxel(const Classes& k, R* z, R* p, const Label& label, R
       });
     }
   }
-  if constexpr (kCrossEntropy && (Activation::kBinary || !Label::kSingle)) {
+  if constexpr (kCrossEntropy && !Activation::kBinary && Label::kOneHot && !Label::kSingle) {
+    if (terms.cross_entropy) {
+      const R loss = m * TermOfLabel<Activation>(k, z, p, norm, label, terms).loss;
+      DICE_OP_UNROLL
+      for (int i = 0; i < k.size(); ++i) {
+        sums.cross_entropy[i] = label.AddTo(sums.cross_entropy[i], loss, k.Class(i), i);
+      }
+    }
+  } else if constexpr (kCrossEntropy && (Activation::kBinary || !Label::kSingle)) {
     if (terms.cross_entropy) {
       CrossEntropy<Activation>(k, z, p, norm, label, terms, static_cast<const Scalar*>(nullptr),
                                static_cast<R*>(nullptr), [&](int i, R loss, R negative) {

@@ -28,7 +28,8 @@ struct Call {
   int label_limit;  // labels below it are classes; no more than the labels' type can hold
   int label_bytes;
   int row_padding;                    // bytes between the rows of a staged tile, so that they start in other banks
-  uint32_t row_magic;                 // (x * row_magic) >> 20 is the row of a tile's 16-byte word x, or element x
+  int row_words;                      // words of 16 bytes in a row that is padded; a divisor of 32
+  uint32_t row_magic;                 // (x * row_magic) >> 20 is the row of a tile's element x, in the general kernels
   int access_bytes, shared_per_warp;  // shared memory per warp: first the access's, then the sums'
   DType logits_dtype, labels_dtype, weight_dtype;
   bool planar;  // channels first
@@ -62,7 +63,7 @@ struct Variant {
   int access_bytes = 0, shared_per_warp = 0;
   int warps = 0;  // per block; they work independently until the block's sums are added
   int tile = 0;   // voxels that a warp takes at a time
-  int row_padding = 0;
+  int row_padding = 0, row_words = 1;
   uint32_t row_magic = 0;
 };
 

@@ -58,18 +58,86 @@ struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Vector {
   T elements[kCount];
 };
 
-template <class T>
-using Word = Vector<T, 16 / sizeof(T)>;
+// What memory is read and written in: 16 bytes.
+using Word = Vector<uint32_t, 4>;
 
 // Stores data that this kernel will not read again, so that other data stay in the cache.
-template <class T>
-DICE_OP_DEVICE void StoreStreaming(Word<T>* to, const Word<T>& word) {
+DICE_OP_DEVICE void StoreStreaming(Word* to, const Word& word) {
 #ifdef __CUDA_ARCH__
   __stcs(reinterpret_cast<uint4*>(to), BitCast<uint4>(word));
 #else
   *to = word;
 #endif
 }
+
+// The maxima of two pairs of elements of 16 bits. As in fmaxf, a NaN is no maximum.
+template <class T>
+DICE_OP_DEVICE uint32_t MaxOfPairs(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  using Pair = std::conditional_t<std::is_same_v<T, Half>, __half2, __nv_bfloat162>;
+  return BitCast<uint32_t>(__hmax2(BitCast<Pair>(a), BitCast<Pair>(b)));
+#else
+  uint32_t pair = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const T x{static_cast<uint16_t>(a >> shift)}, y{static_cast<uint16_t>(b >> shift)};
+    pair |= static_cast<uint32_t>((ToFloat(x) >= ToFloat(y) || ToFloat(y) != ToFloat(y) ? x : y).bits) << shift;
+  }
+  return pair;
+#endif
+}
+
+// Elements in registers, in parts of 32 bits. All indices must be known when the kernel is compiled. Elements of 16
+// bits are converted in pairs, which takes half the instructions.
+template <class T, int kParts>
+struct Elements {
+  static constexpr int kPerPart = 4 / sizeof(T);
+  uint32_t parts[kParts];
+
+  // Reads or gives kRun parts at a time, from part `first` on.
+  template <int kRun>
+  DICE_OP_DEVICE void Read(int first, Vector<uint32_t, kRun> run) {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) parts[first + i] = run.elements[i];
+  }
+  template <int kRun>
+  DICE_OP_DEVICE Vector<uint32_t, kRun> Run(int first) const {
+    Vector<uint32_t, kRun> run;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) run.elements[i] = parts[first + i];
+    return run;
+  }
+
+  DICE_OP_DEVICE float Get(int i) const {
+    const uint32_t part = parts[i / kPerPart];
+    if constexpr (sizeof(T) == 4) {
+      return BitCast<float>(part);
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      return BitCast<float>(i % 2 ? part & 0xffff0000u : part << 16);
+    } else {
+#ifdef __CUDA_ARCH__
+      const auto pair = BitCast<__half2>(part);
+      return i % 2 ? __high2float(pair) : __low2float(pair);
+#else
+      return ToFloat(Half{static_cast<uint16_t>(i % 2 ? part >> 16 : part)});
+#endif
+    }
+  }
+  // The second element of a pair must be set after the first.
+  DICE_OP_DEVICE void Set(int i, float value) {
+    uint32_t& part = parts[i / kPerPart];
+    part = sizeof(T) == 4 || i % 2 == 0 ? BitCast<uint32_t>(value) : Pair(BitCast<float>(part), value);
+  }
+
+ private:
+  DICE_OP_DEVICE static uint32_t Pair(float low, float high) {
+#ifdef __CUDA_ARCH__
+    if constexpr (std::is_same_v<T, Half>) return BitCast<uint32_t>(__floats2half2_rn(low, high));
+    if constexpr (std::is_same_v<T, BFloat16>) return BitCast<uint32_t>(__floats2bfloat162_rn(low, high));
+#endif
+    if constexpr (sizeof(T) == 2) return Write<T>(low).bits | static_cast<uint32_t>(Write<T>(high).bits) << 16;
+    return 0;  // is not called
+  }
+};
 
 // --- shared memory and asynchronous copies --------------------------------------------------------------
 

@@ -165,6 +165,7 @@ Error MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   call.label_limit = static_cast<int>(std::min(problem.label_limit(), LabelsEnd(problem.labels_dtype)));
   call.label_bytes = SizeOf(problem.labels_dtype);
   call.row_padding = variant.row_padding;
+  call.row_words = variant.row_words;
   call.row_magic = variant.row_magic;
   call.access_bytes = variant.access_bytes;
   call.shared_per_warp = variant.shared_per_warp;

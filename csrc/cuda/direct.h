@@ -6,9 +6,10 @@
 namespace dice_op {
 namespace {
 
-// A thread takes one unit at a time. A unit is the kVoxels voxels in one 16-byte word, or in one word of the plane of
-// each class. Words must be aligned.
-template <class T, int kCount, bool kPlanar>
+// A unit is the kVoxels voxels in one 16-byte word, or in one word of the plane of each class. A thread takes several
+// at a time, so that the loop takes few instructions for a voxel and enough bytes are on their way. Words must be
+// aligned.
+template <class T, int kCount, bool kPlanar_>
 class Direct {
  public:
   using Number = float;
@@ -16,11 +17,12 @@ class Direct {
   using Storage = T;       // the type of a tile's elements
   using Classes = AllClasses<kCount>;
   using Label = IndexLabel<int>;
-  static constexpr int kItems = kCount, kLanes = 1;
+  static constexpr int kItems = kCount, kLanes = 1, kTogether = 1;
+  static constexpr bool kPlanar = kPlanar_;
   static constexpr int kPerWord = 16 / sizeof(T);
   static constexpr int kWords = kPlanar ? kCount : 1;
   static constexpr int kVoxels = kPlanar ? kPerWord : kPerWord / kCount;
-  static constexpr int kUnits = kWords == 1 && kVoxels < 8 ? 2 : 1;  // so that threads wait for 32 bytes or more
+  static constexpr int kUnits = kPlanar ? 1 : kVoxels < 4 ? 4 : 2;
   static constexpr int kTile = kWarp * kUnits * kVoxels;
   static constexpr int Bytes(int, int) { return 0; }
   static constexpr bool kSingle = false, kWeighted = false, kTables = false;
@@ -38,6 +40,7 @@ class Direct {
       if (tile < call_.tiles - 1 || call_.last_voxels == kTile) {
         Units<kStore>(tile * static_cast<int64_t>(kTile / kVoxels) + Lane(), voxel);
       } else {
+#pragma unroll 1
         for (int64_t v = tile * static_cast<int64_t>(kTile) + Lane(); v < call_.voxels; v += kWarp) {
           One<kStore>(v, voxel);
         }
@@ -49,40 +52,42 @@ class Direct {
  private:
   template <bool kStore, class Voxel>
   DICE_OP_DEVICE void Units(int64_t first, Voxel&& voxel) {
-    const auto* logits = reinterpret_cast<const Word<T>*>(static_cast<const T*>(call_.logits) + offset_);
-    auto* d_logits = reinterpret_cast<Word<T>*>(static_cast<T*>(call_.d_logits) + offset_);
+    const auto* logits = reinterpret_cast<const Word*>(static_cast<const T*>(call_.logits) + offset_);
+    auto* d_logits = reinterpret_cast<Word*>(static_cast<T*>(call_.d_logits) + offset_);
     const int64_t plane = call_.voxels / kPerWord;  // only used if planar
-    Word<T> words[kUnits][kWords];
+    Elements<T, 4 * kWords> units[kUnits];
     uint32_t labels[kUnits][kVoxels];
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) words[u][w] = logits[first + u * kWarp + w * plane];
+      for (int w = 0; w < kWords; ++w) units[u].Read(4 * w, logits[first + u * kWarp + w * plane]);
     }
     constexpr int kStride = kWarp * kVoxels;
-    ReadLabels<kVoxels, kUnits>(call_, voxel_offset_ + first * kVoxels, kStride, kUnits * kStride, labels, &largest_);
+    ReadLabels<kVoxels, kUnits>(call_, voxel_offset_ + first * kVoxels, kStride, labels, &largest_);
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
+      Elements<T, 4 * kWords> gradient;
 #pragma unroll
       for (int v = 0; v < kVoxels; ++v) {
         float z[kCount];
 #pragma unroll
-        for (int c = 0; c < kCount; ++c) z[c] = Read<float>(Element(words[u], v, c));
+        for (int c = 0; c < kCount; ++c) z[c] = units[u].Get(Index(v, c));
         voxel(Classes{}, z, LabelOf(labels[u][v]), 1.0f, PlainTerms<float>(call_.terms.cross_entropy));
         if constexpr (kStore) {
 #pragma unroll
-          for (int c = 0; c < kCount; ++c) Element(words[u], v, c) = Write<T>(z[c]);
+          for (int c = 0; c < kCount; ++c) gradient.Set(Index(v, c), z[c]);
         }
       }
       if constexpr (kStore) {
 #pragma unroll
-        for (int w = 0; w < kWords; ++w) StoreStreaming<T>(d_logits + first + u * kWarp + w * plane, words[u][w]);
+        for (int w = 0; w < kWords; ++w) {
+          StoreStreaming(d_logits + first + u * kWarp + w * plane, gradient.template Run<4>(4 * w));
+        }
       }
     }
   }
-  DICE_OP_DEVICE static T& Element(Word<T>* words, int voxel, int c) {
-    return kPlanar ? words[c].elements[voxel] : words[0].elements[voxel * kCount + c];
-  }
+  // The place of a voxel's class in a unit.
+  DICE_OP_DEVICE static constexpr int Index(int v, int c) { return kPlanar ? c * kPerWord + v : v * kCount + c; }
 
   // The only class of a mask is the label 1.
   DICE_OP_DEVICE static Label LabelOf(uint32_t label) { return {static_cast<int>(label - (kCount == 1 ? 1 : 0))}; }
@@ -92,10 +97,10 @@ class Direct {
   DICE_OP_DEVICE void One(int64_t v, Voxel&& voxel) {
     const auto at = [&](int c) { return offset_ + (kPlanar ? c * call_.voxels + v : v * kCount + c); };
     float z[kCount];
-    uint32_t label[1][1];
-    ReadLabels<1, 1>(call_, voxel_offset_ + v, 1, 1, label, &largest_);
+    const uint32_t label = ReadLabel(call_, voxel_offset_ + v);
+    largest_ = largest_ < label ? label : largest_;
     for (int c = 0; c < kCount; ++c) z[c] = Read<float>(static_cast<const T*>(call_.logits)[at(c)]);
-    voxel(Classes{}, z, LabelOf(label[0][0]), 1.0f, PlainTerms<float>(call_.terms.cross_entropy));
+    voxel(Classes{}, z, LabelOf(label), 1.0f, PlainTerms<float>(call_.terms.cross_entropy));
     if constexpr (kStore) {
       for (int c = 0; c < kCount; ++c) static_cast<T*>(call_.d_logits)[at(c)] = Write<T>(z[c]);
     }

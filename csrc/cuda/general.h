@@ -16,7 +16,7 @@ class General {
   using Storage = R;
   using Classes = StridedClasses<kItems_, kLanes_>;
   using Label = std::conditional_t<kDense, DenseLabel<R, true, float>, SingleLabel<R>>;
-  static constexpr int kItems = kItems_, kLanes = kLanes_;
+  static constexpr int kItems = kItems_, kLanes = kLanes_, kTogether = 1;
   static constexpr bool kSingle = !kDense, kWeighted = true, kTables = kDense;
   static constexpr int kRegisters = sizeof(R) == 8 ? 255 : kDense && kItems > 4 ? 168 : 128;
   static constexpr int kGroups = kWarp / kLanes;

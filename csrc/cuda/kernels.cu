@@ -26,7 +26,7 @@ Variant ManyClasses(const Problem& problem, bool grad) {
   return {};
 }
 
-template <class T, class Activation, CrossEntropyMode kMode>
+template <class T, class Activation>
 Variant Plain(const Problem& problem, bool grad) {
   constexpr bool kSoftmax = std::is_same_v<Activation, Softmax>;
   constexpr int kMost = kSoftmax ? 16 : std::is_same_v<Activation, Sigmoid> ? 1 : 4;
@@ -35,7 +35,15 @@ Variant Plain(const Problem& problem, bool grad) {
   return WithCount<kMost>(problem.classes, [&](auto count) -> Variant {
     constexpr int kCount = count.value;
     const auto of = [&](auto source) {
-      return VariantOf<typename decltype(source)::type, Activation, kMode>(problem, grad);
+      using VoxelAccess = typename decltype(source)::type;
+      // The most frequent calls of all have kernels that need not ask.
+      if constexpr (kSoftmax && kCount > 1 && kCount <= 4 && !VoxelAccess::kPlanar) {
+        return problem.options.cross_entropy
+                   ? VariantOf<VoxelAccess, Activation, CrossEntropyMode::kWith>(problem, grad)
+                   : VariantOf<VoxelAccess, Activation, CrossEntropyMode::kWithout>(problem, grad);
+      } else {
+        return VariantOf<VoxelAccess, Activation>(problem, grad);
+      }
     };
     if (planar) {
       if constexpr (kCount > 1 && kCount <= kMostPlanar) return of(Type<Direct<T, kCount, true>>{});
@@ -45,9 +53,9 @@ Variant Plain(const Problem& problem, bool grad) {
     } else if constexpr (kCount == 1 || kCount == 2 || kCount == 4) {
       return of(Type<Direct<T, kCount, false>>{});
     } else if constexpr (kCount > 8 && kCount % 2 == 1) {  // rare, so these four share one kernel
-      return of(Type<Staged<T, 8, 2, 4>>{});
+      return of(Type<Staged<T, 16, 1, 8>>{});
     } else {
-      return of(Type<Staged<T, kCount, 1, kCount>>{});
+      return of(Type<Rows<T, kCount>>{});
     }
     return {};
   });
@@ -58,13 +66,12 @@ Variant PlainOf(const Problem& problem, const void* d_logits) {
   if (!IsPlain<T>(problem, d_logits)) return {};
   const bool grad = d_logits != nullptr;
   const Activation activation = problem.options.activation;
-  if (activation == Activation::kSigmoid) return Plain<T, Sigmoid, CrossEntropyMode::kAtRunTime>(problem, grad);
+  if (activation == Activation::kSigmoid) return Plain<T, Sigmoid>(problem, grad);
   if constexpr (sizeof(T) == 4) {  // a softmax layer in the model gives floats
-    if (activation == Activation::kNone) return Plain<T, Identity, CrossEntropyMode::kAtRunTime>(problem, grad);
+    if (activation == Activation::kNone) return Plain<T, Identity>(problem, grad);
   }
   if (activation != Activation::kSoftmax) return {};
-  return problem.options.cross_entropy ? Plain<T, Softmax, CrossEntropyMode::kWith>(problem, grad)
-                                       : Plain<T, Softmax, CrossEntropyMode::kWithout>(problem, grad);
+  return Plain<T, Softmax>(problem, grad);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include "cuda/direct.h"
 #include "cuda/general.h"
+#include "cuda/rows.h"
 #include "cuda/staged.h"
 
 namespace dice_op {
@@ -221,8 +222,9 @@ __global__ void __launch_bounds__(kThreads<VoxelAccess>, kBlocks<VoxelAccess>)
   for (int entry = threadIdx.x, sum = 0, c = entry; entry < length;
        entry += kThreads<VoxelAccess>, c += kThreads<VoxelAccess>) {
     while (sum < Sums::kSums && c >= call.classes) c -= call.classes, ++sum;
-    const int row = sum * VoxelAccess::kItems + c / VoxelAccess::kLanes;
-    const int at = sum < Sums::kSums ? row * VoxelAccess::kLanes + c % VoxelAccess::kLanes : Sums::kWeight + c;
+    using Classes = StridedClasses<VoxelAccess::kItems, VoxelAccess::kLanes, VoxelAccess::kTogether>;
+    const int row = sum * VoxelAccess::kItems + Classes::Item(c);
+    const int at = sum < Sums::kSums ? row * VoxelAccess::kLanes + Classes::LaneOf(c) : Sums::kWeight + c;
     double total = 0;
 #pragma unroll
     for (int w = 0; w < kWarps<VoxelAccess>; ++w) {
@@ -255,7 +257,7 @@ __global__ void __launch_bounds__(kThreads<VoxelAccess>, kBlocks<VoxelAccess>)
       n[kNegative ? kItems : 1];  // for the classes held
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    const int c = StridedClasses<kItems, VoxelAccess::kLanes>::Class(i);
+    const int c = StridedClasses<kItems, VoxelAccess::kLanes, VoxelAccess::kTogether>::Class(i);
     const bool there = c < call.classes;
     b[i] = there ? d_pred_sum[c] : R(0);
     if constexpr (!VoxelAccess::kSingle) a[i] = there ? d_intersection[c] : R(0);
@@ -276,14 +278,14 @@ __global__ void __launch_bounds__(kThreads<VoxelAccess>, kBlocks<VoxelAccess>)
 
 // --- what a launch of them needs ----------------------------------------------------------------------
 
-// Returns how many lanes of a warp read the same bank of shared memory at once, if each lane reads one element of a row
-// and the rows start `row` bytes apart.
+// Returns how many lanes of a warp read the same bank of shared memory at once, if each lane reads one run of classes
+// of a row and the rows start `row` bytes apart.
 template <class VoxelAccess>
 int BankConflicts(int row) {
-  constexpr int kElement = sizeof(typename VoxelAccess::Storage);
+  constexpr int kRun = VoxelAccess::kTogether * sizeof(typename VoxelAccess::Storage);
   int words[kWarp], conflicts = 0;
   for (int lane = 0; lane < kWarp; ++lane) {
-    words[lane] = (lane / VoxelAccess::kLanes * row + lane % VoxelAccess::kLanes * kElement) / 4;
+    words[lane] = (lane / VoxelAccess::kLanes * row + lane % VoxelAccess::kLanes * kRun) / 4;
   }
   for (int bank = 0; bank < kWarp; ++bank) {
     int different = 0;
@@ -305,11 +307,10 @@ Variant VariantOf(const Problem& problem, bool grad) {
   Variant variant;
   variant.warps = kWarps<VoxelAccess>;
   variant.tile = VoxelAccess::kTile;
-  const auto magic = [](int parts) { return (1u << 20) / parts + 1; };
   if (VoxelAccess::kWeighted) {
-    variant.row_magic = magic(classes);
-  } else if (VoxelAccess::kLanes > 1 && row % 16 == 0) {
-    variant.row_magic = magic(row / 16);
+    variant.row_magic = (1u << 20) / classes + 1;
+  } else if (VoxelAccess::kLanes > 1 && row % 16 == 0 && kWarp % (row / 16) == 0) {
+    variant.row_words = row / 16;
     if (BankConflicts<VoxelAccess>(row + 16) < BankConflicts<VoxelAccess>(row)) variant.row_padding = 16;
   }
   variant.access_bytes = VoxelAccess::Bytes(classes, variant.row_padding);

@@ -26,12 +26,18 @@ namespace {
 using cuda::Call;
 using cuda::GeneralCall;
 
-// Distributes the classes of a voxel over kLanes neighbouring threads: thread c % kLanes holds class c.
-template <int kItems, int kLanes>
+// Distributes the classes of a voxel over kLanes neighbouring threads, in runs of kTogether: with runs of one class,
+// thread c % kLanes holds class c.
+template <int kItems, int kLanes, int kTogether = 1>
 struct StridedClasses {
   static constexpr bool kTables = true;
   DICE_OP_DEVICE static constexpr int size() { return kItems; }
-  DICE_OP_DEVICE static int Class(int i) { return i * kLanes + Lane() % kLanes; }
+  DICE_OP_DEVICE static int Class(int i) {
+    return (i / kTogether * kLanes + Lane() % kLanes) * kTogether + i % kTogether;
+  }
+  // The place of a class among those of its thread, which is this lane of kLanes.
+  DICE_OP_DEVICE static int Item(uint32_t c) { return c / kTogether / kLanes * kTogether + c % kTogether; }
+  DICE_OP_DEVICE static int LaneOf(uint32_t c) { return c / kTogether % kLanes; }
   DICE_OP_DEVICE static void Prefetch(int) {}
   template <class R>
   DICE_OP_DEVICE R Sum(R x) const {
@@ -45,17 +51,24 @@ struct StridedClasses {
     for (int distance = kLanes / 2; distance > 0; distance /= 2) x = dice_op::Max(x, FromPartner(x, distance));
     return x;
   }
+  template <class R>
+  DICE_OP_DEVICE R Top(const R* z) const {
+    return Max(Largest(*this, z));
+  }
 };
 
 // Does the same if threads of the last tile may have no voxel. They must still take part in Sum and Max. Without a
-// voxel, the sum that normalises the probabilities is infinite, so that all probabilities are 0.
-template <int kItems, int kLanes>
-struct StridedClassesIfThere : StridedClasses<kItems, kLanes> {
+// voxel, the sum that normalises the probabilities is infinite, so that all probabilities are 0. The largest logit of
+// each thread is known.
+template <int kItems, int kLanes, int kTogether>
+struct StridedClassesIfThere : StridedClasses<kItems, kLanes, kTogether> {
   static constexpr bool kTables = false;
   bool there;
+  float top;
+  DICE_OP_DEVICE float Top(const float*) const { return this->Max(top); }
   template <class R>
   DICE_OP_DEVICE R Sum(R x) const {
-    const R sum = StridedClasses<kItems, kLanes>::Sum(x);
+    const R sum = StridedClasses<kItems, kLanes, kTogether>::Sum(x);
     return there ? sum : R(INFINITY);
   }
 };
@@ -69,25 +82,30 @@ DICE_OP_DEVICE Terms<R> PlainTerms(bool cross_entropy) {
 
 // --- labels and weights -------------------------------------------------------------------------------
 
-// Reads integer labels: kTimes runs of kCount labels, which are `stride` apart. It skips runs that begin at `limit` or
-// later. Four widths are enough for all types, because a negative label read as unsigned is larger than any class.
-// *largest is the largest label seen.
+// Reads an integer label. Four widths are enough for all types, because a negative label read as unsigned is larger
+// than any class.
+DICE_OP_DEVICE uint32_t ReadLabel(const Call& call, int64_t at) {
+  const char* const from = static_cast<const char*>(call.labels) + at * call.label_bytes;
+  if (call.label_bytes == 1) return *reinterpret_cast<const uint8_t*>(from);
+  if (call.label_bytes == 2) return *reinterpret_cast<const uint16_t*>(from);
+  const auto* const halves = reinterpret_cast<const uint32_t*>(from);
+  return call.label_bytes == 8 && halves[1] != 0 ? UINT32_MAX : halves[0];
+}
+
+// Reads kTimes runs of kCount labels, which are `stride` apart. *largest is the largest label seen.
 template <int kCount, int kTimes>
-DICE_OP_DEVICE void ReadLabels(const Call& call, int64_t at, int stride, int limit, uint32_t (*labels)[kCount],
+DICE_OP_DEVICE void ReadLabels(const Call& call, int64_t at, int stride, uint32_t (*labels)[kCount],
                                uint32_t* largest) {
-  const char* const first = static_cast<const char*>(call.labels) + at * call.label_bytes;
   const auto read = [&](auto zero) {
     using T = decltype(zero);
-    const T* const from = reinterpret_cast<const T*>(first);
 #pragma unroll
     for (int t = 0; t < kTimes; ++t) {
-      if (t * stride < limit) {
-        const auto several = *reinterpret_cast<const Vector<T, kCount>*>(from + t * stride);
+      const T* const from = static_cast<const T*>(call.labels) + at + t * stride;
+      const auto several = *reinterpret_cast<const Vector<T, kCount>*>(from);
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          const T label = several.elements[i];
-          labels[t][i] = sizeof(T) == 8 && label > UINT32_MAX ? UINT32_MAX : static_cast<uint32_t>(label);
-        }
+      for (int i = 0; i < kCount; ++i) {
+        const T label = several.elements[i];
+        labels[t][i] = sizeof(T) == 8 && label > UINT32_MAX ? UINT32_MAX : static_cast<uint32_t>(label);
       }
     }
   };
@@ -103,9 +121,7 @@ DICE_OP_DEVICE void ReadLabels(const Call& call, int64_t at, int stride, int lim
 #pragma unroll
   for (int t = 0; t < kTimes; ++t) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (t * stride < limit) *largest = *largest < labels[t][i] ? labels[t][i] : *largest;
-    }
+    for (int i = 0; i < kCount; ++i) *largest = *largest < labels[t][i] ? labels[t][i] : *largest;
   }
 }
 

@@ -134,6 +134,48 @@ def find_in_the_emulators_kernels(bug, folder):
 
 # the file, the line that stands there, what takes its place, the build that notices it
 KERNEL_BUGS = {
+    "rows: no wait for the other lanes' copies": (
+        "rows.h",
+        "      __syncwarp();  // all lanes' copies are there, and no lane is at the stage before\n",
+        "",
+        "thread",
+    ),
+    "rows: one copy too many left on its way": (
+        "rows.h",
+        "WaitForCopies<kStages - 2>();",
+        "WaitForCopies<kStages - 1>();",
+        "plain",
+    ),
+    "rows: the next tile over the one in use": (
+        "rows.h",
+        "stage == 0 ? kStages - 1 : stage - 1);",
+        "stage);",
+        "plain",
+    ),
+    "rows: stored before it is computed": (
+        "rows.h",
+        "        __syncwarp();  // the whole tile is computed\n",
+        "",
+        "thread",
+    ),
+    "rows: the last tile taken for a full one": (
+        "rows.h",
+        "call.last_voxels == kTile ? call.tiles : call.tiles - 1",
+        "call.tiles",
+        "address",
+    ),
+    "rows: padding that a round passes over": (
+        "rows.h",
+        "return words * (kPadded ? 18 : 16);",
+        "return words * 16;",
+        "plain",
+    ),
+    "rows: labels in the wrong order": (
+        "rows.h",
+        "<< 8 * kVoxels * r;",
+        "<< 8 * kVoxels * (kRounds - 1 - r);",
+        "plain",
+    ),
     "staged: no wait for the other lanes' copies": (
         "staged.h",
         "      __syncwarp();  // all lanes' copies are there, and no lane is at the stage before\n",
@@ -142,14 +184,14 @@ KERNEL_BUGS = {
     ),
     "staged: one copy too many left on its way": (
         "staged.h",
-        "WaitForCopies<kStages - 2>();",
-        "WaitForCopies<kStages - 1>();",
+        "WaitForCopies<0>();",
+        "WaitForCopies<1>();",
         "plain",
     ),
     "staged: the next tile over the one in use": (
         "staged.h",
-        "stage == 0 ? kStages - 1 : stage - 1);",
-        "stage);",
+        "Fetch(from, next_count, 1 - stage);",
+        "Fetch(from, next_count, stage);",
         "plain",
     ),
     "staged: computed before it is there": (
@@ -160,8 +202,8 @@ KERNEL_BUGS = {
     ),
     "staged: labels after the last": (
         "staged.h",
-        "? Voxels(tile) - Lane() : 0;",
-        "? kTile - Lane() : 0;",
+        "    if (Lane() >= voxels) return kNoPlace;\n",
+        "",
         "address",
     ),
     "staged: stored before it is computed": (
@@ -172,20 +214,20 @@ KERNEL_BUGS = {
     ),
     "staged: the last tile taken for a full one": (
         "staged.h",
-        "const int elements = Voxels(tile) * classes(),",
-        "const int elements = kTile * classes(),",
+        "const int bytes = voxels == kTile ? tile_bytes_ :",
+        "const int bytes = voxels >= 0 ? tile_bytes_ :",
         "address",
     ),
     "staged: old memory where no voxel is": (
         "staged.h",
-        "reinterpret_cast<Word<T>*>(memory_)[w] = Word<T>{};",
+        "reinterpret_cast<Word*>(memory_)[w] = Word{};",
         "",
         "plain",
     ),
     "staged: a padded row that begins elsewhere": (
         "kernels.h",
-        "variant.row_magic = magic(row / 16);",
-        "variant.row_magic = magic(row / 16) - 1;",
+        "variant.row_words = row / 16;",
+        "variant.row_words = row / 32;",
         "plain",
     ),
     "staged: rows that are not aligned": (
@@ -208,14 +250,14 @@ KERNEL_BUGS = {
     ),
     "direct: a gradient stored one word further": (
         "direct.h",
-        "StoreStreaming<T>(d_logits + first +",
-        "StoreStreaming<T>(d_logits + 1 + first +",
+        "StoreStreaming(d_logits + first +",
+        "StoreStreaming(d_logits + 1 + first +",
         "address",
     ),
     "general: an element of the next row": (
         "kernels.h",
-        "variant.row_magic = magic(classes);",
-        "variant.row_magic = magic(classes) - 1;",
+        "variant.row_magic = (1u << 20) / classes + 1;",
+        "variant.row_magic = (1u << 20) / classes;",
         "plain",
     ),
     "general: a tile overwritten while others read it": (
@@ -356,10 +398,10 @@ KERNEL_BUGS = {
         "problem.options.cross_entropy ? 2",
         "address",
     ),
-    "sums: a class beyond the last": (
+    "staged: the next class": (
         "staged.h",
-        "const bool held = label < static_cast<uint32_t>(classes()) &&",
-        "const bool held = ++label < static_cast<uint32_t>(classes()) &&",
+        "return label | Classes::Item(label) << 8",
+        "return label | Classes::Item(label + 1) << 8",
         "plain",
     ),
     "sums: no barrier before the block's sums": ("kernels.h", "  __syncthreads();\n", "", "thread"),

@@ -18,15 +18,15 @@ namespace cuda {
 Variant FindPlain(const Problem& problem, const void* d_logits) {
   if (problem.logits_dtype == DType::kBFloat16) {
     if (!IsPlain<BFloat16>(problem, d_logits) || problem.classes != 5) return {};
-    return Of<Staged<BFloat16, 5, 1, 5>>(problem, d_logits);
+    return Of<Rows<BFloat16, 5>>(problem, d_logits);
   }
   if (problem.logits_dtype != DType::kFloat || !IsPlain<float>(problem, d_logits)) return {};
   const bool planar = !problem.channels_last();
   if (planar) return problem.classes == 2 ? Of<Direct<float, 2, true>>(problem, d_logits) : Variant{};
-  if (problem.classes == 3) return Of<Staged<float, 3, 1, 3>>(problem, d_logits);
+  if (problem.classes == 3) return Of<Rows<float, 3>>(problem, d_logits);
   if (problem.classes == 4) return Of<Direct<float, 4, false>>(problem, d_logits);
-  if (problem.classes == 14) return Of<Staged<float, 14, 1, 14>>(problem, d_logits);
-  if (problem.classes == 48) return Of<Staged<float, 12, 4, 8>>(problem, d_logits);
+  if (problem.classes == 16) return Of<Rows<float, 16>>(problem, d_logits);
+  if (problem.classes == 64) return Of<Staged<float, 16, 4, 12>>(problem, d_logits);
   if (problem.classes == 104) return Of<Staged<float, 14, 8, 12>>(problem, d_logits);
   return {};
 }

@@ -1,0 +1,353 @@
+"""What each CUDA kernel can reach at most, calculated from its machine code. No GPU is needed.
+
+    make bounds    writes results/calculated.json and results/calculated.md
+
+A kernel reads its logits in 16-byte words, and computes a tile of voxels in a loop. The instructions
+of one turn of this loop are counted, by the part of a multiprocessor that executes them, on the way
+through it that nearly all turns take: tiles are full, labels have one byte each and are classes, and
+sums are not yet to be added up (what that takes is spread over the turns between). Together with
+what a GPU can do in a second, each part gives a rate that it allows. The lowest is the bound.
+
+Stalls do not count: it is assumed that enough warps take turns. So these numbers say what a kernel
+cannot exceed; what it does reach can only be measured.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.report import table
+
+RECORD = Path(__file__).resolve().parent.parent / "results" / "calculated.json"
+WARP = 32
+FLUSH = 64  # voxels that a thread adds before the warp's sums go on in double (csrc/cuda/kernels.h)
+ISSUE_EFFICIENCY = 0.85  # of the slots in which a scheduler could issue an instruction
+LATENCY = 700e-9  # seconds until memory answers, under load
+
+
+class Gpu(NamedTuple):
+    """A GPU: figures of NVIDIA's data sheets and of the CUDA C++ Programming Guide."""
+
+    arch: str  # of the machine code that it runs
+    capability: tuple[int, int]
+    multiprocessors: int
+    clock: float  # Hz, boost
+    memory: float  # bytes per second
+    fp32: int  # warps' instructions per clock and multiprocessor
+
+    def per_second(self):
+        """Instructions of a warp, or 128 bytes of L1, per second, by the part that takes them."""
+        per_clock = {
+            "issue": 4 * ISSUE_EFFICIENCY, "ALU": 2, "FMA": self.fp32, "IMAD": 2, "MUFU": 0.5, "L1": 1,
+        }  # fmt: skip
+        return {part: n * self.multiprocessors * self.clock for part, n in per_clock.items()}
+
+
+GPUS = {
+    "A100": Gpu("80", (8, 0), 108, 1.41e9, 2.039e12, 2),
+    "L4": Gpu("80", (8, 9), 58, 2.04e9, 0.3e12, 4),
+    "H100": Gpu("90", (9, 0), 132, 1.755e9, 3.35e12, 4),
+    "H200": Gpu("90", (9, 0), 132, 1.755e9, 4.8e12, 4),
+}
+
+
+# --- machine code ---------------------------------------------------------------------------------
+
+
+class Instruction(NamedTuple):
+    at: int
+    guard: str  # the predicate that it depends on, such as "@!P0"
+    op: str  # with its modifiers, such as "LDG.E.128"
+    text: str
+    target: int | None  # of a branch
+
+    @property
+    def name(self):
+        return self.op.split(".")[0]
+
+    @property
+    def bytes(self):
+        """How many bytes a thread loads or stores."""
+        size = re.search(r"\.[US]?(8|16|64|128)\b", self.op)
+        return int(size[1]) // 8 if size else 4
+
+
+def instructions(code):
+    """The instructions in cuobjdump's text of a function."""
+    found = []
+    for line in code.splitlines():
+        match = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*(\S+)\s*([^;]*);", line)
+        if match:
+            branch = re.search(r"0x([0-9a-f]+)\s*$", match[4]) if match[3].startswith("BRA") else None
+            target = int(branch[1], 16) if branch else None
+            found.append(Instruction(int(match[1], 16), (match[2] or "").strip(), *match.group(3, 4), target))
+    return found
+
+
+class Flow:
+    """The blocks of a function, which of them follow each, and its loops by their first block."""
+
+    def __init__(self, code):
+        whole = instructions(code)
+        ends = ("BRA", "EXIT", "RET")
+        starts = {whole[0].at} | {i.target for i in whole if i.target is not None}
+        starts |= {b.at for a, b in zip(whole, whole[1:], strict=False) if a.name in ends}
+        self.blocks = {}
+        for instruction in whole:
+            if instruction.at in starts:
+                block = self.blocks[instruction.at] = []
+            block.append(instruction)
+        self.next, before = {}, collections.defaultdict(list)
+        for start, following in zip(self.blocks, [*list(self.blocks)[1:], None], strict=True):
+            last = self.blocks[start][-1]
+            always = not last.guard and not re.match(r"!?U?P\d", last.text)
+            after = [last.target] if last.target is not None else []
+            after += [following] if following and not (last.name in ends and always) else []
+            self.next[start] = after
+            for other in after:
+                before[other].append(start)
+        self.loops = {}
+        for start, after in self.next.items():
+            for first in (a for a in after if a <= start):
+                body, todo = {first, start}, [start] if start != first else []
+                while todo:
+                    for block in before[todo.pop()]:
+                        if block not in body and block >= first:
+                            body.add(block)
+                            todo.append(block)
+                self.loops.setdefault(first, set()).update(body)
+
+    def inner(self, first=None):
+        """The loops directly inside of one, or of the function."""
+        body = self.loops[first] if first is not None else set(self.blocks)
+        inside = [f for f, other in self.loops.items() if f != first and f in body and other < body]
+        return [f for f in inside if not any(f != g and self.loops[f] < self.loops[g] for g in inside)]
+
+
+PARTS = {
+    "FMA": {"FFMA", "FADD", "FMUL"}, "IMAD": {"IMAD"}, "MUFU": {"MUFU"},
+    "L1": {"SHFL", "LDS", "STS", "LDG", "STG", "LDGSTS", "REDUX"},
+    "none": {"BRA", "BSSY", "BSYNC", "DEPBAR", "LDGDEPBAR", "WARPSYNC", "EXIT", "CALL", "RET", "NOP"},
+}  # fmt: skip
+PART_OF = {name: part for part, names in PARTS.items() for name in names}
+
+
+class Kernel(NamedTuple):
+    """A specialised kernel, as its symbol says, and what it does with a tile."""
+
+    direction: str  # "sums" or "gradient"
+    access: str  # "Direct", "Rows" or "Staged"
+    dtype: str
+    numbers: tuple[int, ...]  # the template arguments of the access
+    activation: str
+    cross_entropy: int  # 0: without, 1: with, 2: asked at run time
+
+    @classmethod
+    def of(cls, symbol):
+        """The kernel of a symbol, or None if it is no specialised one."""
+        match = re.search(
+            r"(Sums|Grad)Kernel.*?(Direct|Rows|Staged)I(f|NS_8BFloat16E|NS_4HalfE)((?:L[ib]\d+E)+)E"
+            r".*?(Softmax|Sigmoid|Identity).*?CrossEntropyModeE(\d)",
+            symbol,
+        )
+        if not match:
+            return None
+        return cls(
+            {"Sums": "sums", "Grad": "gradient"}[match[1]], match[2],
+            {"f": "float32", "NS_8BFloat16E": "bfloat16", "NS_4HalfE": "float16"}[match[3]],
+            tuple(int(n) for n in re.findall(r"L[ib](\d+)E", match[4])), match[5], int(match[6]),
+        )  # fmt: skip
+
+    @property
+    def size(self):
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def planar(self):
+        return self.access == "Direct" and bool(self.numbers[1])
+
+    @property
+    def lanes(self):
+        return self.numbers[1] if self.access == "Staged" else 1
+
+    def classes(self):
+        """Numbers of classes that the kernel takes: the only one, or a few."""
+        if self.access != "Staged":
+            return [self.numbers[0]]
+        items, lanes, always = self.numbers
+        few = (9, 13, 20, 32, 40, 48, 64, 80, 96, 104, 120, 128, 160, 200, 256)
+        return [c for c in few if lanes * always < c <= lanes * items]
+
+    # The rest says the same as csrc/cuda/{direct,rows,staged}.h; `steady` notices where it does not.
+
+    @property
+    def together(self):
+        """How many labels a thread reads at once."""
+        if self.access == "Direct":
+            return 16 // self.size // (1 if self.planar else self.numbers[0])
+        return 1 if self.access == "Staged" or self.numbers[0] * self.size % 4 == 0 else 2
+
+    @property
+    def tile(self):
+        """The voxels of a tile."""
+        if self.access == "Direct":
+            units = 1 if self.planar else 4 if self.together < 4 else 2
+            return WARP * units * self.together
+        if self.access == "Rows":
+            parts = self.together * self.numbers[0] * self.size // 4
+            return WARP * self.together * (4 if parts <= 8 else 2)
+        rounds = 1 if self.lanes == 1 else (4 if self.lanes < 8 else 8) // self.size
+        return WARP // self.lanes * rounds
+
+    def stages(self, classes):
+        """How many tiles have a place in shared memory."""
+        if self.access == "Direct":
+            return 0
+        return 3 if self.access == "Rows" and self.tile * classes * self.size < 2048 else 2
+
+    def traffic(self, classes):
+        """The bytes that a tile moves from and to memory, with labels of one byte."""
+        logits = self.tile * classes * self.size
+        return logits * (2 if self.direction == "gradient" else 1) + self.tile
+
+    def on_their_way(self, classes):
+        """The bytes that a warp has asked for while it computes, or before."""
+        return max(1, self.stages(classes) - 1) * self.tile * classes * self.size
+
+
+class Steady:
+    """One turn of a loop, on the way that nearly all turns take."""
+
+    def __init__(self, flow, first, kernel, classes, flushes=False):
+        self.flow, self.kernel, self.flushes = flow, kernel, flushes
+        self.words = math.ceil(kernel.tile * classes * kernel.size / 16 / WARP)  # of a lane
+        self.loops = {f: Steady(flow, f, kernel, classes) for f in flow.inner(first)}
+        self.owner = {b: f for f in self.loops for b in flow.loops[f]}
+        self.body, self.first, self.memo = flow.loops[first], first, {}
+        self.cost = self._best(first, frozenset()) or collections.Counter()
+
+    def _turns(self, first):
+        """How often a loop inside of this one is gone through for each tile."""
+        cost, kernel = self.loops[first].cost, self.kernel
+        for name in ("LDGSTS", "STG"):
+            if cost[name, 16]:
+                unrolled = [loop.cost[name, 16] for loop in self.loops.values()]
+                if max(unrolled) > cost[name, 16]:  # what is left after a loop over several at once
+                    return self.words % max(unrolled) / cost[name, 16]
+                return self.words // cost[name, 16]
+        if cost["exponentials"]:
+            turn = round(cost["exponentials"] / (kernel.numbers[0] + 1))
+            return kernel.tile * kernel.lanes / WARP / max(1, turn)
+        return 3 if cost["doubles"] else 0  # the sums whose totals are added up one after the other
+
+    def _cost(self, node):
+        cost = collections.Counter()
+        if node in self.loops:
+            turns = self._turns(node)
+            for key, count in self.loops[node].cost.items():
+                cost[key] += count * turns
+            cost["words inside"] += cost.pop("words outside", 0)
+            # Loops over single elements serve tiles that are not full, and wide labels.
+            loads = cost["LDG", 1] + cost["LDG", 2] + cost["LDG", 4] + cost["LDG", 8]
+            if loads and (self.kernel.direction == "sums" or not cost["reads shared"]):
+                cost["rare"] += 1
+            return cost
+        for instruction in self.flow.blocks[node]:
+            name = instruction.name
+            if instruction.guard == "@!PT" or name == "NOP":
+                continue  # ptxas pads some places with these, and they do nothing
+            part = PART_OF.get(name, "none" if name.startswith("U") else "ALU")
+            cost["issue"] += 1
+            cost[part] += max(1, instruction.bytes / 4) if part == "L1" else 1
+            cost["exponentials"] += instruction.op == "MUFU.EX2"
+            cost["logarithms"] += "0.69314718" in instruction.text
+            cost["doubles"] += name in ("DADD", "F2F")
+            cost["reads shared"] += name == "LDS"
+            if name in ("LDG", "LDGSTS", "STG"):
+                cost[name, instruction.bytes] += 1
+                cost["words outside"] += name != "LDG" and instruction.bytes == 16
+                cost["other labels"] += name == "LDG" and instruction.bytes != self.kernel.together
+        return cost
+
+    def _score(self, cost):
+        """Orders ways through the loop: the way of nearly all turns has the highest score."""
+        # A loop over two words at a time leaves one if their number is odd.
+        wanted = -1 if self.kernel.access == "Staged" and self.words % 2 == 0 else 1
+        logarithms = cost["logarithms"] if self.kernel.cross_entropy == 2 else 0
+        return (
+            -cost["rare"], cost["doubles"] * (1 if self.flushes else -1), cost["exponentials"] - 1.5 * logarithms,
+            cost["words inside"], wanted * cost["words outside"], -cost["other labels"], -cost["issue"],
+        )  # fmt: skip
+
+    def _after(self, node):
+        if node not in self.loops:
+            return self.flow.next[node]
+        body = self.flow.loops[node]
+        return [s for b in body for s in self.flow.next[b] if s not in body]
+
+    def _best(self, node, active):
+        """The cost of the best way from a block, or a loop, to the loop's next turn."""
+        if node in self.memo or node in active:
+            return self.memo.get(node)
+        ways = []
+        for after in dict.fromkeys(self.owner.get(s, s) for s in self._after(node)):
+            if after == self.first:
+                ways.append(collections.Counter())
+            elif after in self.body:
+                way = self._best(after, active | {node})
+                ways += [way.copy()] if way is not None else []
+        best = None
+        if ways:
+            own = self._cost(node)
+            for way in ways:
+                for key in own:
+                    way[key] += own[key]
+            best = max(ways, key=self._score)
+        self.memo[node] = best
+        return best
+
+
+def cost_of_tile(code, kernel, classes):
+    """What a warp executes for a tile: {part: instructions, or 128 bytes of L1}.
+
+    Raises ValueError if the loop found does not do the work of a tile.
+    """
+    flow = Flow(code)
+
+    def steady(flushes):
+        loops = [Steady(flow, first, kernel, classes, flushes).cost for first in flow.inner()]
+        return max(loops, key=lambda cost: (cost["exponentials"], cost["issue"]))
+
+    cost = steady(False)
+    items = kernel.numbers[0] * kernel.tile * kernel.lanes // WARP  # that a thread holds
+    words = math.ceil(kernel.tile * classes * kernel.size / 16 / WARP)
+    moved = cost["LDGSTS", 16] + cost["STG", 16] + (cost["LDG", 16] if kernel.access == "Direct" else 0)
+    if cost["exponentials"] < items or moved < words * (1 + (kernel.direction == "gradient")):
+        raise ValueError(f"{kernel} with {classes} classes: the loop found is not the one of a tile")
+    voxels = kernel.tile * kernel.lanes / WARP
+    extra = steady(True) if kernel.direction == "sums" else cost
+    parts = ("issue", "ALU", "FMA", "IMAD", "MUFU", "L1")
+    cost = {part: cost[part] + (extra[part] - cost[part]) * voxels / FLUSH for part in parts}
+    cost["FMA"] += cost["IMAD"]  # which half of the unit executes
+    return cost
+
+
+def reach(kernel, classes, cost, gpu, warps):
+    """The part of the memory's rate that each part of a multiprocessor allows, at most 1.
+
+    warps: how many a multiprocessor holds at once.
+    """
+    bytes_per_second = {
+        part: rate / cost[part] * kernel.traffic(classes)
+        for part, rate in gpu.per_second().items()
+        if cost[part]
+    }
+    reads = kernel.tile * classes * kernel.size / kernel.traffic(classes)
+    asked = warps * kernel.on_their_way(classes) * gpu.multiprocessors
+    bytes_per_second["latency"] = asked / LATENCY / reads
+    return {part: min(1.0, rate / gpu.memory) for part, rate in bytes_per_second.items()}
