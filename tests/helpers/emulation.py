@@ -8,12 +8,13 @@ import concurrent.futures
 import hashlib
 import os
 import subprocess
+from typing import NamedTuple
 
 import numpy as np
 
 from dice_op import core
 from helpers.paths import BUILD, CSRC, TESTS
-from helpers.processes import alone_in
+from helpers.processes import alone_in, output_of
 
 EMULATOR = TESTS / "kernels" / "cuda_emulator"
 CXX = os.environ.get("CXX", "c++")
@@ -109,6 +110,21 @@ def rebuild(kind, csrc, folder):
     return program
 
 
+def _build_plans():
+    """run_plans.cc over all kernels, which it does not run."""
+    kernels = build("plain").parent
+    folder = BUILD / "cuda_emulator" / "plans"
+    own = folder / "run_plans.o"
+    others = ("engine", "options", "problem", "kernels", "dice_op_cuda")
+
+    def make():
+        _compile(EMULATOR / "run_plans.cc", own, _flags("plain", CSRC))
+        _link("plain", [own, *(kernels / f"{o}.o" for o in others)], folder / "run_plans")
+
+    folders = [CSRC / name for name in ("core", "cuda")]
+    return _made(folder, _key("plain", *folders, EMULATOR), make) / "run_plans"
+
+
 def build_handlers(include):
     """XLA's handlers over the same few kernels, called by an XLA that is a stand-in."""
     kernels = build("address", few=True).parent
@@ -171,6 +187,37 @@ def case(x, y, *, weight=None, coefficients, activation="softmax", data_format="
         + ["distance_sum"] * (dist_matrix is not None),
         "activation": ACTIVATIONS.index(activation),
     }
+
+
+class Launch(NamedTuple):
+    """A launch, and what was asked of CUDA for its kernel before; -1 where nothing was."""
+
+    kernel: str  # its symbol
+    x: int  # blocks
+    y: int
+    z: int
+    threads: int  # of a block
+    shared: int  # bytes of dynamic shared memory
+    most_shared: int  # bytes of it that the kernel was to be allowed
+    carveout: int  # percent of the most shared memory that a multiprocessor was to have
+    workspace: int  # bytes that the caller provides
+    row: int  # bytes of the workspace that a block of a kernel of sums writes
+    problem: str  # the first with this launch
+
+
+def plans(multiprocessors, held):
+    """All different launches for problems of every sort (the table is in run_plans.cc), on a GPU
+    with so many multiprocessors, of which each holds so many blocks. No kernel runs."""
+    program = _build_plans()
+    symbols = [line.split() for line in output_of("nm", program).splitlines() if line[0] != " "]
+    (start,) = (int(at, 16) for at, _, name in symbols if name == "__executable_start")
+    names = {int(at, 16) - start: name for at, _, name in symbols}
+    device = {"CUDA_EMULATOR_SMS": str(multiprocessors), "CUDA_EMULATOR_HELD": str(held)}
+    launches = []
+    for line in output_of(program, **device).splitlines():
+        kernel, *numbers, problem = line.split(" ", len(Launch._fields) - 1)
+        launches.append(Launch(names[int(kernel)], *map(int, numbers), problem))
+    return launches
 
 
 class Failed(Exception):  # noqa: N818

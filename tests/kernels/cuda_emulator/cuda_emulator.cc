@@ -39,6 +39,9 @@ uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace cuda_emulator {
+
+Observer* observer = nullptr;
+
 namespace internal {
 namespace {
 
@@ -460,6 +463,7 @@ void AllowShared(const void* kernel, size_t bytes) {
 }
 
 void Run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+  if (observer) return observer->Launch(kernel, grid, block, shared_bytes);
   const std::lock_guard<std::mutex> lock(launch_mutex);
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, threads = uint64_t{block.x} * block.y * block.z;
   if (blocks == 0 || blocks > 0x7fffffff) FailLaunch("grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);

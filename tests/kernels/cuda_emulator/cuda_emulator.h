@@ -8,13 +8,15 @@
 //   CUDA_EMULATOR_SEED      seed of the random order (default 1)
 //   CUDA_EMULATOR_RESIDENT  blocks alive at once in random order (default 4; the other orders have one)
 //   CUDA_EMULATOR_SMS       multiprocessors that the device claims to have (default 3)
+//   CUDA_EMULATOR_HELD      blocks that each of them claims to hold at once (default 2)
 // Kernels compiled with -fsanitize=thread are checked for races by CUDA's rules: only __syncthreads, __syncwarp and
 // fence + atomic + fence order memory. A fence counts for the atomics between it and the thread's next barrier. Race
 // reports reach back about 250 threads, so keep grid x block of such a test below that.
 //
 // Not covered: inline PTX, TMA, cooperative groups, blocks that wait for one another outside the random order, values
 // that weak memory would give (missing order is seen by the thread sanitizer only), the rounding of FMA and of fast
-// intrinsics, registers and other resource limits, real concurrency of streams (all calls are synchronous).
+// intrinsics, registers and other limits (see tests/kernels/test_launches.py), real concurrency of streams (all calls
+// are synchronous).
 #ifndef CUDA_EMULATOR_H_
 #define CUDA_EMULATOR_H_
 
@@ -78,6 +80,15 @@ struct Site {
   const char* file;
   int line;
 };
+
+// If `observer` is set, it is told what a launcher asks for. Kernels then do not run, and no limit is checked.
+class Observer {
+ public:
+  virtual ~Observer() = default;
+  virtual void SetAttribute(const void* kernel, int attribute, int value) = 0;
+  virtual void Launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes) = 0;
+};
+extern Observer* observer;
 
 // The engine's side (cuda_emulator.cc, compiled without sanitizers). Whatever touches the memory of a kernel is
 // inline in this header instead, for the sanitizers to see it.
@@ -310,10 +321,15 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaErrorInvalidValue;
 }
 template <class... P>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int bytes) {
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
+  const auto address = reinterpret_cast<const void*>(kernel);
+  if (cuda_emulator::observer) {
+    cuda_emulator::observer->SetAttribute(address, attribute, value);
+    return cudaSuccess;
+  }
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (bytes < 0 || static_cast<size_t>(bytes) > cuda_emulator::kMaxSharedBytes) return cudaErrorInvalidValue;
-  cuda_emulator::internal::AllowShared(reinterpret_cast<const void*>(kernel), bytes);
+  if (value < 0 || static_cast<size_t>(value) > cuda_emulator::kMaxSharedBytes) return cudaErrorInvalidValue;
+  cuda_emulator::internal::AllowShared(address, value);
   return cudaSuccess;
 }
 // With CUDA_EMULATOR_NEW_GPU there is no code for the kernel that is asked for first, but for the next one.
@@ -324,7 +340,8 @@ inline bool HasCode() {
 }
 template <class... P>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(P...), int /*threads*/, size_t) {
-  *blocks = 2;
+  const char* const held = getenv("CUDA_EMULATOR_HELD");
+  *blocks = held ? atoi(held) : 2;
   return HasCode() ? cudaSuccess : cudaErrorNoKernelImageForDevice;
 }
 template <class T>
