@@ -26,7 +26,7 @@ static_assert(kMaxBlocks <= 65535, "a grid's second dimension");
 // Kernels count the tiles of a sample in 32 bits, which is enough for 4 billion voxels or more.
 constexpr int64_t kMaxTiles = int64_t{1} << 30;
 
-// A block can have this much shared memory on every GPU.
+// A block can have this much shared memory on every GPU, and no kernel takes more.
 constexpr int kMostShared = 64 << 10;
 
 // --- errors -------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ cudaError_t Prepare(Plan* plan, int* resident) {
     // CUDA gives more only if asked. The answer holds for every thread that launches the kernel, so all ask for the
     // same, whatever their problems need: none can then take back what another has asked for.
     if (plan->shared_bytes > 48 << 10) {
-      set(cudaFuncAttributeMaxDynamicSharedMemorySize, std::max(kMostShared, static_cast<int>(plan->shared_bytes)));
+      set(cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared);
     }
     if (plan->shared_bytes > 4 << 10) {  // for tiles: take all there is, as they need no cache
       set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);

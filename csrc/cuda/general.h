@@ -24,9 +24,8 @@ class General {
   static constexpr int kTile = kGroups * kRounds;
   // Rows of an odd number of elements start at different banks.
   DICE_OP_INLINE static constexpr int Pitch(int classes) { return classes | 1; }
-  static constexpr int Bytes(int classes, int) {
-    return (kDense ? 2 : 1) * kTile * Pitch(classes) * static_cast<int>(sizeof(R));
-  }
+  // Labels in memory, one for each class, take as much once more.
+  static constexpr int Bytes(int classes, int) { return kTile * Pitch(classes) * static_cast<int>(sizeof(R)); }
 
   DICE_OP_DEVICE General(const GeneralCall& call, int64_t sample, char* memory)
       : call_(call),
@@ -220,7 +219,7 @@ class General {
   const GeneralCall& call_;
   const int64_t offset_, voxel_offset_;
   R* const tile_;        // [kTile] rows, channels last
-  R* const label_tile_;  // the same for dense labels
+  R* const label_tile_;  // the same for dense labels; not there otherwise
   // The first element of a tile that this lane handles, and the step from each to the next.
   const int first_voxel_, first_class_, voxel_step_, class_step_;
   bool bad_ = false;

@@ -314,6 +314,7 @@ Variant VariantOf(const Problem& problem, bool grad) {
     if (BankConflicts<VoxelAccess>(row + 16) < BankConflicts<VoxelAccess>(row)) variant.row_padding = 16;
   }
   variant.access_bytes = VoxelAccess::Bytes(classes, variant.row_padding);
+  if (VoxelAccess::kTables && problem.dense_labels) variant.access_bytes *= 2;
   variant.shared_per_warp = variant.access_bytes;
   const auto set_kernel = [&](auto* kernel) {
     if constexpr (std::is_same_v<typename VoxelAccess::Parameter, Call>) {
