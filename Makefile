@@ -12,7 +12,7 @@ csrc := $(shell find csrc -type f)
 c++ := $(csrc) $(shell find tests benchmarks -name '*.cc' -o -name '*.h' -o -name '*.cu')
 export DICE_OP_CUDA DICE_OP_CUDA_ARCHS
 
-.PHONY: help demo test test-full bench build wheels cuda12 check-wheels docs lint stub format clean FORCE
+.PHONY: help demo test test-full bench bounds build wheels cuda12 check-wheels docs lint stub format clean FORCE
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1\t/p' Makefile
@@ -29,13 +29,19 @@ test-full: build .venv/peers  ## run the tests that take long or need more packa
 bench: build .venv/peers  ## compare time and memory with other libraries, half an hour; BENCH="--only '160³ × 4'" for some
 	$(python) -m benchmarks $(BENCH)
 
+bounds: build  ## calculate what the CUDA kernels can reach at most, from a build with DICE_OP_CUDA=on
+	PYTHONPATH=tests $(python) -m benchmarks.gpu.bounds
+
 wheels: .venv/ready  ## build the wheels of build_tools/wheels.toml; WHEELS="--variant cpu" for some
 	$(python) build_tools/wheels.py $(WHEELS)
 
 cuda12: .venv/ready  ## make a compiler of CUDA 12 for the wheels, from packages of Debian and pip
 	@sh build_tools/cuda12.sh
 
-check-wheels: .venv/ready  ## try each wheel in dist/ in a new environment
+check-bounds: build  ## calculate what the CUDA kernels can reach at most, from a build with DICE_OP_CUDA=on
+	PYTHONPATH=tests $(python) -m benchmarks.gpu.bounds
+
+wheels: .venv/ready  ## try each wheel in dist/ in a new environment
 	$(python) build_tools/check_wheel.py
 
 docs: build .venv/docs  ## make the documentation, into build/docs/index.html

@@ -2,18 +2,18 @@
 
     make bounds    writes results/calculated.json and results/calculated.md
 
-A kernel reads its logits in 16-byte words, and computes a tile of voxels in a loop. The instructions
-of one turn of this loop are counted, by the part of a multiprocessor that executes them, on the way
-through it that nearly all turns take: tiles are full, labels have one byte each and are classes, and
-sums are not yet to be added up (what that takes is spread over the turns between). Together with
-what a GPU can do in a second, each part gives a rate that it allows. The lowest is the bound.
+A kernel reads logits in 16-byte words, and computes a tile of voxels in each turn of a loop. The
+instructions of a turn are counted, by the part of a multiprocessor that executes them, on the way
+that nearly all turns take: tiles are full, labels have one byte each and are classes, and sums are
+not yet to be added up (what that takes is spread over the turns between). Together with what a GPU
+can do in a second, each part gives a rate that it allows. The lowest is the bound.
 
 Stalls do not count: it is assumed that enough warps take turns. So these numbers say what a kernel
 cannot exceed; what it does reach can only be measured.
 """
 
 import collections
-import dataclasses
+import itertools
 import json
 import math
 import re
@@ -43,7 +43,8 @@ class Gpu(NamedTuple):
     def per_second(self):
         """Instructions of a warp, or 128 bytes of L1, per second, by the part that takes them."""
         per_clock = {
-            "issue": 4 * ISSUE_EFFICIENCY, "ALU": 2, "FMA": self.fp32, "IMAD": 2, "MUFU": 0.5, "L1": 1,
+            "issue": 4 * ISSUE_EFFICIENCY, "ALU": 2, "FMA": self.fp32, "IMAD": 2, "MUFU": 0.5,
+            "L1": 1,
         }  # fmt: skip
         return {part: n * self.multiprocessors * self.clock for part, n in per_clock.items()}
 
@@ -83,9 +84,13 @@ def instructions(code):
     for line in code.splitlines():
         match = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*(\S+)\s*([^;]*);", line)
         if match:
-            branch = re.search(r"0x([0-9a-f]+)\s*$", match[4]) if match[3].startswith("BRA") else None
+            branch = (
+                re.search(r"0x([0-9a-f]+)\s*$", match[4]) if match[3].startswith("BRA") else None
+            )
             target = int(branch[1], 16) if branch else None
-            found.append(Instruction(int(match[1], 16), (match[2] or "").strip(), *match.group(3, 4), target))
+            found.append(
+                Instruction(int(match[1], 16), (match[2] or "").strip(), *match.group(3, 4), target)
+            )
     return found
 
 
@@ -126,15 +131,24 @@ class Flow:
         """The loops directly inside of one, or of the function."""
         body = self.loops[first] if first is not None else set(self.blocks)
         inside = [f for f, other in self.loops.items() if f != first and f in body and other < body]
-        return [f for f in inside if not any(f != g and self.loops[f] < self.loops[g] for g in inside)]
+        return [
+            f for f in inside if not any(f != g and self.loops[f] < self.loops[g] for g in inside)
+        ]
 
 
 PARTS = {
     "FMA": {"FFMA", "FADD", "FMUL"}, "IMAD": {"IMAD"}, "MUFU": {"MUFU"},
     "L1": {"SHFL", "LDS", "STS", "LDG", "STG", "LDGSTS", "REDUX"},
-    "none": {"BRA", "BSSY", "BSYNC", "DEPBAR", "LDGDEPBAR", "WARPSYNC", "EXIT", "CALL", "RET", "NOP"},
+    "none": {"BRA", "BSSY", "BSYNC", "DEPBAR", "LDGDEPBAR", "WARPSYNC", "EXIT", "CALL", "RET"},
 }  # fmt: skip
 PART_OF = {name: part for part, names in PARTS.items() for name in names}
+
+
+# By a part of the C++ type's symbol. Some kernels take either type of 16 bits.
+DTYPES = {
+    "AnyFloat16": ("bfloat16", "float16"), "BFloat16": ("bfloat16",), "Half": ("float16",),
+    "f": ("float32",),
+}  # fmt: skip
 
 
 class Kernel(NamedTuple):
@@ -142,7 +156,7 @@ class Kernel(NamedTuple):
 
     direction: str  # "sums" or "gradient"
     access: str  # "Direct", "Rows" or "Staged"
-    dtype: str
+    dtypes: tuple[str, ...]  # of the logits
     numbers: tuple[int, ...]  # the template arguments of the access
     activation: str
     cross_entropy: int  # 0: without, 1: with, 2: asked at run time
@@ -151,7 +165,7 @@ class Kernel(NamedTuple):
     def of(cls, symbol):
         """The kernel of a symbol, or None if it is no specialised one."""
         match = re.search(
-            r"(Sums|Grad)Kernel.*?(Direct|Rows|Staged)I(f|NS_8BFloat16E|NS_4HalfE)((?:L[ib]\d+E)+)E"
+            r"(Sums|Grad)Kernel.*?(Direct|Rows|Staged)I(f|NS\d?_\d+\w+?E)((?:L[ib]\d+E)+)E"
             r".*?(Softmax|Sigmoid|Identity).*?CrossEntropyModeE(\d)",
             symbol,
         )
@@ -159,13 +173,13 @@ class Kernel(NamedTuple):
             return None
         return cls(
             {"Sums": "sums", "Grad": "gradient"}[match[1]], match[2],
-            {"f": "float32", "NS_8BFloat16E": "bfloat16", "NS_4HalfE": "float16"}[match[3]],
+            next(dtypes for name, dtypes in DTYPES.items() if name in match[3]),
             tuple(int(n) for n in re.findall(r"L[ib](\d+)E", match[4])), match[5], int(match[6]),
         )  # fmt: skip
 
     @property
     def size(self):
-        return 4 if self.dtype == "float32" else 2
+        return 4 if self.dtypes == ("float32",) else 2
 
     @property
     def planar(self):
@@ -179,11 +193,11 @@ class Kernel(NamedTuple):
         """Numbers of classes that the kernel takes: the only one, or a few."""
         if self.access != "Staged":
             return [self.numbers[0]]
-        items, lanes, always = self.numbers
+        items, lanes, always = self.numbers[:3]
         few = (9, 13, 20, 32, 40, 48, 64, 80, 96, 104, 120, 128, 160, 200, 256)
         return [c for c in few if lanes * always < c <= lanes * items]
 
-    # The rest says the same as csrc/cuda/{direct,rows,staged}.h; `steady` notices where it does not.
+    # The rest says the same as csrc/cuda/{direct,rows,staged}.h; `cost_of_tile` notices where not.
 
     @property
     def together(self):
@@ -223,10 +237,13 @@ class Kernel(NamedTuple):
 class Steady:
     """One turn of a loop, on the way that nearly all turns take."""
 
-    def __init__(self, flow, first, kernel, classes, flushes=False):
-        self.flow, self.kernel, self.flushes = flow, kernel, flushes
+    def __init__(self, flow, first, kernel, classes, cross_entropy=False, flushes=False):
+        self.flow, self.kernel = flow, kernel
+        self.cross_entropy, self.flushes = cross_entropy, flushes
         self.words = math.ceil(kernel.tile * classes * kernel.size / 16 / WARP)  # of a lane
-        self.loops = {f: Steady(flow, f, kernel, classes) for f in flow.inner(first)}
+        self.loops = {
+            f: Steady(flow, f, kernel, classes, cross_entropy, flushes) for f in flow.inner(first)
+        }
         self.owner = {b: f for f in self.loops for b in flow.loops[f]}
         self.body, self.first, self.memo = flow.loops[first], first, {}
         self.cost = self._best(first, frozenset()) or collections.Counter()
@@ -278,10 +295,11 @@ class Steady:
         """Orders ways through the loop: the way of nearly all turns has the highest score."""
         # A loop over two words at a time leaves one if their number is odd.
         wanted = -1 if self.kernel.access == "Staged" and self.words % 2 == 0 else 1
-        logarithms = cost["logarithms"] if self.kernel.cross_entropy == 2 else 0
+        logarithms = cost["logarithms"] * (1 if self.cross_entropy else -1)
         return (
-            -cost["rare"], cost["doubles"] * (1 if self.flushes else -1), cost["exponentials"] - 1.5 * logarithms,
-            cost["words inside"], wanted * cost["words outside"], -cost["other labels"], -cost["issue"],
+            -cost["rare"], cost["doubles"] * (1 if self.flushes else -1),
+            cost["exponentials"] + 1.5 * logarithms, cost["words inside"],
+            wanted * cost["words outside"], -cost["other labels"], -cost["issue"],
         )  # fmt: skip
 
     def _after(self, node):
@@ -312,7 +330,7 @@ class Steady:
         return best
 
 
-def cost_of_tile(code, kernel, classes):
+def cost_of_tile(code, kernel, classes, cross_entropy=False):
     """What a warp executes for a tile: {part: instructions, or 128 bytes of L1}.
 
     Raises ValueError if the loop found does not do the work of a tile.
@@ -320,15 +338,22 @@ def cost_of_tile(code, kernel, classes):
     flow = Flow(code)
 
     def steady(flushes):
-        loops = [Steady(flow, first, kernel, classes, flushes).cost for first in flow.inner()]
+        loops = [
+            Steady(flow, first, kernel, classes, cross_entropy, flushes).cost
+            for first in flow.inner()
+        ]
         return max(loops, key=lambda cost: (cost["exponentials"], cost["issue"]))
 
     cost = steady(False)
     items = kernel.numbers[0] * kernel.tile * kernel.lanes // WARP  # that a thread holds
     words = math.ceil(kernel.tile * classes * kernel.size / 16 / WARP)
-    moved = cost["LDGSTS", 16] + cost["STG", 16] + (cost["LDG", 16] if kernel.access == "Direct" else 0)
+    moved = (
+        cost["LDGSTS", 16] + cost["STG", 16] + (cost["LDG", 16] if kernel.access == "Direct" else 0)
+    )
     if cost["exponentials"] < items or moved < words * (1 + (kernel.direction == "gradient")):
-        raise ValueError(f"{kernel} with {classes} classes: the loop found is not the one of a tile")
+        raise ValueError(
+            f"{kernel} with {classes} classes: the loop found is not the one of a tile"
+        )
     voxels = kernel.tile * kernel.lanes / WARP
     extra = steady(True) if kernel.direction == "sums" else cost
     parts = ("issue", "ALU", "FMA", "IMAD", "MUFU", "L1")
@@ -351,3 +376,110 @@ def reach(kernel, classes, cost, gpu, warps):
     asked = warps * kernel.on_their_way(classes) * gpu.multiprocessors
     bytes_per_second["latency"] = asked / LATENCY / reads
     return {part: min(1.0, rate / gpu.memory) for part, rate in bytes_per_second.items()}
+
+
+# --- the record -----------------------------------------------------------------------------------
+
+
+def calculate(codes, launches, usages, devices, room):
+    """The bounds of all specialised kernels with class indices.
+
+    codes: {(arch, symbol): text of cuobjdump -sass}; launches: those of tests/helpers/emulation.py;
+    usages, devices, room: of tests/helpers/launches.py.
+    """
+    of_kernel = collections.defaultdict(dict)  # {kernel: {classes: launch}}
+    for launch in launches:
+        classes = re.match(r"\w+\[(?:\d+, )+(\d+)\]", launch.problem)
+        of_kernel[launch.kernel].setdefault(int(classes[1]), launch)
+    result = {}
+    for (arch, symbol), code in codes.items():
+        kernel = Kernel.of(symbol)
+        if kernel is None or kernel.activation == "Identity":
+            continue
+        found = of_kernel[symbol]
+        for classes, cross_entropy in itertools.product(kernel.classes(), (False, True)):
+            if kernel.cross_entropy != 2 and bool(kernel.cross_entropy) != cross_entropy:
+                continue
+            cost = cost_of_tile(code, kernel, classes, cross_entropy)
+            # Numbers of classes that need as much as others are not among the launches.
+            launch = found[min(found, key=lambda c: (c < classes, abs(c - classes)))]
+            for name, gpu in GPUS.items():
+                if gpu.arch != arch:
+                    continue
+                held = room(devices[gpu.capability], launch, usages[arch][symbol]).blocks
+                parts = reach(kernel, classes, cost, gpu, held * launch.threads // WARP)
+                layout = "channels_first" if kernel.planar else "channels_last"
+                bound = min(parts, key=parts.get)
+                for dtype in kernel.dtypes:
+                    row = result.setdefault(name, {}).setdefault(layout, {})
+                    row = row.setdefault(dtype, {}).setdefault(str(classes), {})
+                    row[kernel.direction + " with cross-entropy" * cross_entropy] = {
+                        "of_peak": round(parts[bound], 3),
+                        "bound_by": bound if parts[bound] < 1 else "memory",
+                        "instructions": round(cost["issue"] / kernel.traffic(classes) * 16, 2),
+                    }
+    return result
+
+
+def as_markdown(record):
+    """The record as tables."""
+    text = [
+        "# What the CUDA kernels can reach",
+        "",
+        "<!-- begin -->",
+        "",
+        "These numbers are calculated, not measured. `make bounds` reads them from the machine "
+        f"code that nvcc {record['nvcc']} makes, without a GPU. They are the percentages of the "
+        "memory's rate that the sums / the gradient can reach at most, and in brackets what binds "
+        "the lower of the two, if it is not memory. benchmarks/gpu/bounds.py says how. Logits are "
+        "channels_last, and labels are class indices of one byte. One class is a sigmoid, several "
+        "are a softmax.",
+        "",
+    ]
+    sums, gradient = "sums", "gradient"
+    for title, suffix in (("", ""), (", with cross-entropy", " with cross-entropy")):
+        for dtype in ("float32", "bfloat16", "float16"):
+            text += [f"## {dtype}{title}", ""]
+            rows = []
+            of_gpu = {
+                name: layouts["channels_last"][dtype] for name, layouts in record["gpus"].items()
+            }
+            for classes in sorted(map(int, next(iter(of_gpu.values())))):
+                cells = [classes]
+                for found in of_gpu.values():
+                    both = [found[str(classes)][part + suffix] for part in (sums, gradient)]
+                    lower = min(both, key=lambda part: part["of_peak"])
+                    why = "" if lower["bound_by"] == "memory" else f" ({lower['bound_by']})"
+                    cells.append(" / ".join(f"{100 * part['of_peak']:.0f}" for part in both) + why)
+                rows.append(cells)
+            text += [*table(("classes", *of_gpu), rows), ""]
+    return "\n".join(text)
+
+
+def main():
+    """Calculates the bounds from the library beside this one, and writes the record."""
+    from dice_op import core
+    from helpers import emulation
+    from helpers.launches import DEVICES, as_gcc_names, room, usages
+    from helpers.machine_code import ARCHS, LIBRARY, dump
+
+    wanted = {gpu.arch for gpu in GPUS.values()}
+    if missing := wanted - set(ARCHS):
+        sys.exit(
+            f"bounds: build for sm_{', sm_'.join(sorted(missing))} too: DICE_OP_CUDA_ARCHS=80,90"
+        )
+    codes = {
+        (arch, as_gcc_names(symbol)): code
+        for arch in wanted
+        for (_, symbol), code in dump("-sass", "-arch", f"sm_{arch}", LIBRARY).items()
+    }
+    launches = emulation.plans(multiprocessors=200, held=32)
+    gpus = calculate(codes, launches, usages(), DEVICES, room)
+    record = {"nvcc": core.build_info()["cuda"], "gpus": gpus}
+    RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    RECORD.with_suffix(".md").write_text(as_markdown(record))
+    print(RECORD)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,7 +27,7 @@ DICE_OP_OUTLINED double Log(double x) { return log(x); }
 DICE_OP_DEVICE float Log1p(float x) { return log1pf(x); }
 DICE_OP_OUTLINED double Log1p(double x) { return log1p(x); }
 
-constexpr float kLog2E = 1.4426950408889634f, kLog2 = 0.6931471805599453f;
+constexpr float kLog2E = 1.4426950408889634f;
 
 // This is one instruction, with an error below 2 units in the last place. Subnormal results become 0.
 DICE_OP_DEVICE float Exp2(float x) {
@@ -46,9 +46,8 @@ DICE_OP_OUTLINED double Exp(double x) { return exp(x); }
 // classes, so it cancels when the exponentials are normalised.
 DICE_OP_DEVICE float ExpOfDifference(float a, float b) { return Exp2(fmaf(a, kLog2E, -(b * kLog2E))); }
 DICE_OP_DEVICE double ExpOfDifference(double a, double b) { return Exp(a - b); }
-// The logarithm of that factor.
-DICE_OP_DEVICE float LogOfFactor(float b) { return fmaf(b, kLog2E, -(b * kLog2E)) * kLog2; }
-DICE_OP_DEVICE double LogOfFactor(double) { return 0; }
+DICE_OP_DEVICE float ExpOfDifferenceToItself(float a) { return ExpOfDifference(a, a); }
+DICE_OP_DEVICE double ExpOfDifferenceToItself(double) { return 1; }
 
 // This is one instruction, with an error of one unit in the last place.
 DICE_OP_DEVICE float Reciprocal(float x) {

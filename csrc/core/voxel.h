@@ -2,11 +2,11 @@
 //
 // `R` is a number: a float in a CUDA thread, or on a CPU a SIMD register that holds the same class of several voxels.
 // `Classes` says which classes of a voxel the caller holds. On a CPU these are all classes. A CUDA thread that shares a
-// voxel with its neighbours holds every kLanes-th class, and Sum and Max combine the values of these threads. Such a
-// thread may hold one class too many: its logit is -infinity, which adds nothing to the others. Top gives the largest
-// logit of all classes. A type R has comparisons and the functions of arithmetic.h: Exp, ExpOfDifference(a, b) = exp(a
-// - b) for a <= b, which may have a factor that depends on b alone, LogOfFactor(b), Reciprocal, Log, Log1p, Max, Abs,
-// Select and AddWhere.
+// voxel with its neighbours holds every kLanes-th class, and Sum, Max and Top, which gives the largest logit, combine
+// the values of these threads. Such a thread may hold one class too many: its logit is -infinity, which adds nothing to
+// the others. A type R has comparisons and the functions of arithmetic.h: Exp, ExpOfDifference(a, b) = exp(a - b) for
+// a <= b, ExpOfDifferenceToItself(a), which is what that gives for a = b, Reciprocal, Log, Log1p, Max, Abs, Select and
+// AddWhere.
 //
 // Everything is in an unnamed namespace. The CPU kernels compile this file once per instruction set, and internal
 // linkage keeps the linker from merging the copies into one that the processor may not be able to run.
@@ -191,7 +191,7 @@ struct Softmax {
   template <class Classes, class R>
   DICE_OP_DEVICE static Norm<R> Forward(const Classes& k, const R* z, R* e) {
     const R top = k.Top(z);
-    R total;
+    R total = R(0);
     DICE_OP_UNROLL
     for (int i = 0; i < k.size(); ++i) {
       k.Prefetch(i);
@@ -211,7 +211,7 @@ struct Softmax {
   }
   template <class R>
   DICE_OP_DEVICE static R LogTotal(const Norm<R>& norm) {
-    return Log(norm.total) - LogOfFactor(norm.top);
+    return Log(norm.total * Reciprocal(ExpOfDifferenceToItself(norm.top)));
   }
   template <class R>
   DICE_OP_DEVICE static R LogProbability(R z, R, const Norm<R>& norm, R log_total) {

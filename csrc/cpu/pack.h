@@ -321,8 +321,8 @@ DICE_OP_INLINE Pack<T, W> ExpOfDifference(Pack<T, W> a, Pack<T, W> b) {
   return ExpOfNegative(a - b);
 }
 template <class T, int W>
-DICE_OP_INLINE Pack<T, W> LogOfFactor(Pack<T, W>) {
-  return Pack<T, W>(T(0));  // ExpOfDifference is exact
+DICE_OP_INLINE Pack<T, W> ExpOfDifferenceToItself(Pack<T, W>) {
+  return Pack<T, W>(T(1));
 }
 template <class T, int W>
 DICE_OP_INLINE Pack<T, W> Reciprocal(Pack<T, W> x) {

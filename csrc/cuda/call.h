@@ -27,6 +27,8 @@ struct Call {
   int first_class;
   int label_limit;  // labels below it are classes; no more than the labels' type can hold
   int label_bytes;
+  uint32_t ignored;  // the label that counts for nothing, as ReadLabel gives it; only in the specialised kernels
+  bool has_ignored;
   int row_padding;                    // bytes between the rows of a staged tile, so that they start in other banks
   int row_words;                      // words of 16 bytes in a row that is padded; a divisor of 32
   uint32_t row_magic;                 // (x * row_magic) >> 20 is the row of a tile's element x, in the general kernels

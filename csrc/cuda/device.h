@@ -32,6 +32,18 @@ DICE_OP_DEVICE R Read(T value) {
   return FromStorage<T, R>(value);
 }
 
+// Either type of 16 bits. Which of them it is, a kernel asks once for several elements.
+struct AnyFloat16 {
+  uint16_t bits;
+};
+template <class T>
+DICE_OP_DEVICE float ReadEither(T value, bool is_half) {
+  if constexpr (std::is_same_v<T, AnyFloat16>) {
+    return is_half ? Read<float>(Half{value.bits}) : Read<float>(BFloat16{value.bits});
+  } else {
+    return Read<float>(value);
+  }
+}
 // Reads element `at` of an array whose type is known only at run time.
 template <class R>
 DICE_OP_DEVICE R ReadNumber(const void* from, DType dtype, int64_t at) {
@@ -50,6 +62,15 @@ DICE_OP_DEVICE T Write(R value) {
   }
 #endif
   return ToStorage<T>(value);
+}
+
+template <class T>
+DICE_OP_DEVICE T WriteEither(float value, bool is_half) {
+  if constexpr (std::is_same_v<T, AnyFloat16>) {
+    return {is_half ? Write<Half>(value).bits : Write<BFloat16>(value).bits};
+  } else {
+    return Write<T>(value);
+  }
 }
 
 // Elements that are moved together, by one load or store instruction if they take at most 16 bytes.
@@ -86,6 +107,18 @@ DICE_OP_DEVICE uint32_t MaxOfPairs(uint32_t a, uint32_t b) {
 #endif
 }
 
+// Calls fn(Type<T>{}), with the type that it is if T is either of two.
+template <class T, class Fn>
+DICE_OP_DEVICE void AsType(bool is_half, Fn&& fn) {
+  if constexpr (!std::is_same_v<T, AnyFloat16>) {
+    fn(Type<T>{});
+  } else if (is_half) {
+    fn(Type<Half>{});
+  } else {
+    fn(Type<BFloat16>{});
+  }
+}
+
 // Elements in registers, in parts of 32 bits. All indices must be known when the kernel is compiled. Elements of 16
 // bits are converted in pairs, which takes half the instructions.
 template <class T, int kParts>
@@ -107,11 +140,12 @@ struct Elements {
     return run;
   }
 
+  template <class As = T>
   DICE_OP_DEVICE float Get(int i) const {
     const uint32_t part = parts[i / kPerPart];
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (sizeof(As) == 4) {
       return BitCast<float>(part);
-    } else if constexpr (std::is_same_v<T, BFloat16>) {
+    } else if constexpr (std::is_same_v<As, BFloat16>) {
       return BitCast<float>(i % 2 ? part & 0xffff0000u : part << 16);
     } else {
 #ifdef __CUDA_ARCH__
@@ -123,18 +157,55 @@ struct Elements {
     }
   }
   // The second element of a pair must be set after the first.
+  template <class As = T>
   DICE_OP_DEVICE void Set(int i, float value) {
     uint32_t& part = parts[i / kPerPart];
-    part = sizeof(T) == 4 || i % 2 == 0 ? BitCast<uint32_t>(value) : Pair(BitCast<float>(part), value);
+    part = sizeof(T) == 4 || i % 2 == 0 ? BitCast<uint32_t>(value) : Pair<As>(BitCast<float>(part), value);
+  }
+  // All of them.
+  DICE_OP_DEVICE void ToFloats(bool is_half, float* values) const {
+    AsType<T>(is_half, [&](auto type) { ToFloatsAs<typename decltype(type)::type>(values); });
+  }
+  // Returns also the largest of them. Elements of 16 bits are compared in pairs.
+  DICE_OP_DEVICE float ToFloatsAndLargest(bool is_half, float* values) const {
+    float largest;
+    AsType<T>(is_half, [&](auto type) {
+      using As = typename decltype(type)::type;
+      ToFloatsAs<As>(values);
+      if constexpr (sizeof(T) == 4) {
+        largest = values[0];
+#pragma unroll
+        for (int i = 1; i < kParts; ++i) largest = fmaxf(largest, values[i]);
+      } else {
+        Elements<As, 1> pair;
+        pair.parts[0] = parts[0];
+#pragma unroll
+        for (int p = 1; p < kParts; ++p) pair.parts[0] = MaxOfPairs<As>(pair.parts[0], parts[p]);
+        largest = fmaxf(pair.Get(0), pair.Get(1));
+      }
+    });
+    return largest;
+  }
+  DICE_OP_DEVICE void FromFloats(bool is_half, const float* values) {
+    AsType<T>(is_half, [&](auto type) {
+#pragma unroll
+      for (int i = 0; i < kParts * kPerPart; ++i) Set<typename decltype(type)::type>(i, values[i]);
+    });
   }
 
  private:
+  template <class As>
+  DICE_OP_DEVICE void ToFloatsAs(float* values) const {
+#pragma unroll
+    for (int i = 0; i < kParts * kPerPart; ++i) values[i] = Get<As>(i);
+  }
+  template <class As>
   DICE_OP_DEVICE static uint32_t Pair(float low, float high) {
 #ifdef __CUDA_ARCH__
-    if constexpr (std::is_same_v<T, Half>) return BitCast<uint32_t>(__floats2half2_rn(low, high));
-    if constexpr (std::is_same_v<T, BFloat16>) return BitCast<uint32_t>(__floats2bfloat162_rn(low, high));
+    if constexpr (std::is_same_v<As, Half>) return BitCast<uint32_t>(__floats2half2_rn(low, high));
+    if constexpr (std::is_same_v<As, BFloat16>) return BitCast<uint32_t>(__floats2bfloat162_rn(low, high));
 #endif
-    if constexpr (sizeof(T) == 2) return Write<T>(low).bits | static_cast<uint32_t>(Write<T>(high).bits) << 16;
+    if constexpr (sizeof(As) == 2) return Write<As>(low).bits | static_cast<uint32_t>(Write<As>(high).bits) << 16;
     return 0;  // is not called
   }
 };
@@ -151,12 +222,24 @@ inline char* SharedMemory() { return static_cast<char*>(cuda_emulator::DynamicSh
 // Starts a copy of 16 bytes from global to shared memory. This thread can read them there after WaitForCopies.
 DICE_OP_DEVICE void CopyWord(void* shared, const void* global) {
 #if !defined(__CUDACC__)
-  cuda_emulator::CopyAsync16(shared, global);
+  cuda_emulator::CopyAsync<16>(shared, global);
 #elif __CUDA_ARCH__ >= 800
   const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
 #elif defined(__CUDA_ARCH__)  // Turing has no asynchronous copies
   *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#endif
+}
+
+// Does the same with 4 bytes, which may be anywhere.
+DICE_OP_DEVICE void CopyNumber(float* shared, const float* global) {
+#if !defined(__CUDACC__)
+  cuda_emulator::CopyAsync<4>(shared, global);
+#elif __CUDA_ARCH__ >= 800
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(global) : "memory");
+#elif defined(__CUDA_ARCH__)
+  *shared = *global;
 #endif
 }
 

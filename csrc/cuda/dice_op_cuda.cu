@@ -169,6 +169,15 @@ Error MakePlan(const Problem& problem, const void* d_logits, Plan* plan) {
   call.first_class = static_cast<int>(problem.first_class());
   call.label_limit = static_cast<int>(std::min(problem.label_limit(), LabelsEnd(problem.labels_dtype)));
   call.label_bytes = SizeOf(problem.labels_dtype);
+  call.has_ignored = WithType(problem.labels_dtype, [&](auto type) {  // no label has a value that its type cannot hold
+    using T = typename decltype(type)::type;
+    const int64_t value = call.ignore_label.value;
+    if constexpr (std::is_integral_v<T>) {
+      call.ignored = static_cast<uint32_t>(static_cast<std::make_unsigned_t<T>>(value));
+      return call.ignore_label.given && static_cast<int64_t>(static_cast<T>(value)) == value;
+    }
+    return false;
+  });
   call.row_padding = variant.row_padding;
   call.row_words = variant.row_words;
   call.row_magic = variant.row_magic;

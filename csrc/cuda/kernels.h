@@ -307,7 +307,7 @@ Variant VariantOf(const Problem& problem, bool grad) {
   Variant variant;
   variant.warps = kWarps<VoxelAccess>;
   variant.tile = VoxelAccess::kTile;
-  if (VoxelAccess::kWeighted) {
+  if (std::is_same_v<typename VoxelAccess::Parameter, GeneralCall>) {
     variant.row_magic = (1u << 20) / classes + 1;
   } else if (VoxelAccess::kLanes > 1 && row % 16 == 0 && kWarp % (row / 16) == 0) {
     variant.row_words = row / 16;
@@ -335,16 +335,25 @@ Variant VariantOf(const Problem& problem, bool grad) {
   return variant;
 }
 
-// Whether the problem has class indices and no options, as most training runs have. Words must be aligned too.
+// Whether the problem has class indices and no options, as most training runs have. Words must be aligned too. With
+// `masked`, voxels may have weights, and a label may be ignored.
 template <class T>
-bool IsPlain(const Problem& problem, const void* d_logits) {
+bool IsPlain(const Problem& problem, const void* d_logits, bool masked = false) {
   const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
   const int64_t run = (problem.channels_last() ? problem.classes : 1) * sizeof(T);
   const bool rows_aligned = problem.voxels * run % 16 == 0;
   const bool one_run = problem.batch == 1 && run == static_cast<int64_t>(problem.classes * sizeof(T));
-  return !problem.labels_per_class() && problem.labels_dtype <= DType::kInt64 && TermsOf(problem).plain() &&
-         !problem.hard() && aligned(problem.logits) && aligned(problem.labels) && aligned(d_logits) &&
-         (rows_aligned || one_run);
+  Terms<double> terms = TermsOf(problem);
+  if (masked) {
+    if (problem.voxel_weight && problem.weight_dtype != DType::kFloat) return false;
+    // A kernel sees the lower 32 bits of wide labels.
+    const IgnoreLabel ignore = problem.options.ignore_label;
+    const bool seen = ignore.value >= 0 && ignore.value < UINT32_MAX;
+    if (ignore.given && SizeOf(problem.labels_dtype) == 8 && !seen) return false;
+    terms.masked = false;
+  }
+  return !problem.labels_per_class() && problem.labels_dtype <= DType::kInt64 && terms.plain() && !problem.hard() &&
+         aligned(problem.logits) && aligned(problem.labels) && aligned(d_logits) && (rows_aligned || one_run);
 }
 
 }  // namespace

@@ -7,8 +7,9 @@
 namespace dice_op {
 namespace {
 
-// There are more than kLanes * kAlwaysHeld classes, and at most kLanes * kItems.
-template <class T, int kItems_, int kLanes_, int kAlwaysHeld>
+// There are more than kLanes * kAlwaysHeld classes, and at most kLanes * kItems. With kMasked voxels may have weights
+// in float, and a label may be ignored.
+template <class T, int kItems_, int kLanes_, int kAlwaysHeld, bool kMasked = false>
 class Staged {
  public:
   using Number = float;
@@ -17,9 +18,9 @@ class Staged {
   static constexpr int kItems = kItems_, kLanes = kLanes_;
   static constexpr bool kPlanar = false;
   // The classes in 32 bits of memory are held by the same thread, which reads them together if rows are aligned.
-  static constexpr int kTogether = kLanes == 1 ? 1 : 4 / sizeof(T);
+  static constexpr int kTogether = 4 / sizeof(T);
   using Classes = StridedClassesIfThere<kItems, kLanes, kTogether>;
-  static constexpr bool kSingle = true, kWeighted = false, kTables = false;
+  static constexpr bool kSingle = true, kWeighted = kMasked, kTables = false;
   using Label = SingleLabel<float>;
   static constexpr int kGroups = kWarp / kLanes;  // voxels at a time
   static constexpr int kRounds = kLanes == 1 ? 1 : (kLanes < 8 ? 4 : 8) / static_cast<int>(sizeof(T));
@@ -36,6 +37,7 @@ class Staged {
         offset_(sample * call.voxels * call.classes * static_cast<int>(sizeof(T))),
         voxel_offset_(sample * call.voxels),
         memory_(memory),
+        is_half_(call.logits_dtype == DType::kHalf),
         row_bytes_(call.classes * static_cast<int>(sizeof(T)) + call.row_padding),
         tile_bytes_(kTile * call.classes * static_cast<int>(sizeof(T))),
         first_word_(Lane() * 16 + Lane() / call.row_words * call.row_padding),
@@ -58,6 +60,7 @@ class Staged {
     int64_t labels_at = voxel_offset_ + begin * kTile + Lane();
     const int last = kStore ? 0 : call_.tiles - 1;  // the turn of the tile that may not be full
     uint32_t place, next_place = kNoPlace;
+    float weight, next_weight = 0;
     int count, next_count = 0, stage = 1;
     // The first round only fills the pipeline.
 #pragma unroll 1
@@ -65,17 +68,18 @@ class Staged {
       WaitForCopies<0>();
       __syncwarp();  // all lanes' copies are there, and no lane is at the stage before
       place = next_place;
+      weight = next_weight;
       count = next_count;
       if (t + step < call_.tiles) {
         next_count = t + step == last ? call_.last_voxels : kTile;
         Fetch(from, next_count, 1 - stage);
-        next_place = FetchPlace(labels_at, next_count);
+        next_place = FetchPlace(labels_at, next_count, &next_weight);
         from += bytes;
         labels_at += stride * kTile;
       }
       EndCopies();
       if (t >= first) {
-        Compute<kStore>(stage, count, place, voxel);
+        Compute<kStore>(stage, count, place, weight, voxel);
         if constexpr (kStore) {
           __syncwarp();  // the whole tile is computed
           Put(to, count, stage);
@@ -122,29 +126,44 @@ class Staged {
   }
   // Lane l reads the label of voxel l of the tile, if there is one. Returns the class, the thread that holds it, and
   // its place among the classes of that thread. A voxel whose label is no class belongs to no thread.
-  DICE_OP_DEVICE uint32_t FetchPlace(int64_t at, int voxels) {
+  // Neither does one without weight.
+  DICE_OP_DEVICE uint32_t FetchPlace(int64_t at, int voxels, float* weight) {
+    *weight = 0;
     if (Lane() >= voxels) return kNoPlace;
     const uint32_t label = ReadLabel(call_, at);
+    if constexpr (kMasked) {
+      const bool ignored = call_.has_ignored && label == call_.ignored;
+      *weight = ignored ? 0.0f : call_.weight ? static_cast<const float*>(call_.weight)[at] : 1.0f;
+      if (ignored) return kNoPlace;
+    }
     largest_ = largest_ < label ? label : largest_;
-    if (label >= static_cast<uint32_t>(call_.classes)) return kNoPlace;
+    if (label >= static_cast<uint32_t>(call_.classes) || (kMasked && *weight == 0)) return kNoPlace;
     return label | Classes::Item(label) << 8 | Classes::LaneOf(label) << 16;
   }
   static constexpr uint32_t kNoPlace = 0xffff0000u;
 
   template <bool kStore, class Voxel>
-  DICE_OP_DEVICE void Compute(int stage, int count, uint32_t place_of_lane, Voxel&& voxel) {
-    const bool aligned = kTogether > 1 && row_bytes_ % 4 == 0;
-    char* row = Stage(stage) + Lane() / kLanes * row_bytes_;
+  DICE_OP_DEVICE void Compute(int stage, int count, uint32_t place_of_lane, float weight_of_lane, Voxel&& voxel) {
+    const bool aligned = kTogether == 1 || row_bytes_ % 4 == 0;
+    int v = Lane() / kLanes;
+    char* row = Stage(stage) + v * row_bytes_;
 #pragma unroll 1
-    for (int v = Lane() / kLanes; v < kTile; v += kGroups, row += kGroups * row_bytes_) {
+    for (int r = 0; r < kRounds; ++r, v += kGroups, row += kGroups * row_bytes_) {
       const bool there = v < count;  // else the row holds an old voxel or zeros
       float z[kItems];
-      const float top = ReadRow(row, aligned, z);
+      float top = ReadRow(row, aligned, z);
       const uint32_t place = kLanes == 1 ? place_of_lane : __shfl_sync(0xffffffffu, place_of_lane, v);
       const bool held = place >> 16 == static_cast<uint32_t>(Lane() % kLanes);
       const int index = place & 0xff, item = place >> 8 & 0xff;
-      const Label label = {index, held ? item : -1, held ? Read<float>(reinterpret_cast<const T*>(row)[index]) : 0.0f};
-      voxel(Classes{{}, there, top}, z, label, 1.0f, PlainTerms<float>(call_.terms.cross_entropy));
+      const Label label = {index, held ? item : -1, ReadEither(reinterpret_cast<const T*>(row)[index], is_half_)};
+      float m = 1;
+      if constexpr (kMasked) {
+        m = kLanes == 1 ? weight_of_lane : __shfl_sync(0xffffffffu, weight_of_lane, v);
+        if (m == 0) top = 0;  // a voxel without weight may hold anything
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) z[i] = m == 0 ? 0.0f : z[i];
+      }
+      voxel(Classes{{}, there, top}, z, label, m, PlainTerms<float>(call_.terms.cross_entropy));
       if constexpr (kStore) {
         if (there) WriteRow(row, aligned, z);
       }
@@ -152,59 +171,52 @@ class Staged {
   }
   DICE_OP_DEVICE bool HasClass(int i) const { return i < kAlwaysHeld || Classes::Class(i) < call_.classes; }
 
-  // The place in a row of the run of classes that begins with item i.
-  DICE_OP_DEVICE static uint32_t* RunAt(char* row, int i) {
-    return reinterpret_cast<uint32_t*>(row) + Lane() % kLanes + i / kTogether * kLanes;
-  }
+  // This thread's classes of a row, in parts of 32 bits. Part p is RunAt(row)[p * kLanes].
+  using Parts = Elements<T, kItems / kTogether>;
+  DICE_OP_DEVICE static uint32_t* RunAt(char* row) { return reinterpret_cast<uint32_t*>(row) + Lane() % kLanes; }
+
   // Returns the largest logit that this thread holds.
   DICE_OP_DEVICE float ReadRow(char* row, bool aligned, float* z) const {
-    if constexpr (kTogether == 2) {
-      if (aligned) {
-        Elements<T, 1> pair;
-        uint32_t& both = pair.parts[0];
-        pair.Set(0, -INFINITY);
-        pair.Set(1, -INFINITY);
-        const uint32_t none = both;
-        uint32_t top = none;
+    const uint32_t none = sizeof(T) == 4 ? 0xff800000u : is_half_ ? 0xfc00fc00u : 0xff80ff80u;  // -infinity
+    Parts parts;
+    if (aligned) {
 #pragma unroll
-        for (int i = 0; i < kItems; i += 2) {
-          both = HasClass(i) ? *RunAt(row, i) : none;
-          top = i == 0 ? both : MaxOfPairs<T>(top, both);
-          z[i] = pair.Get(0);
-          z[i + 1] = pair.Get(1);
-        }
-        both = top;
-        return dice_op::Max(pair.Get(0), pair.Get(1));
+      for (int p = 0; p < kItems / kTogether; ++p) {
+        parts.parts[p] = HasClass(p * kTogether) ? RunAt(row)[p * kLanes] : none;
+      }
+    } else {
+      const auto* const halves = reinterpret_cast<const uint16_t*>(RunAt(row));
+#pragma unroll
+      for (int p = 0; p < kItems / kTogether; ++p) {
+        const uint32_t low = HasClass(2 * p) ? halves[2 * p * kLanes] : none & 0xffff;
+        const uint32_t high = HasClass(2 * p + 1) ? halves[2 * p * kLanes + 1] : none & 0xffff;
+        parts.parts[p] = low | high << 16;
       }
     }
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      z[i] = HasClass(i) ? Read<float>(reinterpret_cast<const T*>(row)[Classes::Class(i)]) : -INFINITY;
-    }
-    return Largest(Classes{}, z);
+    return parts.ToFloatsAndLargest(is_half_, z);
   }
   DICE_OP_DEVICE void WriteRow(char* row, bool aligned, const float* z) const {
-    if constexpr (kTogether == 2) {
-      if (aligned) {
+    Parts parts;
+    parts.FromFloats(is_half_, z);
+    if (aligned) {
 #pragma unroll
-        for (int i = 0; i < kItems; i += 2) {
-          Elements<T, 1> pair;
-          pair.Set(0, z[i]);
-          pair.Set(1, z[i + 1]);
-          if (HasClass(i)) *RunAt(row, i) = pair.parts[0];
-        }
-        return;
+      for (int p = 0; p < kItems / kTogether; ++p) {
+        if (HasClass(p * kTogether)) RunAt(row)[p * kLanes] = parts.parts[p];
       }
-    }
+    } else {
+      auto* const halves = reinterpret_cast<uint16_t*>(RunAt(row));
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      if (HasClass(i)) reinterpret_cast<T*>(row)[Classes::Class(i)] = Write<T>(z[i]);
+      for (int p = 0; p < kItems / kTogether; ++p) {
+        if (HasClass(2 * p)) halves[2 * p * kLanes] = static_cast<uint16_t>(parts.parts[p]);
+        if (HasClass(2 * p + 1)) halves[2 * p * kLanes + 1] = static_cast<uint16_t>(parts.parts[p] >> 16);
+      }
     }
   }
 
   const Call& call_;
   const int64_t offset_, voxel_offset_;
   char* const memory_;  // [2 stages][kTile] rows
+  const bool is_half_;
   const int row_bytes_, tile_bytes_;
   // Where this lane's first word of a tile is in a stage, and the distance to each of the next.
   const int first_word_, word_step_;

@@ -128,6 +128,8 @@ def few_cases(small=False):
     cases.add((1, v + 77, 16))
     cases.add((1, v // 8 + 3, 64), in_place=True)
     cases.add((1, v // 10 + 3, 104), cross_entropy=False)
+    cases.add((1, v + 5, 3), weight="float32", ignore=200)
+    cases.add((2, v // 4, 6), "int32", weight="float32")
     cases.add((1, 100, 4), misalign=8)
     cases.add((2, v // 4 + 1, 3), weight="float32", focal_gamma=2.0)
     cases.add((2, v // 4 + 1, 4), "soft", data_format="channels_first")

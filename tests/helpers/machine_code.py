@@ -48,6 +48,6 @@ def budget(function):
     if match := re.search(r"DirectI.*?Li\d+ELb([01])E", function):
         planar = match[1] == "1"
         return (80 if planar else 64) if "DirectIf" in function else (128 if planar else 80)
-    if match := re.search(r"StagedI.*?Li(\d+)E", function):
+    if match := re.search(r"(?:Rows|Staged)I.*?Li(\d+)E", function):
         return 128 if int(match[1]) > 8 else 96
     return 255 if "GeneralId" in function else 168 if "GeneralIfLb1ELi8E" in function else 128

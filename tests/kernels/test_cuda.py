@@ -19,13 +19,13 @@ from helpers.kernel_inputs import FORMATS, NAMES, distances_of, in_format, make
 REGIMES = {
     1: "direct (sigmoid); softmax of one class: general",
     2: "direct, two voxels in a word",
-    3: "staged, sums in registers",
+    3: "rows, sums in registers; two voxels at a time in half",
     4: "direct, a voxel in a word",
-    5: "staged, odd rows",
-    8: "staged, rows of whole words",
-    13: "two lanes to a voxel, odd rows",
-    14: "staged, rows of even length",
-    16: "staged, the last with a thread for a voxel",
+    5: "rows, odd; two voxels at a time in half",
+    8: "rows of whole words, padded in float",
+    13: "a thread for a voxel of any odd number of classes",
+    14: "rows of even length, two rounds in float",
+    16: "rows, padded; the most classes that one thread takes",
     17: "two lanes to a voxel, the first",
     32: "two lanes, padded rows",
     33: "four lanes",
@@ -65,7 +65,7 @@ def regime_cases(dtype, data_format, brief=False):
     cases.add((8, 100, 4), dtype=dtype, data_format=data_format, name="eight samples")
     cases.add((3, 77, 2), dtype=dtype, data_format=data_format, name="samples that are not aligned")
     cases.add((1, 100, 4), dtype=dtype, data_format=data_format, name="not aligned", misalign=8)
-    # direct, staged, and with several lanes for a voxel; half would round these gradients to 0, and
+    # direct, rows, and with several lanes for a voxel; half would round these gradients to 0, and
     # float64's reference is not exact either
     for c in (2, 3, 4, 14, 104) if dtype in ("float32", "bfloat16") else ():
         loss = dtype == "float32" and c == 4
@@ -113,6 +113,50 @@ def test_every_regime_agrees_with_the_reference(dtype, data_format, program, tmp
             activation = emulation.ACTIVATIONS[call["activation"]]
             expected = is_specialised(call["like"], data_format == "channels_first", activation)
         assert result["specialised"] == (expected, expected), label
+
+
+@functools.cache
+def masked_cases(dtype, brief=False):
+    """Weights in float, and ignored labels. They have kernels of their own for a softmax of
+    2 to 16 classes."""
+    cases = Cases()
+    kinds = (("uint8", 255), ("int8", -1), ("int16", -100), ("int32", 2**31 - 1), ("int64", 2**30))
+    for i, c in enumerate((2, 3, 4, 5, 8, 9, 13, 16)):
+        for n, v in ((2, 1000),) if brief else ((1, 1), (1, 256), (2, 1000), (1, 1003)):
+            kind, ignore = kinds[(i + v) % len(kinds)]
+            both = {"weight": "float32", "ignore": ignore}
+            for option in (both,) if brief else (both, {"weight": "float32"}, {"ignore": ignore}):
+                cases.add((n, v, c), kind, dtype, in_place=v % 2 == 1, name="masked",
+                          cross_entropy=(c + n) % 2 == 1, **option)  # fmt: skip
+    return cases
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_weights_and_ignored_labels_take_kernels_of_their_own(dtype, program, tmp_path):
+    cases = masked_cases(dtype)
+    results = emulation.run(program("plain"), cases.calls, tmp_path)
+    cases.check(results)
+    assert {result["specialised"] for result in results} == {(True, True)}
+
+
+def test_other_weights_and_ignored_labels_take_the_general_kernels(program, tmp_path):
+    cases = Cases()
+    cases.add((2, 1000, 4), weight="uint8")
+    cases.add((2, 1000, 4), "int64", ignore=-100)  # The kernels see 32 bits of a label.
+    cases.add((2, 1000, 4), ignore=255, activation="none")
+    cases.add((2, 1000, 4), weight="float32", data_format="channels_first")
+    cases.add((2, 1000, 17), weight="float32")
+    results = emulation.run(program("plain"), cases.calls, tmp_path)
+    cases.check(results)
+    assert {result["specialised"] for result in results} == {(False, False)}
+
+
+def test_an_ignored_label_that_no_label_can_be_ignores_none(program, tmp_path):
+    cases = Cases()
+    for kind, ignore in (("uint8", 258), ("int8", 130), ("int32", 2**32 + 2)):
+        cases.add((1, 1000, 4), kind, ignore_none=ignore)
+        cases.add((1, 1000, 6), kind, ignore_none=ignore)
+    cases.check(emulation.run(program("plain"), cases.calls, tmp_path))
 
 
 @functools.cache
@@ -403,6 +447,8 @@ def test_sanitizers_find_nothing_in_any_kernel(kind, dtype, program, tmp_path):
     # The thread sanitizer takes most of a second for a call.
     for data_format in FORMATS:
         calls = regime_cases(dtype, data_format, brief=kind == "thread").calls
+        if dtype != "float64" and data_format == "channels_last":
+            calls = calls + masked_cases(dtype, brief=kind == "thread").calls
         emulation.run(program(kind), calls, tmp_path, "random", CUDA_EMULATOR_SMS="1")
         if dtype == "float32" and kind == "address":
             emulation.run(program(kind), option_cases(data_format).calls, tmp_path, "random")

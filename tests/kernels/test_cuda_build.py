@@ -32,7 +32,15 @@ def test_no_spills_and_registers_within_budget():
     archs = {arch for arch, _ in usages}
     assert archs == {f"sm_{arch}" for arch in ARCHS}
     kernels = [function for arch, function in usages if arch == min(archs)]
-    for sort in ("SumsKernel", "GradKernel", "Direct", "Staged", "General", "CombineKernel"):
+    for sort in (
+        "SumsKernel",
+        "GradKernel",
+        "Direct",
+        "Rows",
+        "Staged",
+        "General",
+        "CombineKernel",
+    ):
         assert sum(sort in k for k in kernels) > 0, sort
     assert len(usages) == len(kernels) * len(archs)
     assert complaints(usages) == []
@@ -73,7 +81,7 @@ def wanting(arch):
             "local": not re.search(r"\b(STL|LDL)\b", code),
         }
         needs = {"local"}
-        if "Staged" in function:
+        if "Rows" in function or "Staged" in function:
             needs |= {"copy" if int(arch) >= 80 else "load"}
         if "Direct" in function:
             needs |= {"load"}

@@ -89,8 +89,8 @@ SELFTEST_BUGS = {  # the line that stands there, what takes its place, the build
         "address",
     ),
     "a copy that is not aligned": (
-        "CopyAsync16(&ring[lane], &in[tile * 32 + lane])",
-        "CopyAsync16(&ring[lane], &in[tile * 32 + lane].y)",
+        "CopyAsync<16>(&ring[lane], &in[tile * 32 + lane])",
+        "CopyAsync<16>(&ring[lane], &in[tile * 32 + lane].y)",
         "plain",
     ),
     "a missing fence": (
@@ -448,6 +448,7 @@ BUGS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_noticed(bug, tmp_path):
     find, name = BUGS[bug]

@@ -593,13 +593,15 @@ void* StaticShared(const void* key, size_t bytes) {
   return (found != statics.end() ? found : statics.emplace(key, NewShared(bytes)).first)->second.data;
 }
 
-void QueueCopy(void* to, const void* from, Site site) {
+void QueueCopy(void* to, const void* from, int bytes, Site site) {
   Thread& t = *current;
-  const char* const name = "CopyAsync16";
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) Fail(t, name, site, "destination %p is not aligned to 16 bytes", to);
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) Fail(t, name, site, "source %p is not aligned to 16 bytes", from);
+  const char* const name = "CopyAsync";
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0)
+    Fail(t, name, site, "destination %p is not aligned to %d bytes", to, bytes);
+  if (reinterpret_cast<uintptr_t>(from) % bytes != 0)
+    Fail(t, name, site, "source %p is not aligned to %d bytes", from, bytes);
   if (!IsShared(*t.block, to)) Fail(t, name, site, "destination %p is not in the block's shared memory", to);
-  t.copies.push_back({{static_cast<uint4*>(to), static_cast<const uint4*>(from)}, t.groups});
+  t.copies.push_back({{to, from, bytes}, t.groups});
 }
 
 void CommitCopies() { current->groups++; }

@@ -96,8 +96,9 @@ namespace internal {
 enum class WarpOp { kSync, kBallot, kAny, kAll, kShfl, kShflXor, kShflDown, kShflUp };
 enum class Scope { kNone, kBlock, kDevice };
 struct Copy {
-  uint4* to;
-  const uint4* from;
+  void* to;
+  const void* from;
+  int bytes;
 };
 void Run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
 void AllowShared(const void* kernel, size_t bytes);
@@ -107,7 +108,7 @@ unsigned ActiveMask();
 void Fence(Scope scope);
 void BeforeAtomic(), AfterAtomic(const void* address);
 void* StaticShared(const void* key, size_t bytes);
-void QueueCopy(void* to, const void* from, Site site);
+void QueueCopy(void* to, const void* from, int bytes, Site site);
 void CommitCopies();
 void YieldInRandomOrder();
 constexpr int kAll = -1;
@@ -149,7 +150,10 @@ template <class T>
 using Same = std::common_type_t<T>;  // not deduced, so that atomicAdd(&unsigned_value, 1) compiles as in CUDA
 
 __forceinline__ void CompleteCopies(int groups_to_keep) {
-  for (Copy copy; NextCopy(groups_to_keep, &copy);) *copy.to = *copy.from;
+  for (Copy copy; NextCopy(groups_to_keep, &copy);) {
+    for (int i = 0; i < copy.bytes / 4; ++i)
+      static_cast<unsigned*>(copy.to)[i] = static_cast<const unsigned*>(copy.from)[i];
+  }
 }
 }  // namespace internal
 
@@ -161,14 +165,15 @@ void* DynamicShared();
   static const char name##_shared_key = 0; \
   T(&name)[n] = *static_cast<T(*)[n]>(::cuda_emulator::internal::StaticShared(&name##_shared_key, sizeof(T) * (n)))
 
-// cp.async of 16 bytes. The data arrive as late as is allowed, in the WaitGroup that completes them; until then the
-// destination holds NaN.
-__forceinline__ void CopyAsync16(void* shared, const void* global, Site site = {}) {
-  internal::QueueCopy(shared, global, site);
+// cp.async of 4 or 16 bytes. The data arrive as late as is allowed, in the WaitGroup that completes them; until then
+// the destination holds NaN.
+template <int kBytes>
+__forceinline__ void CopyAsync(void* shared, const void* global, Site site = {}) {
+  internal::QueueCopy(shared, global, kBytes, site);
   const volatile unsigned* const source = static_cast<const volatile unsigned*>(global);
   static_cast<void>(source[0]);  // a bad source is best reported here, where the kernel names it
-  static_cast<void>(source[3]);
-  *static_cast<uint4*>(shared) = {~0u, ~0u, ~0u, ~0u};
+  static_cast<void>(source[kBytes / 4 - 1]);
+  for (int i = 0; i < kBytes / 4; ++i) static_cast<unsigned*>(shared)[i] = ~0u;
 }
 inline void CommitGroup() { internal::CommitCopies(); }
 // All but the newest n groups of this thread are complete. Other threads see that after a barrier only.

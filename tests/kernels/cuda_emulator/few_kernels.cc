@@ -18,9 +18,15 @@ namespace cuda {
 Variant FindPlain(const Problem& problem, const void* d_logits) {
   if (problem.logits_dtype == DType::kBFloat16) {
     if (!IsPlain<BFloat16>(problem, d_logits) || problem.classes != 5) return {};
-    return Of<Rows<BFloat16, 5>>(problem, d_logits);
+    return Of<Rows<AnyFloat16, 5>>(problem, d_logits);
   }
-  if (problem.logits_dtype != DType::kFloat || !IsPlain<float>(problem, d_logits)) return {};
+  if (problem.logits_dtype != DType::kFloat) return {};
+  if (problem.masked()) {
+    if (!IsPlain<float>(problem, d_logits, true)) return {};
+    if (problem.classes == 3) return Of<Rows<float, 3, true>>(problem, d_logits);
+    return problem.classes == 6 ? Of<Staged<float, 8, 1, 4, true>>(problem, d_logits) : Variant{};
+  }
+  if (!IsPlain<float>(problem, d_logits)) return {};
   const bool planar = !problem.channels_last();
   if (planar) return problem.classes == 2 ? Of<Direct<float, 2, true>>(problem, d_logits) : Variant{};
   if (problem.classes == 3) return Of<Rows<float, 3>>(problem, d_logits);

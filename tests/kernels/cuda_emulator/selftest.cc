@@ -36,11 +36,11 @@ __global__ void MirrorTiles(const float4* in, float4* out, int tiles) {
   float4* const ring = static_cast<float4*>(cuda_emulator::DynamicShared()) + threadIdx.x / 32 * 64;
   int stage = 0;
   int tile = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
-  if (tile < tiles) cuda_emulator::CopyAsync16(&ring[lane], &in[tile * 32 + lane]);
+  if (tile < tiles) cuda_emulator::CopyAsync<16>(&ring[lane], &in[tile * 32 + lane]);
   cuda_emulator::CommitGroup();
   for (; tile < tiles; tile += warps) {
     const int next = tile + warps;
-    if (next < tiles) cuda_emulator::CopyAsync16(&ring[(1 - stage) * 32 + lane], &in[next * 32 + lane]);
+    if (next < tiles) cuda_emulator::CopyAsync<16>(&ring[(1 - stage) * 32 + lane], &in[next * 32 + lane]);
     cuda_emulator::CommitGroup();  // without a copy too, to keep count
     cuda_emulator::WaitGroup(1);
     __syncwarp();  // the copies of all lanes are there
