@@ -59,6 +59,17 @@ __global__ void __launch_bounds__(kThreads)
   if (mismatches) atomicAdd(count, mismatches);
 }
 
+// Launches a kernel on the stream. Other compilers than nvcc call the emulator of tests/kernels/cuda_emulator.
+template <class... P, class... A>
+int Launch(void (*kernel)(P...), int blocks, A... arguments) {
+#ifdef __CUDACC__
+  kernel<<<blocks, kThreads, 0, stream>>>(arguments...);
+#else
+  cuda_emulator::Launch(kernel, dim3(blocks), dim3(kThreads), 0, stream, arguments...);
+#endif
+  return cudaGetLastError();
+}
+
 }  // namespace
 
 GPU_EXPORT const char* gpu_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
@@ -119,9 +130,9 @@ GPU_EXPORT int gpu_repeat(void* data, uint64_t period, uint64_t bytes) {
 // Counts the bytes that differ from those one period before.
 GPU_EXPORT int gpu_mismatches(const void* data, uint64_t period, uint64_t bytes, uint64_t* count) {
   GPU_RETURN_IF_ERROR(cudaMemsetAsync(counter, 0, sizeof(*counter), stream));
-  CountKernel<<<4096, kThreads, 0, stream>>>(static_cast<const unsigned char*>(data), static_cast<int64_t>(period),
-                                             static_cast<int64_t>(bytes), counter);
-  GPU_RETURN_IF_ERROR(cudaGetLastError());
+  const int error = Launch(CountKernel, 4096, static_cast<const unsigned char*>(data), static_cast<int64_t>(period),
+                           static_cast<int64_t>(bytes), counter);
+  if (error != cudaSuccess) return error;
   return gpu_copy_bytes(count, counter, sizeof(*count));
 }
 
@@ -160,12 +171,10 @@ GPU_EXPORT int gpu_drop_graph(void* executable) {
 }
 
 GPU_EXPORT int gpu_copy_words(void* to, const void* from, uint64_t words, int blocks) {
-  CopyKernel<<<blocks, kThreads, 0, stream>>>(static_cast<uint4*>(to), static_cast<const uint4*>(from),
-                                              static_cast<int64_t>(words));
-  return cudaGetLastError();
+  return Launch(CopyKernel, blocks, static_cast<uint4*>(to), static_cast<const uint4*>(from),
+                static_cast<int64_t>(words));
 }
 
 GPU_EXPORT int gpu_read_words(const void* from, uint64_t words, int blocks) {
-  ReadKernel<<<blocks, kThreads, 0, stream>>>(static_cast<const uint4*>(from), static_cast<int64_t>(words), counter);
-  return cudaGetLastError();
+  return Launch(ReadKernel, blocks, static_cast<const uint4*>(from), static_cast<int64_t>(words), counter);
 }

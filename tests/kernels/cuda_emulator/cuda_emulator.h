@@ -282,11 +282,15 @@ enum cudaError_t {
   cudaErrorInvalidValue = 1,
   cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidDeviceFunction = 98,
-  cudaErrorNoKernelImageForDevice = 209
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorStreamCaptureUnsupported = 900
 };
 enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlock = 8,
   cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrL2CacheSize = 38,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 enum cudaFuncAttribute {
@@ -318,6 +322,15 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
       *value = multiprocessors ? atoi(multiprocessors) : 3;
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = 16 * 1024;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:  // of the GPUs with as much shared memory
+      *value = 7;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 5;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = static_cast<int>(cuda_emulator::kMaxSharedBytes);
@@ -360,6 +373,11 @@ inline cudaError_t cudaFree(void* address) {
   free(address);
   return cudaSuccess;
 }
+template <class T>
+cudaError_t cudaMallocAsync(T** address, size_t bytes, cudaStream_t) {
+  return cudaMalloc(address, bytes);
+}
+inline cudaError_t cudaFreeAsync(void* address, cudaStream_t) { return cudaFree(address); }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t = nullptr) {
   memcpy(to, from, bytes);
   return cudaSuccess;
@@ -368,7 +386,12 @@ inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaS
   memset(address, value, bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+namespace cuda_emulator {
+inline bool capturing = false;  // whether a stream records a graph
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return cuda_emulator::capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
 
 namespace cuda_emulator {
 
