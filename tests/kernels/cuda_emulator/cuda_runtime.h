@@ -8,7 +8,7 @@
 #include "cuda_emulator.h"
 
 namespace cuda_emulator {
-constexpr size_t kMemory = size_t{1} << 29;  // what the device claims to have, all of it free
+constexpr size_t kMemory = size_t{5} << 28;  // what the device claims to have, all of it free
 using Clock = std::chrono::steady_clock;
 }  // namespace cuda_emulator
 
