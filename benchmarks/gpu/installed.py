@@ -22,26 +22,24 @@ def why_not(framework, place="gpu"):
         module = importlib.import_module(framework)
     except (ImportError, OSError) as error:
         return f"{framework} cannot be imported: {_in_one_line(error)}"
-    if place == "cpu":
-        return None
     try:
-        if not _GPUS[framework](module):
+        if place == "gpu" and not _GPUS[framework](module):
             return f"{framework} {module.__version__} sees no GPU"
     except RuntimeError as error:  # of JAX, where it is told to use one
         return f"{framework} {module.__version__} sees no GPU: {_in_one_line(error)}"
-    return _why_no_op() if framework == "tensorflow" else None
+    return _why_no_op(place) if framework == "tensorflow" else None
 
 
 def _in_one_line(error):
     return " ".join(str(error).split())
 
 
-def _why_no_op():
+def _why_no_op(place):
     """Only `make build` builds an op for TensorFlow, so that it may be without, or without CUDA."""
     try:
         import dice_op
 
-        if dice_op.dice_sums and dice_op.core.build_info()["cuda"]:
+        if dice_op.dice_sums and (place == "cpu" or dice_op.core.build_info()["cuda"]):
             return None
     except (ImportError, RuntimeError, OSError) as error:
         return f"dice_op cannot be imported: {_in_one_line(error)}"
