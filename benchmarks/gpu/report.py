@@ -12,6 +12,8 @@ from benchmarks.cases import Case
 from benchmarks.report import table
 
 HOW = ("launched", "graph")  # launched one by one, or as a graph
+# The steps that have results. The record says why, if one has none.
+STEPS = ("check", "measure", "contenders", "front_ends", "keras", "sanitizer", "tensorflow")
 
 
 def _timed(result, how):
@@ -41,6 +43,8 @@ def line(result):
     if kind == "contender" and "seconds" in result:
         times = " / ".join(_microseconds(result, how) for how in HOW)
         return f"{result['contender']}, {result['name']}: {times} µs launched / as a graph"
+    if kind in ("kernels", "contender") and (why := result.get("skipped") or result.get("failed")):
+        return f"{', '.join(filter(None, (result.get('contender'), result['name'])))}: {why}"
     if kind in ("checks", "few_checks"):
         return f"{result['count']} checks, {len(result['failures'])} failed"
     return json.dumps(result)[:300]
@@ -81,21 +85,47 @@ def _remark(result):
     return " ".join(str(why).split()).replace("|", "/")[:120]
 
 
+def _not_here(record):
+    """The steps without a result, and what the others left out: each as words that say why."""
+    left_out = {r["step"]: r["what"] for r in record["results"] if r["kind"] == "left_out"}
+    for name in STEPS:
+        step = record["steps"].get(name, {"status": "was not asked for"})
+        found = [r for r in record["results"] if r["step"] == name and "skipped" not in r]
+        if not found:
+            yield f"{name}: {': '.join(filter(None, (step['status'], step.get('reason'))))}"
+        if name in left_out:
+            yield f"{name}: {len(left_out[name])} of its parts, for want of time"
+    for result in (r for r in record["results"] if "skipped" in r):
+        of = f"{result['name']}, " if "name" in result else ""
+        yield f"{result['step']}: {of}{result['skipped']}"
+
+
 def markdown(record):
     """Returns the record as Markdown."""
     gpu, results = record["gpu"], record["results"]
     dirty = {True: ", changed", False: "", None: ""}[record["dirty"]]
+    title, nothing = f"# {gpu['name']}, {record['date'][:10]}", []
+    if record["rehearsal"]:
+        title += ": a rehearsal on a stand-in for a GPU, whose times mean nothing"
+        nothing = ["This is a rehearsal: these times mean nothing.", ""]
+    starts = (" ".join(("gpu_check.py", *start["arguments"])) for start in record["starts"])
     text = [
-        f"# {gpu['name']}, {record['date'][:10]}",
+        title,
         "",
-        f"Commit {record['commit']}{dirty}; driver {gpu['driver_version']}, nvcc {record['nvcc']}; "
+        f"Commit {record['commit']}{dirty}; driver {gpu['driver_version']}, {record['compiler']}; "
         f"SM clock {gpu['clocks.sm']} before, at most {gpu['clocks.max.sm']}; "
         + ", ".join(f"{name} {version}" for name, version in record["packages"].items())
-        + f". `gpu_check.py {' '.join(record['arguments'])}`",
+        + f". {', then '.join(f'`{start}`' for start in starts)}",
         "",
     ]
-    rows = [(n, s["status"], s["seconds"], s.get("reason", "")) for n, s in record["steps"].items()]
-    text += table(("step", "", "seconds", ""), rows)
+    steps = record["steps"]
+    rows = [
+        (name, s["status"], s["planned"], s.get("seconds", "–"), s.get("reason", ""))
+        for name, s in steps.items()
+    ]
+    seconds = sum(s.get("seconds", 0) for s in steps.values())
+    rows.append(("together", "", record["starts"][-1]["time_limit"], round(seconds, 1), ""))
+    text += table(("step", "", "planned seconds", "seconds", ""), rows)
     for tool, result in record["steps"].get("sanitizer", {}).get("tools", {}).items():
         text.append(f"- {tool}: {result.splitlines()[0]}")
     text.append("")
@@ -104,13 +134,14 @@ def markdown(record):
             (kind, f"{float(w['error']):.1e}", f"{w['tolerance']:.1e}", w["case"])
             for kind, w in result["worst"].items()
         ]
-        of = {"checks": "kernels", "tensorflow": "TensorFlow's op"}.get(result["kind"])
-        of = of or f"losses in {result['framework']}"
-        text += [f"## {result['count']} checks of the {of}, {len(result['failures'])} failed", ""]
+        of = {"checks": "the kernels", "tensorflow": "TensorFlow's op"}.get(result["kind"])
+        of = of or f"the losses in {result['framework']}"
+        text += [f"## {result['count']} checks of {of}, {len(result['failures'])} failed", ""]
         text += table(("relative error", "largest", "allowed", "where"), rows)
         text += [f"- {item}" for item in (*result["failures"], *result["left_out"])] + [""]
     for result in (r for r in results if r["kind"] == "yardsticks"):
-        text += ["## Kernels", "", f"This GPU, in the same process: {line(result)}.", ""]
+        text += ["## Kernels", "", *nothing]
+        text += [f"This GPU, in the same process: {line(result)}.", ""]
     measured = [r for r in results if r["kind"] == "kernels"]
     rows = []
     for r in sorted((r for r in measured if "pair" in r), key=_volume):
@@ -138,15 +169,26 @@ def markdown(record):
             times = [_microseconds(r, how) for how in HOW]
             rows.append((r["name"], r["contender"], *times, ratio, memory, _remark(r)))
     if rows:
-        text += ["## Loss and gradient, with others", ""]
+        text += ["## Loss and gradient, with others", "", *nothing]
         text += table(
             ("volume, classes", "", "launched µs", "graph µs", "best / dice_op's best")
             + ("extra memory / logits", "",), rows,
         )  # fmt: skip
-    left = [r for r in results if r["kind"] == "left_out"]
-    if left:
-        text += ["## Left out for want of time", ""]
-        text += [f"- {r['step']}: {len(r['what'])} of its parts" for r in left] + [""]
+    trainings = [r for r in results if r["kind"] == "keras" and "losses" in r]
+    if trainings:
+        text += ["## Trainings in Keras", ""]
+        rows = [
+            (
+                r["backend"],
+                "compiled" if r["compiled"] else "not compiled",
+                *(f"{r[which][0]:.3f} to {r[which][-1]:.3f}" for which in ("losses", "scores")),
+                "; ".join(r["failures"]),
+            )
+            for r in trainings
+        ]
+        text += table(("backend", "", "loss", "score", ""), rows)
+    if not_here := [*_not_here(record)]:
+        text += ["## What is not here", "", *(f"- {item}" for item in not_here), ""]
     return "\n".join(text)
 
 

@@ -50,7 +50,15 @@ def gpu_check(monkeypatch):
 def test_every_module_can_be_imported_and_needs_no_tensorflow(run_python):
     names = {path.stem for path in (BENCHMARKS / "gpu").glob("*.py")}
     names -= {"__init__", "triton_kernels"}  # The latter needs Triton when it is imported.
-    assert {"contenders", "device", "frameworks", "kernels", "report", "volume"} <= names
+    assert {
+        "comparison",
+        "contenders",
+        "device",
+        "frameworks",
+        "kernels",
+        "report",
+        "volume",
+    } <= names
     code = f"""
         import importlib, sys
         for name in {sorted(names)}:
@@ -272,10 +280,13 @@ def test_what_else_may_not_be_there(monkeypatch):
         core = named(build_info=lambda cuda=cuda: {"cuda": cuda})
         monkeypatch.setitem(sys.modules, "dice_op", named(dice_sums=len, core=core))
         assert installed.why_not("tensorflow") == why
-    monkeypatch.setitem(sys.modules, "dice_op", None)
-    assert installed.why_not("tensorflow").startswith("dice_op cannot be imported: ")
+        assert installed.why_not("tensorflow", "cpu") is None
     monkeypatch.setitem(sys.modules, "keras", None)
     assert keras_training.why_not("tensorflow", "cpu").startswith("keras cannot be imported: ")
+    monkeypatch.setitem(sys.modules, "dice_op", None)
+    for place in ("gpu", "cpu"):
+        words = "dice_op cannot be imported: "
+        assert installed.why_not("tensorflow", place).startswith(words)
     monkeypatch.setitem(sys.modules, "triton", None)
     assert "Triton" in installed.why_not_compiled("torch")
     assert installed.why_not_compiled("jax") is None
@@ -486,8 +497,8 @@ def test_a_worker_imports_what_was_built_for_the_gpu(gpu_check, tmp_path, monkey
         "found = [dice_op, benchmarks, gpu.kernels, helpers]\n"
         "print(*(module.__file__ for module in found), sys.argv[1:])\n"
     )
-    monkeypatch.setattr(gpu_check, "INSTALL", tmp_path)
-    command, folder, environment = gpu_check.worker("looks", "--seconds", "3")
+    monkeypatch.setattr(gpu_check.Gpu, "install", tmp_path)
+    command, folder, environment = gpu_check.Gpu().worker("looks", "--seconds", "3")
     record = None
     status, log = gpu_check.run_worker(command, 60, record, folder, environment)
     assert status == 0, log
@@ -497,7 +508,7 @@ def test_a_worker_imports_what_was_built_for_the_gpu(gpu_check, tmp_path, monkey
     wanted += [str(ROOT / "tests" / "helpers" / "__init__.py")]
     wanted += ["['--seconds', '3']"]
     assert log.strip() == " ".join(wanted)
-    _, folder, environment = gpu_check.worker("gpu.tensorflow_ops", installed=False)
+    _, folder, environment = gpu_check.Gpu().worker("gpu.tensorflow_ops", installed=False)
     assert folder == ROOT and str(tmp_path) not in environment["PYTHONPATH"]
 
 
@@ -558,27 +569,35 @@ GPU = {
 
 @pytest.fixture
 def on_the_stand_in(gpu_check, tmp_path, monkeypatch):
-    """Runs gpu_check.py with workers on the stand-in. Returns the exit status and the record."""
+    """Runs gpu_check.py with workers on the stand-in. Returns the exit status and the record.
 
-    def run(core, *arguments):
-        start_of = gpu_check.worker
+    The sources are those of a commit, whatever this folder is.
+    """
+    start_of, output_of = gpu_check.Gpu.worker, gpu_check.output_of
 
-        def worker(module, *words, installed=True):
-            *_, environment = start_of(module, *words, installed=installed)
+    def run(core, *arguments, commit="abc", changes=""):
+        def worker(target, module, *words, installed=True):
+            *_, environment = start_of(target, module, *words, installed=installed)
             code = textwrap.dedent(STAND_IN)
             return [sys.executable, "-c", code, core, module, *words], ROOT, environment
 
-        monkeypatch.setattr(gpu_check, "worker", worker)
-        monkeypatch.setattr(gpu_check, "gpu_facts", lambda: GPU)
+        def without_git(*command):
+            if command[0] != "git":
+                return output_of(*command)
+            return commit if "rev-parse" in command else changes
+
+        monkeypatch.setattr(gpu_check, "output_of", without_git)
         monkeypatch.setattr(gpu_check, "nvcc_path", lambda: str(tmp_path / "nvcc"))
-        monkeypatch.setattr(gpu_check, "SANITIZERS", ("memcheck",))
+        monkeypatch.setattr(gpu_check.Gpu, "worker", worker)
+        monkeypatch.setattr(gpu_check.Gpu, "facts", lambda target: GPU)
+        monkeypatch.setattr(gpu_check.Gpu, "sanitizers", ("memcheck",))
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
         sanitizer = tmp_path / "compute-sanitizer"
         sanitizer.write_text('#!/bin/sh\nshift 4; exec "$@"\n')
         sanitizer.chmod(0o755)
         monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), *arguments])
         status = gpu_check.main()
-        (path,) = tmp_path.glob("*.json")
+        (path,) = tmp_path.glob(f"*-nvidia-h200-{commit}.json")
         return status, path, json.loads(path.read_text())
 
     return run
@@ -593,14 +612,16 @@ def test_gpu_check_records_what_workers_find(on_the_stand_in, gpu_check, monkeyp
     )
     kinds = [result["kind"] for result in record["results"]]
     measured = ["yardsticks", "kernels", "kernels", "yardsticks_again"]
-    assert kinds == ["checks", "few_checks", *measured, *["contender"] * 4]
+    assert kinds == ["checks", *measured, *["contender"] * 4, "few_checks"]
+    assert not record["rehearsal"] and record["starts"][0]["time_limit"] == 540
     printed = capfd.readouterr().out
     assert "8³ × 14 bfloat16: forward" in printed and " checks, 0 failed" in printed
     # What is written says it all, and can be written again.
     text = path.with_suffix(".md").read_text()
     assert text in printed and str(path.with_suffix(".md")) in printed
     for words in (
-        "# NVIDIA H200, ", "| check | passed |", "- memcheck: no errors",
+        "# NVIDIA H200, ", "| check | passed | 108.0 | ", "- memcheck: no errors",
+        "- front_ends: was not asked for",
         " checks of the kernels, 0 failed", "This GPU, in the same process: copy ", "| 8³ × 4 | ",
         "| 8³ × 14 bfloat16 | ", "| 8³ × 17 | dice_op.core | ",
         "| 8³ × 17 | Triton kernels | – | – | – | – | ",
@@ -611,6 +632,95 @@ def test_gpu_check_records_what_workers_find(on_the_stand_in, gpu_check, monkeyp
     path.with_suffix(".md").unlink()
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--render", str(path)])
     assert gpu_check.main() == 0 and path.with_suffix(".md").read_text() == text
+
+
+def test_what_is_most_valuable_comes_first_and_the_time_is_planned(
+    on_the_stand_in, gpu_check, capfd
+):
+    assert [*gpu_check.STEPS] == [
+        "build", "check", "measure", "contenders", "front_ends", "keras", "sanitizer", "tensorflow",
+    ]  # fmt: skip
+    assert {"build", *gpu_check.WORKERS, "sanitizer"} == {*gpu_check.STEPS}
+    assert {"build", *report.STEPS} == {*gpu_check.STEPS}
+    planned = gpu_check.plan([*gpu_check.STEPS], 100)
+    assert math.isclose(sum(planned.values()), 100) and planned["keras"] == 2 * planned["check"]
+    _, _, record = on_the_stand_in(
+        "HostCore", "--steps", "sanitizer,tensorflow", "--time-limit", "50"
+    )
+    plan = [
+        "planned:",
+        "  sanitizer       30 s",
+        "  tensorflow      20 s",
+        "  together        50 s",
+    ]
+    assert "\n".join(plan) in capfd.readouterr().out
+    found = {
+        name: (step["planned"], step["seconds"] < 30) for name, step in record["steps"].items()
+    }
+    assert found == {"sanitizer": (30, True), "tensorflow": (20, True)}
+
+
+def test_a_second_start_continues_a_record(on_the_stand_in, gpu_check, monkeypatch, capfd):
+    run_step = gpu_check.run_step
+
+    def interrupted(name, target, arguments, seconds, record, start):
+        run_step(name, target, arguments, seconds, record, start)
+        if name == "measure":  # as if it had been killed before its last results
+            record.data["steps"][name] = {"status": "unfinished", "planned": 1}
+            del record.data["results"][-2:]
+            record.write()
+            raise KeyboardInterrupt
+
+    steps = ("--steps", "check,measure,contenders")
+    monkeypatch.setattr(gpu_check, "run_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        on_the_stand_in("HostCore", *steps)
+    monkeypatch.setattr(gpu_check, "run_step", run_step)
+    monkeypatch.setattr(gpu_check, "render", lambda path: None)  # It takes seconds.
+    capfd.readouterr()
+    status, path, record = on_the_stand_in("HostCore", *steps)
+    assert status == 0 and len(record["starts"]) == 2
+    printed = capfd.readouterr().out
+    assert f"continues {path.name}" in printed and "check         passed before" in printed
+    assert [step["status"] for step in record["steps"].values()] == ["passed"] * 3
+    measured = ["yardsticks", "kernels", "kernels", "yardsticks_again"]
+    kinds = [result["kind"] for result in record["results"]]
+    assert kinds == ["checks", *measured, *["contender"] * 4]  # None is there twice.
+
+    # A step that fails is run again; one that has passed is not, even where it would fail now.
+    status, _, record = on_the_stand_in("WrongCore", "--steps", "check,front_ends")
+    assert status == 1 and record["steps"]["check"]["status"] == "passed"
+    assert record["steps"]["front_ends"]["status"] == "failed"
+    assert [*record["steps"]] == ["check", "measure", "contenders", "front_ends"]
+    status, _, record = on_the_stand_in("HostCore", "--steps", "check,front_ends")
+    assert status == 0 and record["steps"]["front_ends"]["status"] == "passed"
+    assert len([r for r in record["results"] if r["step"] == "front_ends"]) == 2
+
+    # What was not measured for want of time is measured later.
+    status, _, record = on_the_stand_in("HostCore", "--steps", "tensorflow", "--time-limit", "1")
+    assert record["steps"]["tensorflow"]["reason"] == "no time left"
+    status, _, record = on_the_stand_in("HostCore", "--steps", "tensorflow")
+    assert record["steps"]["tensorflow"]["reason"] == "tensorflow is not here"
+
+
+def test_a_start_with_other_sources_begins_a_new_record(on_the_stand_in, gpu_check, monkeypatch):
+    monkeypatch.setattr(gpu_check, "render", lambda path: None)
+    steps = ("--steps", "keras")
+    _, first, _ = on_the_stand_in("HostCore", *steps)
+    for words, others in (
+        (("--quick",), {}),  # measures less
+        ((), {"commit": "def"}),
+        ((), {"changes": " M csrc/core/voxel.h"}),
+        (("--anew",), {}),
+    ):
+        _, _, record = on_the_stand_in("HostCore", *steps, *words, **others)
+        assert len(record["starts"]) == 1
+    # A record may be named, which says that changes of the sources do not matter.
+    words = ("--continue", str(first))
+    _, _, record = on_the_stand_in("HostCore", *steps, *words, changes=" M README.md")
+    assert len(record["starts"]) == 2
+    with pytest.raises(SystemExit, match="is a record with commit abc, and not def"):
+        on_the_stand_in("HostCore", *steps, *words, commit="def")
 
 
 def test_gpu_check_fails_if_a_result_is_wrong(on_the_stand_in, capfd):
@@ -632,6 +742,10 @@ def test_gpu_check_says_what_was_not_there(on_the_stand_in, capfd):
     found = {name: (step["status"], step["reason"]) for name, step in record["steps"].items()}
     absent = "tensorflow is not here; jax is not here"
     without = "Keras on torch, with compilation: no compiler"
+    for name, (_, reason) in found.items():
+        assert all(
+            f"- {name}: {r}" in path.with_suffix(".md").read_text() for r in reason.split("; ")
+        )
     assert found == {
         "front_ends": ("passed", "jax is not here"),
         "keras": ("passed", f"{absent}; {without}"),
@@ -677,10 +791,13 @@ def test_a_record_of_a_gpu_becomes_a_table_and_a_plot(tmp_path):
         contender("other", case, wrong=True, error=0.5),
         {"kind": "left_out", "step": "contenders", "what": ["256³ × 4"]},
     ]  # fmt: skip
+    step_of = {"contender": "contenders", "left_out": "contenders"}
     record = {
-        "date": "2026-11-29T00:00:00", "gpu": GPU, "nvcc": "13.0", "commit": "abc", "dirty": False,
-        "packages": {"numpy": "2"}, "arguments": ["--quick"], "results": results,
-        "steps": {"measure": {"status": "passed", "seconds": 1}},
+        "date": "2026-11-29T00:00:00", "gpu": GPU, "compiler": "nvcc 13.0", "commit": "abc",
+        "dirty": False, "rehearsal": False, "packages": {"numpy": "2"},
+        "starts": [{"arguments": ["--quick"], "time_limit": 540}],
+        "steps": {"measure": {"status": "passed", "planned": 2, "seconds": 1}},
+        "results": [{"step": step_of.get(r["kind"], "measure"), **r} for r in results],
     }  # fmt: skip
     path = tmp_path / "record.json"
     path.write_text(json.dumps(record))
@@ -695,6 +812,7 @@ def test_a_record_of_a_gpu_becomes_a_table_and_a_plot(tmp_path):
         "| 64³ × 4 | slow | 60.0 | – | 3.00 | 0.25 |  |",
         "| 64³ × 4 | other | – | – | – | 0.25 | differs: loss 0.5, gradient 0.0 |",
     ]
-    assert lines[-1] == "- contenders: 1 of its parts"
+    assert "- contenders: 1 of its parts, for want of time" in lines
+    assert "- measure: 512³ × 104, the GPU has too little memory" in lines
     if importlib.util.find_spec("matplotlib"):
         assert written[1].read_bytes().startswith(b"\x89PNG")
