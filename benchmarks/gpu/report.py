@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.cases import Case
+from benchmarks.gpu import comparison
 from benchmarks.report import table
 
 HOW = ("launched", "graph")  # launched one by one, or as a graph
@@ -155,6 +156,19 @@ def markdown(record):
         for part, of in (("forward", "read"), ("backward", "copy"), ("pair", "copy")):
             head += [f"{part}, launched µs", "graph µs", f"of {of} rate"]
         text += table((*head, "pair, p10 – p90 µs", "host µs a pair"), rows)
+    text += ["## Calculated and measured", ""]
+    if why := record["calculated"].get("skipped"):
+        text += [f"Nothing is compared: {why}.", ""]
+    else:
+        rows = record["calculated"]["kernels"]
+        far = sum(row["differs"] for row in rows)
+        text += [
+            "Fractions of the rate of reading for the sums, and of copying for the gradient. "
+            f"{far} of {len(rows)} differ by more than {100 * comparison.ALLOWED:.0f} %.",
+            "",
+        ]
+        head = ("kernel", "volume", "calculated", "measured", "measured / calculated", "")
+        text += table(head, [*comparison.markdown_rows(rows)])
     contenders = [r for r in results if r["kind"] == "contender"]
     titles = _contenders(contenders)
     rows = []
@@ -239,8 +253,15 @@ def plot(record, path):
 
 
 def render(path):
-    """Writes Markdown and, if there is matplotlib, a plot beside a record. Returns their paths."""
+    """Writes Markdown and, if there is matplotlib, a plot beside a record. Returns their paths.
+
+    The record itself gets what the calculated file says of its kernels by now.
+    """
     record = json.loads(path.read_text())
+    record["calculated"] = comparison.of_record(record)
+    beside = path.with_suffix(".part")  # An interruption must not leave half a record.
+    beside.write_text(json.dumps(record, indent=1) + "\n")
+    beside.replace(path)
     table = path.with_suffix(".md")
     table.write_text(markdown(record))
     os.environ.setdefault("MPLCONFIGDIR", "/tmp")  # matplotlib needs a folder that it may write to.

@@ -17,7 +17,7 @@ import pytest
 from benchmarks import measuring
 from benchmarks.cases import cube, decode, encode
 from benchmarks.contenders import Contender
-from benchmarks.gpu import contenders, installed, kernels, report
+from benchmarks.gpu import comparison, contenders, installed, kernels, report
 from benchmarks.gpu.device import DeviceError
 from benchmarks.gpu.volume import RepeatedVolume
 from gpu import front_ends, keras_training, tensorflow_ops
@@ -621,7 +621,7 @@ def test_gpu_check_records_what_workers_find(on_the_stand_in, gpu_check, monkeyp
     assert text in printed and str(path.with_suffix(".md")) in printed
     for words in (
         "# NVIDIA H200, ", "| check | passed | 108.0 | ", "- memcheck: no errors",
-        "- front_ends: was not asked for",
+        "## Calculated and measured", "- front_ends: was not asked for",
         " checks of the kernels, 0 failed", "This GPU, in the same process: copy ", "| 8³ × 4 | ",
         "| 8³ × 14 bfloat16 | ", "| 8³ × 17 | dice_op.core | ",
         "| 8³ × 17 | Triton kernels | – | – | – | – | ",
@@ -816,3 +816,75 @@ def test_a_record_of_a_gpu_becomes_a_table_and_a_plot(tmp_path):
     assert "- measure: 512³ × 104, the GPU has too little memory" in lines
     if importlib.util.find_spec("matplotlib"):
         assert written[1].read_bytes().startswith(b"\x89PNG")
+
+
+# --- calculated and measured ----------------------------------------------------------------------
+
+
+def measured_kernel(case, sums, gradient):
+    """What the record says of a kernel that reached these fractions of the memory's rate."""
+    forward = {"seconds": 1, "graph": {"seconds": 1, "of_read": sums}, "of_read": sums / 2}
+    backward = {"seconds": 1, "graph": {"failed": "no"}, "of_copy": gradient}
+    parts = {"forward": forward, "backward": backward, "pair": {}}
+    return {**kernels.facts(case), "bytes": kernels.bytes_of(case), **parts}
+
+
+CALCULATED = {
+    ("float32", 4, "sums"): 0.98, ("float32", 4, "gradient"): 1.0,
+    ("bfloat16", 14, "sums"): 0.5, ("bfloat16", 14, "gradient"): 0.5,
+    ("float16", 2, "sums"): 1.0,
+}  # fmt: skip
+
+
+def test_kernels_that_differ_from_what_was_calculated_are_named():
+    results = [
+        measured_kernel(cube(256, 4), 0.98 * 1.149, 0.851),
+        measured_kernel(cube(64, 4), 0.1, 0.1),  # too small to reach its rate
+        measured_kernel(cube(256, 4, cross_entropy=True), 0.1, 0.1),
+        measured_kernel(cube(128, 14, dtype="bfloat16"), 0.5 * 1.16, 0.5 * 0.84),
+        {**kernels.facts(cube(512, 14, dtype="bfloat16")), "skipped": "too large"},
+    ]
+    rows = comparison.compare(results, CALCULATED)
+    found = {(r["dtype"], r["classes"], r["part"]): (r["volume"], r["differs"]) for r in rows}
+    assert found == {
+        ("float32", 4, "sums"): ("256³ × 4", False),
+        ("float32", 4, "gradient"): ("256³ × 4", False),
+        ("bfloat16", 14, "sums"): ("128³ × 14 bfloat16", True),
+        ("bfloat16", 14, "gradient"): ("128³ × 14 bfloat16", True),
+        ("float16", 2, "sums"): (None, False),
+    }
+    assert [*comparison.markdown_rows(rows)][2:] == [
+        ("bfloat16, 14 classes, sums", "128³ × 14 bfloat16", "50 %", "58 %", "1.16", "**differs**"),
+        ("bfloat16, 14 classes, gradient", "128³ × 14 bfloat16", "50 %", "42 %", "0.84")
+        + ("**differs**",),
+        ("float16, 2 classes, sums", "–", "100 %", "–", "–", "not measured"),
+    ]
+
+
+def test_what_was_calculated_is_found_by_the_name_of_the_gpu(tmp_path):
+    path = tmp_path / "calculated.json"
+    assert comparison.calculated_for("NVIDIA H200", path) == "there is no calculated.json"
+    of = {name: {"float32": {"4": {"sums": rate}}} for name, rate in (("H20", 1), ("H200", 2))}
+    path.write_text(json.dumps({"gpus": {**of, "H200 NVL": {"float32": {}}}}))
+    assert comparison.calculated_for("NVIDIA H200", path) == {("float32", 4, "sums"): 2}
+    assert comparison.calculated_for("NVIDIA H20", path) == {("float32", 4, "sums"): 1}
+    assert comparison.calculated_for("NVIDIA H200 NVL", path) == {}
+    why = "calculated.json has nothing for the GPU NVIDIA A100, only for H20, H200, H200 NVL"
+    assert comparison.calculated_for("NVIDIA A100", path) == why
+
+
+def test_a_record_holds_the_comparison(on_the_stand_in, tmp_path, monkeypatch, capfd):
+    _, written, record = on_the_stand_in("HostCore", "--steps", "measure")
+    assert "calculated" in record
+    path = tmp_path / "calculated.txt"
+    monkeypatch.setattr(comparison, "FILE", path)
+    report.render(written)
+    why = "there is no calculated.txt"
+    assert json.loads(written.read_text())["calculated"] == {"skipped": why}
+    assert f"Nothing is compared: {why}." in written.with_suffix(".md").read_text()
+    path.write_text(json.dumps({"gpus": {"H200": {"float32": {"4": {"sums": 1e-9}}}}}))
+    report.render(written)
+    (row,) = json.loads(written.read_text())["calculated"]["kernels"]
+    assert row["volume"] == "8³ × 4" and row["differs"] and row["measured"] > 0
+    text = written.with_suffix(".md").read_text()
+    assert "1 of 1 differ by more than 15 %" in text and "| **differs** |" in text
