@@ -1,6 +1,7 @@
 """Builds dice_op for this machine's GPU, checks it, measures it, and writes a record.
 
     python build_tools/gpu_check.py [--quick]
+    python build_tools/gpu_check.py --rehearse    where there is no GPU
 
 It needs Linux, a GPU with its driver, nvcc of CUDA 12 or later, and Python >= 3.10 with numpy,
 pybind11 and cmake. What it checks and measures in PyTorch, JAX, TensorFlow and Keras, and beside
@@ -9,6 +10,9 @@ checks that ran passed, 1 if one failed, and 2 if there is no GPU or no nvcc.
 
 A second start on the same day, with the same commit and the same GPU, continues the record. It
 runs the steps that have not passed yet.
+
+A rehearsal goes through every step on a stand-in for a GPU, the emulator of the tests, with small
+volumes. Its record goes to build/, says that it is a rehearsal, and its times mean nothing.
 """
 
 import argparse
@@ -29,6 +33,7 @@ import find_nvcc
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+EMULATOR = ROOT / "tests" / "kernels" / "cuda_emulator" / "emulator.cmake"
 # How lines begin that workers print for this program (benchmarks/measuring.py).
 RESULT, WORDS = "RECORD ", "SAY "
 
@@ -329,6 +334,42 @@ class Gpu:
         return [tool] if Path(tool).exists() else []
 
 
+class Rehearsal(Gpu):
+    """A stand-in for a GPU: the kernels on the emulator of tests/kernels/cuda_emulator.
+
+    tests/gpu/rehearsal.py runs the workers there, with small volumes.
+    """
+
+    rehearsal = True
+    build = ROOT / "build" / "rehearsal"
+    records = ROOT / "build"
+    sanitizers = ("memcheck",)  # the stand-in is the same for all
+
+    def facts(self):
+        unknown = dict.fromkeys(("clocks.sm", "clocks.max.sm"), "unknown")
+        return {"name": "rehearsal without a GPU", "driver_version": "none", **unknown}
+
+    def why_not(self):
+        return None
+
+    def compiler(self):
+        return (output_of(os.environ.get("CXX", "c++"), "--version").splitlines() or [None])[0]
+
+    def builders(self):
+        # Better optimised, the kernels would take twice as long to compile. GCC 12 makes wrong code
+        # of what it compiles with -Os and optimises once more with -O1 when it links.
+        options = ["-DDICE_OP_CUDA=off", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
+        options += ["-DCMAKE_INTERPROCEDURAL_OPTIMIZATION=OFF"]
+        return self.cmake(*options, f"-DCMAKE_PROJECT_dice_op_INCLUDE={EMULATOR}")
+
+    def worker(self, module, *arguments, installed=True):
+        return super().worker("gpu.rehearsal", module, *arguments, installed=installed)
+
+    def sanitizer(self):
+        # It takes the words of compute-sanitizer, and then only runs the command after them.
+        return ["sh", "-c", 'shift 4; exec "$@"', "no sanitizer"]
+
+
 # --- the steps ------------------------------------------------------------------------------------
 
 
@@ -427,10 +468,13 @@ def parse_arguments():
     )
     parser.add_argument("--quick", action="store_true", help="measure only a few volumes")
     parser.add_argument(
+        "--rehearse", action="store_true", help="go through all steps on a stand-in for a GPU"
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="the folder for the record (default: benchmarks/results)",
+        help="the folder for the record (default: benchmarks/results, of a rehearsal build)",
     )
     parser.add_argument(
         "--continue",
@@ -468,8 +512,10 @@ def parse_arguments():
     arguments.steps = [s for s in arguments.steps.split(",") if s not in arguments.skip.split(",")]
     if unknown := {*arguments.steps, *filter(None, arguments.skip.split(","))} - {*STEPS}:
         parser.error(f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
-    arguments.target = Gpu()
+    arguments.target = Rehearsal() if arguments.rehearse else Gpu()
     arguments.out = arguments.out or arguments.target.records
+    if arguments.rehearse and RESULTS in (folder := arguments.out.resolve(), *folder.parents):
+        parser.error("a rehearsal measures nothing, so that its record is no result")
     return arguments
 
 

@@ -25,7 +25,8 @@ from gpu import kernels as checks
 from helpers import host_device, reference
 from helpers.each_loss import EACH
 from helpers.host_device import HostCore, HostDevice, WrongCore
-from helpers.paths import BENCHMARKS, BUILD_TOOLS, ROOT
+from helpers.paths import BENCHMARKS, BUILD, BUILD_TOOLS, ROOT
+from helpers.processes import alone_in, run
 
 YARDSTICKS = {name: {"bytes_per_second": 1e12} for name in ("copy", "read")}
 
@@ -888,3 +889,49 @@ def test_a_record_holds_the_comparison(on_the_stand_in, tmp_path, monkeypatch, c
     assert row["volume"] == "8³ × 4" and row["differs"] and row["measured"] > 0
     text = written.with_suffix(".md").read_text()
     assert "1 of 1 differ by more than 15 %" in text and "| **differs** |" in text
+
+
+# --- the rehearsal --------------------------------------------------------------------------------
+
+
+def test_a_rehearsal_is_no_result_of_a_benchmark(gpu_check, monkeypatch, capsys):
+    out = BENCHMARKS / "results" / "folder"
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--rehearse", "--out", str(out)])
+    with pytest.raises(SystemExit):
+        gpu_check.parse_arguments()
+    assert "a rehearsal measures nothing" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--rehearse"])
+    assert gpu_check.parse_arguments().out == ROOT / "build"
+
+
+@pytest.mark.full
+def test_the_whole_check_is_rehearsed(tmp_path):
+    """Every step runs its own code, with the CUDA kernels on the emulator."""
+    for name in ("torch", "jax", "keras"):
+        pytest.importorskip(name)
+    command = [sys.executable, BUILD_TOOLS / "gpu_check.py", "--rehearse", "--out", tmp_path]
+    with alone_in(BUILD / "rehearsal"):
+        done = run(*command, "--time-limit", "900")
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
+    (path,) = tmp_path.glob("*-rehearsal-without-a-gpu-*.json")
+    record = json.loads(path.read_text())
+    assert record["rehearsal"] is True
+    status = {name: step["status"] for name, step in record["steps"].items()}
+    assert status == dict.fromkeys(("build", *report.STEPS), "passed")
+    of_kind = {}
+    for result in record["results"]:
+        of_kind.setdefault(result["kind"], []).append(result)
+    (checked,), (few,) = of_kind["checks"], of_kind["few_checks"]
+    assert checked["count"] > 500 and few["count"] > 100 and not checked["left_out"]
+    assert checked["build_info"]["cuda_archs"] == ["emulator"]
+    assert {r["case"]["classes"] for r in of_kind["kernels"]} == {2, 4, 14, 104}
+    for result in of_kind["kernels"]:
+        assert not result["wrong"] and all(result[p]["seconds"] > 0 for p in kernels.PARTS)
+    titles = {r["contender"] for r in of_kind["contender"] if "seconds" in r}
+    assert titles >= {t for t, c in contenders.CONTENDERS.items() if not c.needs}
+    assert {r["framework"] for r in of_kind["front_ends"] if r["count"] > 100} == {"torch", "jax"}
+    trained = {(r["backend"], r["compiled"]) for r in of_kind["keras"] if "losses" in r}
+    assert trained == {*itertools.product(("tensorflow", "jax", "torch"), (False, True))}
+    lines = path.with_suffix(".md").read_text().splitlines()
+    assert "a rehearsal on a stand-in for a GPU, whose times mean nothing" in lines[0]
+    assert lines.count("This is a rehearsal: these times mean nothing.") == 2
