@@ -6,4 +6,6 @@ other. Each is a process of its own, which has until a deadline:
     python -m benchmarks.gpu.kernels             the kernels alone, through dice_op.core
     python -m benchmarks.gpu.contenders torch    contenders in one framework; or jax
     python -m benchmarks.gpu.report FILE         writes the table and the plot of a record
+
+comparison.py compares the kernels' rates with those that were calculated.
 """

@@ -2,7 +2,8 @@
 
 `HostDevice` is the `Device` of the benchmarks over a library that is written in Python here, in
 place of the one that nvcc compiles. `HostCore` computes with the CPU's kernels what those of a GPU
-would. What is timed on it means nothing.
+would. What is timed on it means nothing. It needs nothing compiled; gpu/rehearsal.py uses the CUDA
+kernels on the emulator instead.
 """
 
 import contextlib
