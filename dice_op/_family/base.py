@@ -168,12 +168,23 @@ class SumsLoss:
 
     def losses_of(self, sums: DiceSums, sample_weight: Array | None = None) -> Array:
         """The loss of each sample, `[N]` or `[N, classes]`. The weights, `[N]`, enter the sums."""
+        totals = self._totals(sums, sample_weight)
+        if self.batch:
+            totals = self.over_replicas(totals)
+        return self._losses_of_totals(totals, sums.weight_sum)
+
+    def _totals(self, sums: DiceSums, sample_weight: Array | None = None) -> DiceSums:
+        """The sums with their weights: of each sample, or with `batch` of all samples, `[1, C]`."""
         if sample_weight is not None:
             sums = formulas.weighted(sums, sample_weight)
+        return formulas.over_batch(sums) if self.batch else sums
+
+    def _losses_of_totals(self, totals: DiceSums, samples: Array) -> Array:
+        """The loss of each sample. `samples` is any array of their number, `[N]`."""
+        losses = self.from_sums(totals)
         if not self.batch:
-            return self.from_sums(sums)
-        losses = self.from_sums(self.over_replicas(formulas.over_batch(sums)))
-        zeros = namespace(losses).zeros_like(sums.weight_sum)
+            return losses
+        zeros = namespace(losses).zeros_like(samples)
         return losses + (zeros if len(losses.shape) == 1 else zeros[:, None])
 
     def each_sample_counts(self) -> bool:
