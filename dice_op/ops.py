@@ -352,7 +352,7 @@ def _register_gradient(name: str) -> Callable[[_Gradient], _Gradient]:
     return register
 
 
-def _with_gradient(sums: Iterable[tf.Tensor]) -> list[tf.Tensor]:
+def with_gradient(sums: Iterable[tf.Tensor]) -> list[tf.Tensor]:
     """Those of the sums that depend on the logits."""
     of = DiceSums(*sums)
     return [
@@ -378,9 +378,13 @@ def _dice_sums_grad(op: tf.Operation, *d_sums: tf.Tensor) -> list[tf.Tensor | No
         list(d_sums),
         _wanted(op, range(1, len(inputs))),
     )
-    gradients[0] = _ops.dice_sums_grad(
-        logits, labels, weight, *_with_gradient(d_sums), **attributes
+    # A sum that nobody asked for is empty, and serves as its own gradient: on a GPU, the zeros that
+    # TensorFlow makes in its place are one more launch.
+    d_sums = tuple(
+        tf.stop_gradient(s) if s.shape[-1] == 0 else d
+        for s, d in zip(op.outputs, d_sums, strict=True)
     )
+    gradients[0] = _ops.dice_sums_grad(logits, labels, weight, *with_gradient(d_sums), **attributes)
     return gradients
 
 
@@ -394,6 +398,6 @@ def _dice_sums_grad_grad(op: tf.Operation, d_d_logits: tf.Tensor) -> list[tf.Ten
         with tf.GradientTape() as tape:
             tape.watch(logits)
             sums = composite.sums(logits, labels, weight, **_composite_options(attributes))
-        return tape.gradient(_with_gradient(sums), logits, d_sums)
+        return tape.gradient(with_gradient(sums), logits, d_sums)
 
     return _composite_gradients(d_logits, inputs, d_d_logits, _wanted(op, range(len(inputs))))
