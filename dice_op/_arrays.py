@@ -58,6 +58,7 @@ def _tensorflow() -> types.SimpleNamespace:
         concatenate=tf.concat,
         log=tf.math.log,
         mean=reduction(tf.reduce_mean),
+        stack=tf.stack,
         sum=reduction(tf.reduce_sum),
     )
 

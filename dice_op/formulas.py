@@ -9,6 +9,7 @@ sum of the weights, `[N]`, or `[N, C]` without the voxels that say nothing about
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 
@@ -308,10 +309,13 @@ def over_classes(sums: DiceSums, class_weight: Array | None = None) -> DiceSums:
     """
     xp = namespace(sums.intersection)
 
-    def total(s: Array) -> Array:
-        return xp.sum(s if class_weight is None else s * class_weight, 1, keepdims=True)
-
-    added = _map_per_class(total, sums)
+    # Stacked, all are added up in one operation, which on a GPU is one launch.
+    stacked = xp.stack([s for s in sums._replace(weight_sum=None) if s is not None])
+    if class_weight is not None:
+        stacked = stacked * class_weight
+    totals = xp.sum(stacked, 2, keepdims=True)
+    numbers = itertools.count()
+    added = _map_per_class(lambda _: totals[next(numbers)], sums)
     if sums.weight_sum is None:
         return added
     if class_weight is None:
