@@ -133,7 +133,7 @@ def split_weights(
     data_format: DataFormat,
     voxels: Array | None = None,
 ) -> tuple[Array | None, Array | None]:
-    """Keras' `sample_weight` as weights per voxel and weights per sample, `[N]`.
+    """Keras' `sample_weight` as weights per voxel and weights per sample, `[N]` or `[1]`.
 
     Usually one of the two is None. Both are tensors where only the running program knows which kind
     the weights are: Keras traces such a program once it has seen weights of both kinds.
@@ -155,7 +155,7 @@ def split_weights(
             f"sample_weight has shape {tuple(shape)}, but y_pred {tuple(predicted)}: it must be "
             "[N], a weight per sample, or [N, spatial...], a weight per voxel"
         )
-    return None, ops.broadcast_to(ops.reshape(weight, [-1]), [ops.shape(y_pred)[0]])
+    return None, ops.reshape(weight, [-1])
 
 
 def keras_mask(y_pred: Array) -> Array | None:

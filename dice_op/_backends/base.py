@@ -40,8 +40,9 @@ class Backend:
         """Whether the values of a tensor can be looked at now."""
         raise NotImplementedError
 
-    def compiled_formula(self, loss: SumsLoss) -> typing.Callable[..., Array] | None:
-        """The reduced loss of a `DiceSums` and weights per sample as one program.
+    def formula(self, loss: SumsLoss) -> typing.Callable[..., Array] | None:
+        """The reduced loss of a `DiceSums` and weights per sample, as a program where that is
+        faster.
 
         It is None where operation by operation is no slower, or where a program cannot be made.
         """

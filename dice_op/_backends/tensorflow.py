@@ -8,7 +8,7 @@ import typing
 
 import tensorflow as tf
 
-from dice_op import _keras, formulas, ops
+from dice_op import _keras, core, formulas, ops
 from dice_op._arrays import channel_axis
 from dice_op._backends.base import Backend
 from dice_op._sums import DiceSums
@@ -18,6 +18,9 @@ if typing.TYPE_CHECKING:
     from dice_op.losses import SumsLoss
 
 _keras.require_keras_3()
+
+_Program: typing.TypeAlias = typing.Callable[..., list[tf.Tensor | None]]
+_Step: typing.TypeAlias = typing.Callable[..., list[tf.Tensor]]
 
 
 class _TensorFlow(Backend):
@@ -34,9 +37,7 @@ class _TensorFlow(Backend):
         ):
             return sums
         context = tf.distribute.get_replica_context()
-        totals = context.all_reduce(tf.distribute.ReduceOp.SUM, [s for s in sums if s is not None])
-        totals = iter(totals)
-        return formulas.map_sums(lambda _: next(totals), sums)
+        return _filled(sums, context.all_reduce(tf.distribute.ReduceOp.SUM, _tensors(sums)))
 
     def last_activation(self, y_pred: tf.Tensor) -> typing.Literal["softmax", "sigmoid"] | None:
         if not tf.is_symbolic_tensor(y_pred):
@@ -51,11 +52,8 @@ class _TensorFlow(Backend):
     def knows_values(self, tensor: tf.Tensor) -> bool:
         return not tf.is_symbolic_tensor(tensor)
 
-    def compiled_formula(self, loss: SumsLoss) -> CompiledFormula | None:
-        """Run operation by operation, the formula takes longer than the sums of a small volume."""
-        eager = tf.executing_eagerly() and not tf.config.functions_run_eagerly()
-        # On a replica the formula has to add up over the others.
-        if not eager or tf.distribute.has_strategy():
+    def formula(self, loss: SumsLoss) -> Formula | None:
+        if tf.config.functions_run_eagerly():
             return None
         kind: typing.Any = type(loss)
         # The formula of a class that users derive may depend on more than what its configuration
@@ -105,37 +103,155 @@ class _TensorFlow(Backend):
             return ((2 * tf.range(new) + 1) * old) // (2 * new)
 
 
-class CompiledFormula:
-    """The reduced loss from the sums, compiled once for each number of classes and set of types."""
+# --- the formula as a program ---------------------------------------------------------------------
+
+
+@functools.cache
+def _xla_takes_the_gpus() -> bool:
+    gpus = tf.config.get_visible_devices("GPU")
+    if not gpus or core.build_info()["cuda"] is None:
+        return False
+    details = map(tf.config.experimental.get_device_details, gpus)
+    # From compute capability 12 on, XLA aborts in TensorFlow 2.21 and before (tensorflow#111958).
+    return all(d.get("compute_capability", (0, 0)) < (12, 0) for d in details)
+
+
+def _on_gpu(tensor: tf.Tensor) -> bool:
+    """Whether a tensor is, or in a graph may be, on a GPU that XLA can compile for."""
+    return _xla_takes_the_gpus() and "CPU" not in tensor.device
+
+
+class Formula:
+    """The reduced loss from the sums, with as few launches as possible.
+
+    Operation by operation, the formula takes longer than the sums of a small volume. So XLA
+    compiles it where a GPU runs it, in graphs too, unless XLA compiles the whole graph anyway. On a
+    CPU this would take longer than it saves; there, eager execution gets a function that is traced.
+    """
 
     def __init__(self, loss: SumsLoss) -> None:
         self._loss = loss
-        self._functions: dict[typing.Any, typing.Any] = {}
+        self._programs: dict[typing.Any, _Program] = {}
 
     def __call__(self, sums: DiceSums, weight: tf.Tensor | None) -> tf.Tensor:
-        tensors = [s for s in (*sums, weight) if s is not None]
-        classes = sums.intersection.shape[1]
-        key = (classes, weight is None, *(t.dtype for t in tensors))
-        if key not in self._functions:
-            self._functions[key] = self._trace(classes, weight is not None, sums, tensors)
-        return self._functions[key](*tensors)
+        loss, strategy = self._loss, tf.distribute.has_strategy()
+        compiled = _on_gpu(sums.intersection) and not tf.__internal__.get_enclosing_xla_context()
+        traced = tf.executing_eagerly() and not strategy
+        # XLA leaves out the check of a number of classes that only the running program knows.
+        if sums.intersection.shape[1] is None or not (compiled or traced):
+            return loss._reduced_from_sums(sums, weight)
+        if not (loss.batch and strategy):
+            (reduced,) = self._run(_whole, compiled, sums, weight)
+            return reduced
+        # XLA cannot add up over the replicas, so that this lies between two programs.
+        totals = _filled(sums, self._run(_totals, compiled, sums, weight))
+        totals = loss.over_replicas(totals)
+        (reduced,) = self._run(_reduced_from_totals, compiled, totals, sums.weight_sum)
+        return reduced
 
-    def _trace(
-        self, classes: int, weighted: bool, sums: DiceSums, tensors: list[tf.Tensor]
-    ) -> typing.Any:
-        def formula(*tensors: tf.Tensor) -> tf.Tensor:
-            values = iter(tensors)
-            traced = type(sums)(*(None if s is None else next(values) for s in sums))
-            return self._loss._reduced_from_sums(traced, next(values) if weighted else None)
+    def _run(
+        self, function: _Step, compiled: bool, sums: DiceSums, of_samples: tf.Tensor | None
+    ) -> list[tf.Tensor]:
+        """What a step of the formula returns, from a program that is traced once for all sizes of
+        a batch. XLA compiles it for each size that it meets."""
+        tensors = [*_tensors(sums), *([] if of_samples is None else [of_samples])]
+        form = formulas.map_sums(lambda _: True, sums)
+        # Keras divides a mean by the number of replicas.
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        classes, dtypes = sums.intersection.shape[1], tuple(t.dtype for t in tensors)
+        key = (function, compiled, form, classes, dtypes, replicas)
+        if key not in self._programs:
 
-        shapes = ([None, classes] if t.shape.rank == 2 else [None] for t in tensors)
-        specs = [tf.TensorSpec(s, t.dtype) for s, t in zip(shapes, tensors, strict=True)]
-        return tf.function(formula, autograph=False).get_concrete_function(*specs)
+            def program(*tensors: tf.Tensor) -> list[tf.Tensor]:
+                last = tensors[-1] if len(tensors) > len(_tensors(form)) else None
+                return function(self._loss, _filled(form, tensors), last)
+
+            specs = [tf.TensorSpec([None, *t.shape[1:]], t.dtype) for t in tensors]
+            if compiled:
+                of_logits = {id(s) for s in ops.with_gradient(sums)}
+                first = [at for at, t in enumerate(tensors) if id(t) in of_logits]
+                self._programs[key] = _compiled(program, specs, first)
+            else:
+                traced = tf.function(program, autograph=False)
+                self._programs[key] = traced.get_concrete_function(*specs)
+        return self._programs[key](*tensors)
+
+
+# The steps of the formula: the sums, and weights or another array of the samples, as tensors.
+
+
+def _whole(loss: SumsLoss, sums: DiceSums, weight: tf.Tensor | None) -> list[tf.Tensor]:
+    return [loss._reduced_from_sums(sums, weight)]
+
+
+def _totals(loss: SumsLoss, sums: DiceSums, weight: tf.Tensor | None) -> list[tf.Tensor]:
+    return _tensors(loss._totals(sums, loss._of_each_sample(weight, sums)))
+
+
+def _reduced_from_totals(loss: SumsLoss, totals: DiceSums, samples: tf.Tensor) -> list[tf.Tensor]:
+    return [loss._reduced(loss._losses_of_totals(totals, samples), None)]
+
+
+def _tensors(sums: DiceSums) -> list[tf.Tensor]:
+    return [s for s in sums if s is not None]
+
+
+def _filled(form: DiceSums, tensors: typing.Iterable[tf.Tensor]) -> DiceSums:
+    """Tensors in the place of the sums that are not None in `form`."""
+    values = iter(tensors)
+    return formulas.map_sums(lambda _: next(values), form)
+
+
+def _compiled(
+    function: _Program, specs: typing.Sequence[tf.TensorSpec], first: typing.Sequence[int]
+) -> _Program:
+    """`function` and its gradient as programs that XLA compiles.
+
+    The gradient computes everything anew from the inputs. So the first program writes its results
+    alone, which few kernels can do.
+
+    first: the inputs whose gradients are always wanted. Those of the others are a program of their
+      own, which a graph leaves out if nothing needs it.
+    """
+    options = {"autograph": False, "jit_compile": True}
+    forward = tf.function(function, **options).get_concrete_function(*specs)
+    results = [tf.TensorSpec(t.shape, t.dtype) for t in forward.outputs]
+
+    def gradient_for(wanted: typing.Sequence[int], without: tf.UnconnectedGradients) -> _Program:
+        def gradient(*tensors: tf.Tensor) -> list[tf.Tensor | None]:
+            inputs, d_results = tensors[: len(specs)], tensors[len(specs) :]
+            sources = [inputs[at] for at in wanted]
+            with tf.GradientTape() as tape:
+                tape.watch(sources)
+                found = function(*inputs)
+            return tape.gradient(found, sources, d_results, without)
+
+        return tf.function(gradient, **options).get_concrete_function(*specs, *results)
+
+    others = [at for at in range(len(specs)) if at not in first]
+    gradients = [
+        # The zeros that TensorFlow would make in the place of None are a launch each.
+        (first, gradient_for(first, tf.UnconnectedGradients.ZERO)),
+        (others, gradient_for(others, tf.UnconnectedGradients.NONE)),
+    ]
+
+    @tf.custom_gradient
+    def program(*tensors: tf.Tensor) -> typing.Any:
+        def gradient(*d_results: tf.Tensor) -> list[tf.Tensor | None]:
+            found = [None] * len(tensors)
+            for wanted, part in gradients:
+                for at, value in zip(wanted, part(*tensors, *d_results), strict=True):
+                    found[at] = value
+            return found
+
+        return forward(*tensors), gradient
+
+    return program
 
 
 @functools.lru_cache(maxsize=64)
-def _formula(kind: typing.Any, config: str) -> CompiledFormula:
-    return CompiledFormula(kind.from_config(json.loads(config)))
+def _formula(kind: typing.Any, config: str) -> Formula:
+    return Formula(kind.from_config(json.loads(config)))
 
 
 BACKEND = _TensorFlow()

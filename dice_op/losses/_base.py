@@ -86,7 +86,7 @@ class SumsLoss(_family.SumsLoss, keras.losses.Loss):
         weight: Array | None,
         mask: Array | None,
     ) -> Array:
-        """The reduced loss. `weight` is `[N]`, `mask` the one of Keras' layers."""
+        """The reduced loss. `weight` is `[N]` or `[1]`, `mask` the one of Keras' layers."""
         _keras.refuse_call_from_tf_keras()
         cross_entropy = self.sum_options().get("cross_entropy", False)
         _inputs.check_not_activated(y_pred, self.activation, cross_entropy)
@@ -95,9 +95,11 @@ class SumsLoss(_family.SumsLoss, keras.losses.Loss):
             voxel_weight, share = _inputs.apply_mask(mask, voxel_weight, y_pred, self.data_format)
             if not self.batch:
                 weight = self._weight_by_share(weight, share)
-        compiled = backend.compiled_formula(self)
-        if compiled:
-            return compiled(self._sums(y_true, y_pred, voxel_weight), weight)
+        formula = backend.formula(self)
+        if formula:
+            return formula(self._sums(y_true, y_pred, voxel_weight), weight)
+        if weight is not None:
+            weight = ops.broadcast_to(weight, [ops.shape(y_pred)[0]])
         of_sums, of_losses = self._place_weight(weight)
         if self._call_takes_weights:
             losses = self.call(y_true, y_pred, voxel_weight, of_sums)
@@ -130,8 +132,12 @@ class SumsLoss(_family.SumsLoss, keras.losses.Loss):
         return backend.dice_sums(y_true, y_pred, voxel_weight=voxel_weight, **options)
 
     def _reduced_from_sums(self, sums: DiceSums, weight: Array | None) -> Array:
-        of_sums, of_losses = self._place_weight(weight)
+        of_sums, of_losses = self._place_weight(self._of_each_sample(weight, sums))
         return self._reduced(self.losses_of(sums, of_sums), of_losses)
+
+    def _of_each_sample(self, weight: Array | None, sums: DiceSums) -> Array | None:
+        """Weights per sample, `[N]`, from those that may be one for all, `[1]`."""
+        return None if weight is None else ops.broadcast_to(weight, ops.shape(sums.weight_sum))
 
     def _place_weight(self, weight: Array | None) -> tuple[Array | None, Array | None]:
         """Splits weights per sample into those of the sums and those of the losses.
