@@ -60,6 +60,13 @@ LOSSES = [
     "GeneralizedWassersteinDiceLoss([[0, 1, 1], [1, 0, 0.5], [1, 0.5, 0]], batch=True)",
     "DiceCELoss(batch=True, activation='sigmoid', pos_weight=[1, 2, 3], label_sets={1: (0, 1)})",
 ]
+# The classes of losses, with `batch` and without, that are not among these.
+OTHERS = [
+    *("DiceCELoss()", "DiceFocalLoss(batch=True)", "TverskyLoss()", "GeneralizedDiceLoss()"),
+    *("MatthewsLoss()", "MatthewsLoss(batch=True)", "UnifiedFocalLoss()"),
+    *("GeneralizedDiceFocalLoss()", "GeneralizedDiceFocalLoss(batch=True)"),
+    "GeneralizedWassersteinDiceLoss([[0, 1, 1], [1, 0, 0.5], [1, 0.5, 0]])",
+]
 
 
 def numbers(text):
@@ -106,6 +113,73 @@ for loss in (DiceCELoss(lambda_dice=0), keras_loss):
     )
     ours, theirs = (np.array(line.split(), float) for line in out.splitlines() if line)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+# Prints how far the losses and gradients of the replicas are from those of plain operations, where
+# XLA compiles the formula, as it does on a GPU. The last batch is smaller: the replicas have 2
+# samples each, then 2 and 1.
+COMPILED = """
+import json
+from dice_op._backends import tensorflow as backend
+from dice_op.losses import *
+
+rng = np.random.default_rng(0)
+x = rng.normal(size=(7, 6, 6, 3)).astype("float32")
+y = rng.integers(0, 3, size=x.shape[:-1]).astype("uint8")
+weight = np.array([1, 2, 0.5, 1, 1, 3, 1], "float32")
+batches = tf.data.Dataset.from_tensor_slices((x, y, weight)).batch(4)
+batches = strategy.experimental_distribute_dataset(batches)
+
+def results(loss, weighted, gpu, graph):
+    backend._on_gpu = lambda tensor: gpu
+
+    def of_replica(x, y, weight):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = loss(y, x, weight if weighted else None)
+        return value, tape.gradient(value, x)
+
+    def step(*batch):
+        return strategy.run(of_replica, batch)
+
+    function = tf.function(step, input_signature=batches.element_spec)
+    found = [(function if graph else step)(*batch) for batch in batches]
+    assert function.experimental_get_tracing_count() == graph
+    return [a for v in tf.nest.flatten(found) for a in strategy.experimental_local_results(v)]
+
+for text in sys.argv[2:]:
+    for weighted in (True, False):
+        loss = eval(text)
+        plain = results(loss, weighted, gpu=False, graph=True)
+        errors = []
+        for graph in (True, False):
+            found = results(loss, weighted, gpu=True, graph=graph)
+            assert len(found) == len(plain) == 8
+            for a, b in zip(found, plain):
+                assert a.shape == b.shape and np.any(b != 0)
+                errors.append(float(np.max(np.abs(a - b)) / np.max(np.abs(b))))
+        formula = backend._formula(type(loss), json.dumps(loss.get_config()))
+        print(max(errors), len(formula._programs))
+"""
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        ["DiceCELoss(batch=True)"],
+        pytest.param([*LOSSES, *OTHERS], marks=pytest.mark.full),
+    ],
+    ids=["one loss", "all losses"],
+)
+def test_a_compiled_formula_serves_replicas_and_all_sizes_of_a_batch(cases, run_python):
+    out = run_python(TRAIN.partition("import keras")[0] + COMPILED, "mirrored", *cases)
+    found = [line.split() for line in out.splitlines() if line]
+    assert len(found) == 2 * len(cases)
+    for number, (error, programs) in enumerate(found):
+        assert float(error) <= 1e-6
+        # Each is traced once: with weights, without, and what follows where replicas add up.
+        traced = 1 + number % 2 + ("batch=True" in cases[number // 2])
+        assert int(programs) == traced, cases[number // 2]
 
 
 # The same as a loop of one's own, for Keras' fit does not know several processes. The weights are
