@@ -29,7 +29,7 @@ test-full: build .venv/peers  ## run the tests that take long or need more packa
 bench: build .venv/peers  ## compare time and memory with other libraries, half an hour; BENCH="--only '160³ × 4'" for some
 	$(python) -m benchmarks $(BENCH)
 
-bounds: build  ## calculate what the CUDA kernels can reach at most, from a build with DICE_OP_CUDA=on
+bounds: build  ## calculate what the CUDA kernels can reach at most; with DICE_OP_CUDA=on DICE_OP_CUDA_ARCHS=80,90
 	PYTHONPATH=tests $(python) -m benchmarks.gpu.bounds
 
 wheels: .venv/ready  ## build the wheels of build_tools/wheels.toml; WHEELS="--variant cpu" for some
@@ -38,7 +38,7 @@ wheels: .venv/ready  ## build the wheels of build_tools/wheels.toml; WHEELS="--v
 cuda12: .venv/ready  ## make a compiler of CUDA 12 for the wheels, from packages of Debian and pip
 	@sh build_tools/cuda12.sh
 
-check-bounds: build  ## calculate what the CUDA kernels can reach at most, from a build with DICE_OP_CUDA=on
+check-bounds: build  ## calculate what the CUDA kernels can reach at most; with DICE_OP_CUDA=on DICE_OP_CUDA_ARCHS=80,90
 	PYTHONPATH=tests $(python) -m benchmarks.gpu.bounds
 
 wheels: .venv/ready  ## try each wheel in dist/ in a new environment

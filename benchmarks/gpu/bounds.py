@@ -1,6 +1,8 @@
 """What each CUDA kernel can reach at most, calculated from its machine code. No GPU is needed.
 
-    make bounds    writes results/calculated.json and results/calculated.md
+    make bounds DICE_OP_CUDA=on DICE_OP_CUDA_ARCHS=80,90
+
+writes results/calculated.json and results/calculated.md.
 
 A kernel reads logits in 16-byte words, and computes a tile of voxels in each turn of a loop. The
 instructions of a turn are counted, by the part of a multiprocessor that executes them, on the way
@@ -23,6 +25,7 @@ from typing import NamedTuple
 
 from benchmarks.report import table
 
+PARTS_OF_TABLE = ("sums", "gradient")
 RECORD = Path(__file__).resolve().parent.parent / "results" / "calculated.json"
 WARP = 32
 FLUSH = 64  # voxels that a thread adds before the warp's sums go on in double (csrc/cuda/kernels.h)
@@ -85,7 +88,9 @@ def instructions(code):
         match = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*(\S+)\s*([^;]*);", line)
         if match:
             branch = (
-                re.search(r"0x([0-9a-f]+)\s*$", match[4]) if match[3].startswith("BRA") else None
+                re.search(r"0x([0-9a-f]+)\s*$", match[4])
+                if match[3].startswith(("BRA", "CALL.REL.NOINC"))
+                else None
             )
             target = int(branch[1], 16) if branch else None
             found.append(
@@ -99,7 +104,8 @@ class Flow:
 
     def __init__(self, code):
         whole = instructions(code)
-        ends = ("BRA", "EXIT", "RET")
+        # BRX goes on at one of a table, for wide labels. CALL is how ptxas leaves some loops.
+        ends = ("BRA", "BRX", "CALL", "EXIT", "RET")
         starts = {whole[0].at} | {i.target for i in whole if i.target is not None}
         starts |= {b.at for a, b in zip(whole, whole[1:], strict=False) if a.name in ends}
         self.blocks = {}
@@ -111,21 +117,52 @@ class Flow:
         for start, following in zip(self.blocks, [*list(self.blocks)[1:], None], strict=True):
             last = self.blocks[start][-1]
             always = not last.guard and not re.match(r"!?U?P\d", last.text)
+            always = always and last.op != "BRA.DIV"
             after = [last.target] if last.target is not None else []
             after += [following] if following and not (last.name in ends and always) else []
             self.next[start] = after
             for other in after:
                 before[other].append(start)
+        self._drop_what_is_not_reached(before)
+        # A loop begins with a block that every way to its end goes through.
         self.loops = {}
+        through = self._on_every_way_to(before)
         for start, after in self.next.items():
-            for first in (a for a in after if a <= start):
+            for first in (block for block in after if block in through[start]):
                 body, todo = {first, start}, [start] if start != first else []
                 while todo:
                     for block in before[todo.pop()]:
-                        if block not in body and block >= first:
+                        if block not in body:
                             body.add(block)
                             todo.append(block)
                 self.loops.setdefault(first, set()).update(body)
+
+    def _drop_what_is_not_reached(self, before):
+        reached, todo = set(), [next(iter(self.blocks))]
+        while todo:
+            block = todo.pop()
+            if block not in reached:
+                reached.add(block)
+                todo += self.next[block]
+        self.blocks = {start: block for start, block in self.blocks.items() if start in reached}
+        self.next = {start: after for start, after in self.next.items() if start in reached}
+        for start in reached:
+            before[start] = [other for other in before[start] if other in reached]
+
+    def _on_every_way_to(self, before):
+        """The blocks that every way from the beginning to a block goes through."""
+        first, everything = next(iter(self.blocks)), set(self.blocks)
+        through = {block: everything for block in self.blocks} | {first: {first}}
+        changed = True
+        while changed:
+            changed = False
+            for block in self.blocks:
+                if block == first:
+                    continue
+                now = {block} | set.intersection(*(through[other] for other in before[block]))
+                if now != through[block]:
+                    through[block], changed = now, True
+        return through
 
     def inner(self, first=None):
         """The loops directly inside of one, or of the function."""
@@ -139,7 +176,9 @@ class Flow:
 PARTS = {
     "FMA": {"FFMA", "FADD", "FMUL"}, "IMAD": {"IMAD"}, "MUFU": {"MUFU"},
     "L1": {"SHFL", "LDS", "STS", "LDG", "STG", "LDGSTS", "REDUX"},
-    "none": {"BRA", "BSSY", "BSYNC", "DEPBAR", "LDGDEPBAR", "WARPSYNC", "EXIT", "CALL", "RET"},
+    "none": {
+        "BRA", "BRX", "BSSY", "BSYNC", "DEPBAR", "LDGDEPBAR", "WARPSYNC", "EXIT", "CALL", "RET",
+    },
 }  # fmt: skip
 PART_OF = {name: part for part, names in PARTS.items() for name in names}
 
@@ -184,6 +223,13 @@ class Kernel(NamedTuple):
     @property
     def planar(self):
         return self.access == "Direct" and bool(self.numbers[1])
+
+    @property
+    def masked(self):
+        """Whether it takes weights and ignored labels."""
+        return len(self.numbers) > {"Direct": 2, "Rows": 1, "Staged": 3}[self.access] and bool(
+            self.numbers[-1]
+        )
 
     @property
     def lanes(self):
@@ -382,19 +428,26 @@ def reach(kernel, classes, cost, gpu, warps):
 
 
 def calculate(codes, launches, usages, devices, room):
-    """The bounds of all specialised kernels with class indices.
+    """The bounds of all specialised kernels with class indices, without weights.
 
     codes: {(arch, symbol): text of cuobjdump -sass}; launches: those of tests/helpers/emulation.py;
-    usages, devices, room: of tests/helpers/launches.py.
+    usages, devices, room: of tests/helpers/launches.py. Returns the tables of the record.
     """
-    of_kernel = collections.defaultdict(dict)  # {kernel: {classes: launch}}
+    of_kernel = collections.defaultdict(dict)  # {symbol: {classes: launch}}
     for launch in launches:
         classes = re.match(r"\w+\[(?:\d+, )+(\d+)\]", launch.problem)
         of_kernel[launch.kernel].setdefault(int(classes[1]), launch)
-    result = {}
+    tables = {}
+
+    def put(table, *keys, value):
+        of_table = tables.setdefault(table, {})
+        for key in keys[:-1]:
+            of_table = of_table.setdefault(key, {})
+        of_table[keys[-1]] = value
+
     for (arch, symbol), code in codes.items():
         kernel = Kernel.of(symbol)
-        if kernel is None or kernel.activation == "Identity":
+        if kernel is None or kernel.activation == "Identity" or kernel.masked:
             continue
         found = of_kernel[symbol]
         for classes, cross_entropy in itertools.product(kernel.classes(), (False, True)):
@@ -408,17 +461,19 @@ def calculate(codes, launches, usages, devices, room):
                     continue
                 held = room(devices[gpu.capability], launch, usages[arch][symbol]).blocks
                 parts = reach(kernel, classes, cost, gpu, held * launch.threads // WARP)
-                layout = "channels_first" if kernel.planar else "channels_last"
                 bound = min(parts, key=parts.get)
                 for dtype in kernel.dtypes:
-                    row = result.setdefault(name, {}).setdefault(layout, {})
-                    row = row.setdefault(dtype, {}).setdefault(str(classes), {})
-                    row[kernel.direction + " with cross-entropy" * cross_entropy] = {
-                        "of_peak": round(parts[bound], 3),
-                        "bound_by": bound if parts[bound] < 1 else "memory",
-                        "instructions": round(cost["issue"] / kernel.traffic(classes) * 16, 2),
-                    }
-    return result
+                    part = kernel.direction + " with cross-entropy" * cross_entropy
+                    keys = name, dtype, str(classes), part
+                    reached = round(parts[bound], 3)
+                    if kernel.planar:
+                        put("channels_first", *keys, value=reached)
+                        continue
+                    put("gpus", *keys, value=reached)
+                    put("bound_by", *keys, value=bound if reached < 1 else "memory")
+                    instructions = round(cost["issue"] / kernel.traffic(classes) * 16, 2)
+                    put("instructions", *keys, value=instructions)
+    return tables
 
 
 def as_markdown(record):
@@ -436,23 +491,25 @@ def as_markdown(record):
         "are a softmax.",
         "",
     ]
-    sums, gradient = "sums", "gradient"
-    for title, suffix in (("", ""), (", with cross-entropy", " with cross-entropy")):
-        for dtype in ("float32", "bfloat16", "float16"):
-            text += [f"## {dtype}{title}", ""]
+    gpus = {name: record["gpus"][name] for name in GPUS}
+    for suffix in ("", " with cross-entropy"):
+        # The kernels of bfloat16 are those of float16.
+        for dtype, title in (("float32", "float32"), ("bfloat16", "bfloat16 and float16")):
+            text += [f"## {title}{',' if suffix else ''}{suffix}", ""]
             rows = []
-            of_gpu = {
-                name: layouts["channels_last"][dtype] for name, layouts in record["gpus"].items()
-            }
-            for classes in sorted(map(int, next(iter(of_gpu.values())))):
+            for classes in sorted(map(int, gpus["H200"][dtype])):
                 cells = [classes]
-                for found in of_gpu.values():
-                    both = [found[str(classes)][part + suffix] for part in (sums, gradient)]
-                    lower = min(both, key=lambda part: part["of_peak"])
-                    why = "" if lower["bound_by"] == "memory" else f" ({lower['bound_by']})"
-                    cells.append(" / ".join(f"{100 * part['of_peak']:.0f}" for part in both) + why)
+                for name in gpus:
+                    reached = [gpus[name][dtype][str(classes)][p + suffix] for p in PARTS_OF_TABLE]
+                    of = record["bound_by"][name][dtype][str(classes)]
+                    lower = min(zip(reached, PARTS_OF_TABLE, strict=True))[1]
+                    why = of[lower + suffix]
+                    cells.append(
+                        " / ".join(f"{100 * share:.0f}" for share in reached)
+                        + (f" ({why})" if why != "memory" else "")
+                    )
                 rows.append(cells)
-            text += [*table(("classes", *of_gpu), rows), ""]
+            text += table(("classes", *gpus), rows)
     return "\n".join(text)
 
 
@@ -466,7 +523,8 @@ def main():
     wanted = {gpu.arch for gpu in GPUS.values()}
     if missing := wanted - set(ARCHS):
         sys.exit(
-            f"bounds: build for sm_{', sm_'.join(sorted(missing))} too: DICE_OP_CUDA_ARCHS=80,90"
+            f"bounds: this build has no code for {', '.join(sorted(missing))}: "
+            "make bounds DICE_OP_CUDA=on DICE_OP_CUDA_ARCHS=80,90"
         )
     codes = {
         (arch, as_gcc_names(symbol)): code
@@ -474,8 +532,11 @@ def main():
         for (_, symbol), code in dump("-sass", "-arch", f"sm_{arch}", LIBRARY).items()
     }
     launches = emulation.plans(multiprocessors=200, held=32)
-    gpus = calculate(codes, launches, usages(), DEVICES, room)
-    record = {"nvcc": core.build_info()["cuda"], "gpus": gpus}
+    record = {
+        "nvcc": core.build_info()["cuda"],
+        "memory": {name: gpu.memory for name, gpu in GPUS.items()},
+        **calculate(codes, launches, usages(), DEVICES, room),
+    }
     RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     RECORD.with_suffix(".md").write_text(as_markdown(record))
     print(RECORD)

@@ -1,10 +1,13 @@
 """Compares the kernels that were measured on a GPU with what was calculated for them.
 
-What was calculated is the fraction of the memory's rate that a kernel can reach on large volumes:
-of the rate of reading for the sums, and of the rate of copying for the gradient. The file is
-benchmarks/results/calculated.json:
+What was calculated is the fraction of the memory's rate on the data sheet that a kernel can reach
+on large volumes. The file is benchmarks/results/calculated.json:
 
-    {"gpus": {"H200": {"float32": {"4": {"sums": 0.98, "gradient": 1.0}}}}}
+    {"memory": {"H200": 4.8e12}, "gpus": {"H200": {"float32": {"4": {"sums": 1.0}}}}}
+
+No kernel reads faster than the yardsticks of the same measurement do, or copies faster. So it is
+compared as a fraction of their rates: of that of reading for the sums, and of that of copying for
+the gradient.
 """
 
 import json
@@ -17,24 +20,36 @@ FILE = ROOT / "benchmarks" / "results" / "calculated.json"
 ALLOWED = 0.15
 # The parts of a measurement, by the name of what was calculated, and what they are a fraction of.
 PARTS = {"sums": ("forward", "of_read"), "gradient": ("backward", "of_copy")}
+YARDSTICKS = {"sums": "read", "gradient": "copy"}
 
 
 def calculated_for(gpu, path):
     """Reads what was calculated for a GPU, whose name has one of the file's names as words.
 
-    Returns {(dtype, classes, "sums" or "gradient"): fraction}, or a text that says why not.
+    Returns {(dtype, classes, "sums" or "gradient"): bytes per second}, or a text that says why not.
     """
     if not path.exists():
         return f"there is no {path.name}"
-    gpus = json.loads(path.read_text())["gpus"]
+    record = json.loads(path.read_text())
+    gpus = record["gpus"]
     names = [n for n in gpus if re.search(rf"(?<![^\W_]){re.escape(n)}(?![^\W_])", gpu)]
     if not names:
         return f"{path.name} has nothing for the GPU {gpu}, only for {', '.join(gpus)}"
+    name = max(names, key=len)
     return {
-        (dtype, int(classes), part): fraction
-        for dtype, by_classes in gpus[max(names, key=len)].items()
+        (dtype, int(classes), part): fraction * record["memory"][name]
+        for dtype, by_classes in gpus[name].items()
         for classes, by_part in by_classes.items()
         for part, fraction in by_part.items()
+        if part in PARTS
+    }
+
+
+def of_yardsticks(calculated, yardsticks):
+    """Calculated bytes per second as fractions of what reading and copying reached, at most 1."""
+    return {
+        key: min(1.0, rate / yardsticks[YARDSTICKS[key[2]]]["bytes_per_second"])
+        for key, rate in calculated.items()
     }
 
 
@@ -44,7 +59,7 @@ def compare(results, calculated):
     Args:
       results: those of benchmarks.gpu.kernels. Of each kernel the largest volume counts, and no
         cross-entropy, for which nothing is calculated.
-      calculated: as `calculated_for` returns it.
+      calculated: as `of_yardsticks` returns it.
 
     Returns:
       A row for each kernel that was calculated. `measured` is None if it was not measured, and
@@ -80,7 +95,8 @@ def of_record(record):
         return {"skipped": calculated}
     if not any("pair" in result for result in results):
         return {"skipped": "no kernel was measured"}
-    return {"kernels": compare(results, calculated)}
+    (yardsticks,) = (r for r in record["results"] if r["kind"] == "yardsticks")
+    return {"kernels": compare(results, of_yardsticks(calculated, yardsticks))}
 
 
 def markdown_rows(rows):

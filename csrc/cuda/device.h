@@ -128,7 +128,8 @@ struct Elements {
 
   // Reads or gives kRun parts at a time, from part `first` on.
   template <int kRun>
-  DICE_OP_DEVICE void Read(int first, Vector<uint32_t, kRun> run) {
+  DICE_OP_DEVICE void Read(int first, const Vector<uint32_t, kRun>& from) {
+    const Vector<uint32_t, kRun> run = from;  // one instruction, which is not split
 #pragma unroll
     for (int i = 0; i < kRun; ++i) parts[first + i] = run.elements[i];
   }

@@ -30,7 +30,10 @@ class Direct {
       sizeof(T) == 4 ? (kPlanar ? 80 : 64) : (kPlanar ? 128 : 80);  // the most that a thread may use
 
   DICE_OP_DEVICE Direct(const Call& call, int64_t sample, char*)
-      : call_(call), offset_(sample * call.voxels * kCount), voxel_offset_(sample * call.voxels) {}
+      : call_(call),
+        offset_(sample * call.voxels * kCount),
+        voxel_offset_(sample * call.voxels),
+        is_half_(call.logits_dtype == DType::kHalf) {}
   DICE_OP_DEVICE bool bad() const { return largest_ >= static_cast<uint32_t>(call_.label_limit); }
 
   template <bool kStore, class Voxel, class Done>
@@ -66,19 +69,22 @@ class Direct {
     ReadLabels<kVoxels, kUnits>(call_, voxel_offset_ + first * kVoxels, kStride, labels, &largest_);
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      Elements<T, 4 * kWords> gradient;
+      float values[kVoxels * kCount];
+      units[u].ToFloats(is_half_, values);
 #pragma unroll
       for (int v = 0; v < kVoxels; ++v) {
         float z[kCount];
 #pragma unroll
-        for (int c = 0; c < kCount; ++c) z[c] = units[u].Get(Index(v, c));
+        for (int c = 0; c < kCount; ++c) z[c] = values[Index(v, c)];
         voxel(Classes{}, z, LabelOf(labels[u][v]), 1.0f, PlainTerms<float>(call_.terms.cross_entropy));
         if constexpr (kStore) {
 #pragma unroll
-          for (int c = 0; c < kCount; ++c) gradient.Set(Index(v, c), z[c]);
+          for (int c = 0; c < kCount; ++c) values[Index(v, c)] = z[c];
         }
       }
       if constexpr (kStore) {
+        Elements<T, 4 * kWords> gradient;
+        gradient.FromFloats(is_half_, values);
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
           StoreStreaming(d_logits + first + u * kWarp + w * plane, gradient.template Run<4>(4 * w));
@@ -99,15 +105,16 @@ class Direct {
     float z[kCount];
     const uint32_t label = ReadLabel(call_, voxel_offset_ + v);
     largest_ = largest_ < label ? label : largest_;
-    for (int c = 0; c < kCount; ++c) z[c] = Read<float>(static_cast<const T*>(call_.logits)[at(c)]);
+    for (int c = 0; c < kCount; ++c) z[c] = ReadEither(static_cast<const T*>(call_.logits)[at(c)], is_half_);
     voxel(Classes{}, z, LabelOf(label), 1.0f, PlainTerms<float>(call_.terms.cross_entropy));
     if constexpr (kStore) {
-      for (int c = 0; c < kCount; ++c) static_cast<T*>(call_.d_logits)[at(c)] = Write<T>(z[c]);
+      for (int c = 0; c < kCount; ++c) static_cast<T*>(call_.d_logits)[at(c)] = WriteEither<T>(z[c], is_half_);
     }
   }
 
   const Call& call_;
   const int64_t offset_, voxel_offset_;
+  const bool is_half_;
   uint32_t largest_ = 0;
 };
 

@@ -10,23 +10,19 @@ namespace {
 
 // --- class indices and no options: a kernel for each number of classes ----------------------------------
 
-// Where there are more classes, one kernel serves both types of 16 bits.
-template <class T>
-using Either = std::conditional_t<sizeof(T) == 2, AnyFloat16, T>;
-
 // Chooses the smallest tile for more than 16 classes.
 template <class T, class Activation>
 Variant ManyClasses(const Problem& problem, bool grad) {
   const auto of = [&](auto source) { return VariantOf<typename decltype(source)::type, Activation>(problem, grad); };
   const int64_t c = problem.classes;
-  if (c <= 24) return of(Type<Staged<Either<T>, 12, 2, 8>>{});
-  if (c <= 32) return of(Type<Staged<Either<T>, 16, 2, 12>>{});
-  if (c <= 48) return of(Type<Staged<Either<T>, 12, 4, 8>>{});
-  if (c <= 64) return of(Type<Staged<Either<T>, 16, 4, 12>>{});
-  if (c <= 96) return of(Type<Staged<Either<T>, 12, 8, 8>>{});
-  if (c <= 112) return of(Type<Staged<Either<T>, 14, 8, 12>>{});  // the organs and bones of a body
-  if (c <= 128) return of(Type<Staged<Either<T>, 16, 8, 14>>{});
-  if (c <= cuda::kMaxClasses) return of(Type<Staged<Either<T>, 16, 16, 8>>{});
+  if (c <= 24) return of(Type<Staged<T, 12, 2, 8>>{});
+  if (c <= 32) return of(Type<Staged<T, 16, 2, 12>>{});
+  if (c <= 48) return of(Type<Staged<T, 12, 4, 8>>{});
+  if (c <= 64) return of(Type<Staged<T, 16, 4, 12>>{});
+  if (c <= 96) return of(Type<Staged<T, 12, 8, 8>>{});
+  if (c <= 112) return of(Type<Staged<T, 14, 8, 12>>{});  // the organs and bones of a body
+  if (c <= 128) return of(Type<Staged<T, 16, 8, 14>>{});
+  if (c <= cuda::kMaxClasses) return of(Type<Staged<T, 16, 16, 8>>{});
   return {};
 }
 
@@ -57,9 +53,9 @@ Variant Plain(const Problem& problem, bool grad) {
     } else if constexpr (kCount == 1 || kCount == 2 || kCount == 4) {
       return of(Type<Direct<T, kCount, false>>{});
     } else if constexpr (kCount > 8 && kCount % 2 == 1) {  // rare, so these four share one kernel
-      return of(Type<Staged<Either<T>, 16, 1, 8>>{});
+      return of(Type<Staged<T, 16, 1, 8>>{});
     } else {
-      return of(Type<Rows<std::conditional_t<kCount <= 4, T, Either<T>>, kCount>>{});
+      return of(Type<Rows<T, kCount>>{});
     }
     return {};
   });
@@ -79,12 +75,13 @@ Variant MaskedOf(const Problem& problem, const void* d_logits) {
   if (c == 4) return of(Type<Rows<T, 4, true>>{});
   if (c <= 8) return of(Type<Staged<T, 8, 1, 4, true>>{});
   if (c <= 16) return of(Type<Staged<T, 16, 1, 8, true>>{});
+  if (c <= 128) return of(Type<Staged<T, 16, 8, 2, true>>{});
   return {};
 }
 
 template <class T>
 Variant PlainOf(const Problem& problem, const void* d_logits) {
-  if (problem.masked()) return MaskedOf<Either<T>>(problem, d_logits);
+  if (problem.masked()) return MaskedOf<T>(problem, d_logits);
   if (!IsPlain<T>(problem, d_logits)) return {};
   const bool grad = d_logits != nullptr;
   const Activation activation = problem.options.activation;
@@ -101,10 +98,9 @@ Variant PlainOf(const Problem& problem, const void* d_logits) {
 namespace cuda {
 
 Variant FindPlain(const Problem& problem, const void* d_logits) {
-  if (problem.logits_dtype == DType::kFloat) return PlainOf<float>(problem, d_logits);
-  if (problem.logits_dtype == DType::kHalf) return PlainOf<Half>(problem, d_logits);
-  if (problem.logits_dtype == DType::kBFloat16) return PlainOf<BFloat16>(problem, d_logits);
-  return {};
+  if (problem.logits_dtype == DType::kDouble) return {};
+  return problem.logits_dtype == DType::kFloat ? PlainOf<float>(problem, d_logits)
+                                               : PlainOf<AnyFloat16>(problem, d_logits);
 }
 
 Variant FindGeneral(const Problem& problem, const void* d_logits) { return GeneralVariant(problem, d_logits); }

@@ -155,7 +155,9 @@ class Staged {
       const uint32_t place = kLanes == 1 ? place_of_lane : __shfl_sync(0xffffffffu, place_of_lane, v);
       const bool held = place >> 16 == static_cast<uint32_t>(Lane() % kLanes);
       const int index = place & 0xff, item = place >> 8 & 0xff;
-      const Label label = {index, held ? item : -1, ReadEither(reinterpret_cast<const T*>(row)[index], is_half_)};
+      const T* const logit =
+          reinterpret_cast<const T*>(row) + (held ? index : Classes::Class(0));  // others write theirs
+      const Label label = {index, held ? item : -1, ReadEither(*logit, is_half_)};
       float m = 1;
       if constexpr (kMasked) {
         m = kLanes == 1 ? weight_of_lane : __shfl_sync(0xffffffffu, weight_of_lane, v);

@@ -865,13 +865,25 @@ def test_kernels_that_differ_from_what_was_calculated_are_named():
 def test_what_was_calculated_is_found_by_the_name_of_the_gpu(tmp_path):
     path = tmp_path / "calculated.json"
     assert comparison.calculated_for("NVIDIA H200", path) == "there is no calculated.json"
-    of = {name: {"float32": {"4": {"sums": rate}}} for name, rate in (("H20", 1), ("H200", 2))}
-    path.write_text(json.dumps({"gpus": {**of, "H200 NVL": {"float32": {}}}}))
-    assert comparison.calculated_for("NVIDIA H200", path) == {("float32", 4, "sums"): 2}
-    assert comparison.calculated_for("NVIDIA H20", path) == {("float32", 4, "sums"): 1}
+    row = {"sums": 0.5, "sums with cross-entropy": 0.25}
+    gpus = {name: {"float32": {"4": row}} for name in ("H20", "H200")}
+    memory = {"H20": 4e12, "H200": 4.8e12, "H200 NVL": 4.8e12}
+    gpus["H200 NVL"] = {"float32": {}}
+    path.write_text(json.dumps({"memory": memory, "gpus": gpus}))
+    assert comparison.calculated_for("NVIDIA H200", path) == {("float32", 4, "sums"): 2.4e12}
+    assert comparison.calculated_for("NVIDIA H20", path) == {("float32", 4, "sums"): 2e12}
     assert comparison.calculated_for("NVIDIA H200 NVL", path) == {}
     why = "calculated.json has nothing for the GPU NVIDIA A100, only for H20, H200, H200 NVL"
     assert comparison.calculated_for("NVIDIA A100", path) == why
+
+
+def test_what_was_calculated_is_compared_with_what_reading_and_copying_reach():
+    calculated = {("float32", 4, "sums"): 4.8e12, ("bfloat16", 3, "gradient"): 2e12}
+    yardsticks = {"read": {"bytes_per_second": 4.4e12}, "copy": {"bytes_per_second": 4e12}}
+    assert comparison.of_yardsticks(calculated, yardsticks) == {
+        ("float32", 4, "sums"): 1,
+        ("bfloat16", 3, "gradient"): 0.5,
+    }
 
 
 def test_a_record_holds_the_comparison(on_the_stand_in, tmp_path, monkeypatch, capfd):
@@ -883,7 +895,8 @@ def test_a_record_holds_the_comparison(on_the_stand_in, tmp_path, monkeypatch, c
     why = "there is no calculated.txt"
     assert json.loads(written.read_text())["calculated"] == {"skipped": why}
     assert f"Nothing is compared: {why}." in written.with_suffix(".md").read_text()
-    path.write_text(json.dumps({"gpus": {"H200": {"float32": {"4": {"sums": 1e-9}}}}}))
+    gpus = {"H200": {"float32": {"4": {"sums": 1e-9}}}}
+    path.write_text(json.dumps({"memory": {"H200": 4.8e12}, "gpus": gpus}))
     report.render(written)
     (row,) = json.loads(written.read_text())["calculated"]["kernels"]
     assert row["volume"] == "8³ × 4" and row["differs"] and row["measured"] > 0

@@ -130,7 +130,7 @@ def few_cases(small=False):
     cases.add((1, v // 10 + 3, 104), cross_entropy=False)
     cases.add((1, v + 5, 3), weight="float32", ignore=200)
     cases.add((2, v // 4, 6), "int32", weight="float32")
-    cases.add((1, 100, 4), misalign=8)
+    cases.add((1, 300, 4), misalign=8)
     cases.add((2, v // 4 + 1, 3), weight="float32", focal_gamma=2.0)
     cases.add((2, v // 4 + 1, 4), "soft", data_format="channels_first")
     cases.add((2, v // 8 + 1, 4), "soft", soft_label=True)
