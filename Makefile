@@ -38,10 +38,7 @@ wheels: .venv/ready  ## build the wheels of build_tools/wheels.toml; WHEELS="--v
 cuda12: .venv/ready  ## make a compiler of CUDA 12 for the wheels, from packages of Debian and pip
 	@sh build_tools/cuda12.sh
 
-check-bounds: build  ## calculate what the CUDA kernels can reach at most; with DICE_OP_CUDA=on DICE_OP_CUDA_ARCHS=80,90
-	PYTHONPATH=tests $(python) -m benchmarks.gpu.bounds
-
-wheels: .venv/ready  ## try each wheel in dist/ in a new environment
+check-wheels: .venv/ready  ## try each wheel in dist/ in a new environment
 	$(python) build_tools/check_wheel.py
 
 docs: build .venv/docs  ## make the documentation, into build/docs/index.html

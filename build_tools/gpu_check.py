@@ -38,7 +38,8 @@ EMULATOR = ROOT / "tests" / "kernels" / "cuda_emulator" / "emulator.cmake"
 RESULT, WORDS = "RECORD ", "SAY "
 
 # The steps and their weights. The most valuable come first, because time may run out. A step may
-# use its share, by weight, of the time that is left for it and for the steps after it.
+# use its share, by weight, of the time that is left for it and for the steps after it. The build,
+# which all of them need, may take all of it.
 STEPS = {
     "build": 3, "check": 2, "measure": 3, "contenders": 3.5, "front_ends": 2, "keras": 4,
     "sanitizer": 1.5, "tensorflow": 1,
@@ -120,7 +121,7 @@ class Record:
     def other_than(self, found):
         """Names what an earlier record was made for, and this one is not."""
         pairs = [(name, found.get(name), self.data[name]) for name in ("commit", "rehearsal")]
-        pairs += [("quick", found.get("quick"), self.data["quick"])]
+        pairs += [(name, found.get(name), self.data[name]) for name in ("quick", "compiler")]
         pairs += [("GPU", found["gpu"]["name"], self.data["gpu"]["name"])]
         return [f"{name} {before}, and not {now}" for name, before, now in pairs if before != now]
 
@@ -132,6 +133,7 @@ class Record:
         for name in ("date", "steps", "results"):
             self.data[name] = found[name]
         self.data["starts"] = found["starts"] + self.data["starts"]
+        self.data["dirty"] = found["dirty"] or self.data["dirty"]
         self.path = self.path.with_name(path.name)
         return None
 

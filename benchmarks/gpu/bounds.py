@@ -10,8 +10,9 @@ that nearly all turns take: tiles are full, labels have one byte each and are cl
 not yet to be added up (what that takes is spread over the turns between). Together with what a GPU
 can do in a second, each part gives a rate that it allows. The lowest is the bound.
 
-Stalls do not count: it is assumed that enough warps take turns. So these numbers say what a kernel
-cannot exceed; what it does reach can only be measured.
+Two numbers are assumed: schedulers issue in 85 % of the slots in which they could, and memory
+answers after 700 ns. Other stalls do not count, as if enough warps took turns. So this is an
+estimate of what a kernel can reach. What it does reach can only be measured.
 """
 
 import collections
@@ -39,7 +40,7 @@ class Gpu(NamedTuple):
     arch: str  # of the machine code that it runs
     capability: tuple[int, int]
     multiprocessors: int
-    clock: float  # Hz, boost
+    clock: float  # Hz: what it keeps up under load, which is no more than its boost clock
     memory: float  # bytes per second
     fp32: int  # warps' instructions per clock and multiprocessor
 
@@ -183,11 +184,8 @@ PARTS = {
 PART_OF = {name: part for part, names in PARTS.items() for name in names}
 
 
-# By a part of the C++ type's symbol. Some kernels take either type of 16 bits.
-DTYPES = {
-    "AnyFloat16": ("bfloat16", "float16"), "BFloat16": ("bfloat16",), "Half": ("float16",),
-    "f": ("float32",),
-}  # fmt: skip
+# By a part of the C++ type's symbol. A kernel takes either type of 16 bits.
+DTYPES = {"AnyFloat16": ("bfloat16", "float16"), "f": ("float32",)}
 
 
 class Kernel(NamedTuple):
@@ -240,8 +238,10 @@ class Kernel(NamedTuple):
         if self.access != "Staged":
             return [self.numbers[0]]
         items, lanes, always = self.numbers[:3]
-        few = (9, 13, 20, 32, 40, 48, 64, 80, 96, 104, 120, 128, 160, 200, 256)
-        return [c for c in few if lanes * always < c <= lanes * items]
+        few = (5, 8, 9, 13, 14, 16, 20, 32, 40, 48, 64, 80, 96, 104, 120, 128, 160, 200, 256)
+        found = [c for c in few if lanes * always < c <= lanes * items]
+        # Without weights, one lane serves only the odd numbers here.
+        return [c for c in found if c % 2] if lanes == 1 and not self.masked else found
 
     # The rest says the same as csrc/cuda/{direct,rows,staged}.h; `cost_of_tile` notices where not.
 
@@ -428,7 +428,7 @@ def reach(kernel, classes, cost, gpu, warps):
 
 
 def calculate(codes, launches, usages, devices, room):
-    """The bounds of all specialised kernels with class indices, without weights.
+    """The bounds of all specialised kernels with class indices.
 
     codes: {(arch, symbol): text of cuobjdump -sass}; launches: those of tests/helpers/emulation.py;
     usages, devices, room: of tests/helpers/launches.py. Returns the tables of the record.
@@ -447,11 +447,13 @@ def calculate(codes, launches, usages, devices, room):
 
     for (arch, symbol), code in codes.items():
         kernel = Kernel.of(symbol)
-        if kernel is None or kernel.activation == "Identity" or kernel.masked:
+        if kernel is None or kernel.activation == "Identity":
             continue
         found = of_kernel[symbol]
         for classes, cross_entropy in itertools.product(kernel.classes(), (False, True)):
             if kernel.cross_entropy != 2 and bool(kernel.cross_entropy) != cross_entropy:
+                continue
+            if kernel.masked and cross_entropy:
                 continue
             cost = cost_of_tile(code, kernel, classes, cross_entropy)
             # Numbers of classes that need as much as others are not among the launches.
@@ -464,6 +466,7 @@ def calculate(codes, launches, usages, devices, room):
                 bound = min(parts, key=parts.get)
                 for dtype in kernel.dtypes:
                     part = kernel.direction + " with cross-entropy" * cross_entropy
+                    part += " with an ignored label" * kernel.masked
                     keys = name, dtype, str(classes), part
                     reached = round(parts[bound], 3)
                     if kernel.planar:
@@ -485,25 +488,28 @@ def as_markdown(record):
         "",
         "These numbers are calculated, not measured. `make bounds` reads them from the machine "
         f"code that nvcc {record['nvcc']} makes, without a GPU. They are the percentages of the "
-        "memory's rate that the sums / the gradient can reach at most, and in brackets what binds "
-        "the lower of the two, if it is not memory. benchmarks/gpu/bounds.py says how. Logits are "
+        "memory's rate that the sums / the gradient can reach, and in brackets what binds the "
+        "lower of the two, if it is not memory. benchmarks/gpu/bounds.py says how. Schedulers are "
+        "taken to issue in 85 % of their slots, and memory to answer after 700 ns. Logits are "
         "channels_last, and labels are class indices of one byte. One class is a sigmoid, several "
-        "are a softmax.",
+        "are a softmax. Voxel weights are not counted: they are four more bytes for each voxel.",
         "",
     ]
     gpus = {name: record["gpus"][name] for name in GPUS}
-    for suffix in ("", " with cross-entropy"):
+    for suffix in ("", " with cross-entropy", " with an ignored label"):
         # The kernels of bfloat16 are those of float16.
         for dtype, title in (("float32", "float32"), ("bfloat16", "bfloat16 and float16")):
             text += [f"## {title}{',' if suffix else ''}{suffix}", ""]
             rows = []
             for classes in sorted(map(int, gpus["H200"][dtype])):
+                if "sums" + suffix not in gpus["H200"][dtype][str(classes)]:
+                    continue
                 cells = [classes]
                 for name in gpus:
                     reached = [gpus[name][dtype][str(classes)][p + suffix] for p in PARTS_OF_TABLE]
                     of = record["bound_by"][name][dtype][str(classes)]
                     lower = min(zip(reached, PARTS_OF_TABLE, strict=True))[1]
-                    why = of[lower + suffix]
+                    why = of[lower + suffix] if min(reached) < 0.995 else "memory"
                     cells.append(
                         " / ".join(f"{100 * share:.0f}" for share in reached)
                         + (f" ({why})" if why != "memory" else "")

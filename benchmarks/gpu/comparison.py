@@ -57,8 +57,8 @@ def compare(results, calculated):
     """Compares measured fractions with the calculated ones, kernel by kernel.
 
     Args:
-      results: those of benchmarks.gpu.kernels. Of each kernel the largest volume counts, and no
-        cross-entropy, for which nothing is calculated.
+      results: those of benchmarks.gpu.kernels. Of each kernel the largest volume counts. Those with
+        cross-entropy are not compared.
       calculated: as `of_yardsticks` returns it.
 
     Returns:

@@ -2,7 +2,7 @@
 //
 // `R` is a number: a float in a CUDA thread, or on a CPU a SIMD register that holds the same class of several voxels.
 // `Classes` says which classes of a voxel the caller holds. On a CPU these are all classes. A CUDA thread that shares a
-// voxel with its neighbours holds every kLanes-th class, and Sum, Max and Top, which gives the largest logit, combine
+// voxel with its neighbours holds a share of its classes, and Sum, Max and Top, which gives the largest logit, combine
 // the values of these threads. Such a thread may hold one class too many: its logit is -infinity, which adds nothing to
 // the others. A type R has comparisons and the functions of arithmetic.h: Exp, ExpOfDifference(a, b) = exp(a - b) for
 // a <= b, ExpOfDifferenceToItself(a), which is what that gives for a = b, Reciprocal, Log, Log1p, Max, Abs, Select and
@@ -88,7 +88,7 @@ struct SingleLabel {
   static constexpr bool kOneHot = true;
   static constexpr bool kSingle = true;
   static constexpr bool kTables = false;
-  int index;  // the class; negative if there is none or if the voxel has no weight
+  int index;  // the class; means nothing if `item` is negative
   int item;   // its position among the classes held, or -1
   R z;        // its logit, if the class is held
   DICE_OP_DEVICE R Times(R x, int, int i) const { return Select(item == i, x, R(0)); }
@@ -289,7 +289,7 @@ struct Logistic {
   }
 };
 
-// p alone. In float, 1 + exp(-z) may become infinite, but then p is too small for a float.
+// p alone. In float, 1 + exp(-z) may become infinite, but then p is below all normal numbers.
 template <class R>
 DICE_OP_DEVICE R LogisticP(R z) {
   if constexpr (std::is_same_v<R, float>) {

@@ -75,7 +75,6 @@ Variant MaskedOf(const Problem& problem, const void* d_logits) {
   if (c == 4) return of(Type<Rows<T, 4, true>>{});
   if (c <= 8) return of(Type<Staged<T, 8, 1, 4, true>>{});
   if (c <= 16) return of(Type<Staged<T, 16, 1, 8, true>>{});
-  if (c <= 128) return of(Type<Staged<T, 16, 8, 2, true>>{});
   return {};
 }
 

@@ -1,8 +1,8 @@
 // How the threads of a warp read voxels and write gradients. There are four ways with one interface:
 //
 //   Direct   (direct.h) is for few classes that fill 16-byte words evenly: it reads from memory to registers.
-//   Rows     (rows.h) is for other numbers of classes up to 16: tiles are copied to shared memory in 16-byte words
-//            while the warp computes, and a thread computes a voxel.
+//   Rows     (rows.h) is for any number of classes that is known when it is compiled: tiles are copied to shared memory
+//            in 16-byte words while the warp computes, and a thread computes a voxel.
 //   Staged   (staged.h) does the same for numbers of classes that are known only at run time. Above 16 classes several
 //            lanes share a voxel.
 //   General  (general.h) handles every type, layout, weight and option at run time, and converts tiles while reading.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import typing
 
 import tensorflow as tf
@@ -108,6 +109,8 @@ class _TensorFlow(Backend):
 
 @functools.cache
 def _xla_takes_the_gpus() -> bool:
+    if os.environ.get("DICE_OP_XLA") == "0":
+        return False
     gpus = tf.config.get_visible_devices("GPU")
     if not gpus or core.build_info()["cuda"] is None:
         return False
@@ -239,6 +242,7 @@ def _compiled(
     def program(*tensors: tf.Tensor) -> typing.Any:
         def gradient(*d_results: tf.Tensor) -> list[tf.Tensor | None]:
             found = [None] * len(tensors)
+            # Eager execution runs both.
             for wanted, part in gradients:
                 for at, value in zip(wanted, part(*tensors, *d_results), strict=True):
                     found[at] = value

@@ -53,6 +53,8 @@ def test_no_bound_is_below_the_record():
     launches = emulation.plans(multiprocessors=200, held=32)
     found = bounds.calculate(codes(), launches, usages(), DEVICES, room)
     assert fallen(found) == {}
+    compiled = {name for name, gpu in bounds.GPUS.items() if gpu.arch in ARCHS}
+    assert set(flat(found)) == {what for what in flat(RECORD) if what[1] in compiled}
 
 
 # Percent of the memory's rate, without cross-entropy. One kernel serves the odd numbers of classes
@@ -104,7 +106,7 @@ def test_a_loop_that_takes_more_instructions_has_a_lower_bound(pattern, classes)
     costs = [bounds.cost_of_tile(text, kernel, classes) for text in (code, more)]
     reached = [bounds.reach(kernel, classes, cost, bounds.GPUS["H200"], 16) for cost in costs]
     assert costs[1]["FMA"] > 1.3 * costs[0]["FMA"]
-    assert reached[1]["issue"] < reached[0]["issue"] or reached[0]["issue"] == 1
+    assert costs[1]["issue"] > costs[0]["issue"] and reached[1]["issue"] <= reached[0]["issue"]
     assert costs[1]["MUFU"] == costs[0]["MUFU"]
 
 

@@ -248,6 +248,9 @@ def test_xla_is_asked_for_gpus_that_it_knows(capabilities, cuda, compiled, monke
     details = lambda capability: {"compute_capability": capability}  # noqa: E731
     monkeypatch.setattr(tf.config.experimental, "get_device_details", details)
     monkeypatch.setattr(backend.core, "build_info", lambda: {"cuda": cuda})
+    monkeypatch.setenv("DICE_OP_XLA", "0")
+    assert not backend._xla_takes_the_gpus.__wrapped__()
+    monkeypatch.delenv("DICE_OP_XLA")
     takes = backend._xla_takes_the_gpus.__wrapped__()
     assert takes == compiled
     monkeypatch.setattr(backend, "_xla_takes_the_gpus", lambda: takes)
