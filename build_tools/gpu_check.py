@@ -120,8 +120,8 @@ class Record:
 
     def other_than(self, found):
         """Names what an earlier record was made for, and this one is not."""
-        pairs = [(name, found.get(name), self.data[name]) for name in ("commit", "rehearsal")]
-        pairs += [(name, found.get(name), self.data[name]) for name in ("quick", "compiler")]
+        names = ("commit", "rehearsal", "quick", "compiler")
+        pairs = [(name, found.get(name), self.data[name]) for name in names]
         pairs += [("GPU", found["gpu"]["name"], self.data["gpu"]["name"])]
         return [f"{name} {before}, and not {now}" for name, before, now in pairs if before != now]
 

@@ -183,7 +183,6 @@ PARTS = {
 }  # fmt: skip
 PART_OF = {name: part for part, names in PARTS.items() for name in names}
 
-
 # By a part of the C++ type's symbol. A kernel takes either type of 16 bits.
 DTYPES = {"AnyFloat16": ("bfloat16", "float16"), "f": ("float32",)}
 
@@ -225,9 +224,7 @@ class Kernel(NamedTuple):
     @property
     def masked(self):
         """Whether it takes weights and ignored labels."""
-        return len(self.numbers) > {"Direct": 2, "Rows": 1, "Staged": 3}[self.access] and bool(
-            self.numbers[-1]
-        )
+        return self.access != "Direct" and bool(self.numbers[-1])
 
     @property
     def lanes(self):
@@ -264,6 +261,10 @@ class Kernel(NamedTuple):
         rounds = 1 if self.lanes == 1 else (4 if self.lanes < 8 else 8) // self.size
         return WARP // self.lanes * rounds
 
+    def words(self, classes):
+        """How many words of a tile's logits a lane reads at most."""
+        return math.ceil(self.tile * classes * self.size / 16 / WARP)
+
     def stages(self, classes):
         """How many tiles have a place in shared memory."""
         if self.access == "Direct":
@@ -286,7 +287,7 @@ class Steady:
     def __init__(self, flow, first, kernel, classes, cross_entropy=False, flushes=False):
         self.flow, self.kernel = flow, kernel
         self.cross_entropy, self.flushes = cross_entropy, flushes
-        self.words = math.ceil(kernel.tile * classes * kernel.size / 16 / WARP)  # of a lane
+        self.words = kernel.words(classes)
         self.loops = {
             f: Steady(flow, f, kernel, classes, cross_entropy, flushes) for f in flow.inner(first)
         }
@@ -392,11 +393,11 @@ def cost_of_tile(code, kernel, classes, cross_entropy=False):
 
     cost = steady(False)
     items = kernel.numbers[0] * kernel.tile * kernel.lanes // WARP  # that a thread holds
-    words = math.ceil(kernel.tile * classes * kernel.size / 16 / WARP)
+    words = kernel.words(classes) * (1 + (kernel.direction == "gradient"))
     moved = (
         cost["LDGSTS", 16] + cost["STG", 16] + (cost["LDG", 16] if kernel.access == "Direct" else 0)
     )
-    if cost["exponentials"] < items or moved < words * (1 + (kernel.direction == "gradient")):
+    if cost["exponentials"] < items or moved < words:
         raise ValueError(
             f"{kernel} with {classes} classes: the loop found is not the one of a tile"
         )
@@ -474,8 +475,8 @@ def calculate(codes, launches, usages, devices, room):
                         continue
                     put("gpus", *keys, value=reached)
                     put("bound_by", *keys, value=bound if reached < 1 else "memory")
-                    instructions = round(cost["issue"] / kernel.traffic(classes) * 16, 2)
-                    put("instructions", *keys, value=instructions)
+                    issued = round(cost["issue"] / kernel.traffic(classes) * 16, 2)
+                    put("instructions", *keys, value=issued)
     return tables
 
 
@@ -523,8 +524,8 @@ def main():
     """Calculates the bounds from the library beside this one, and writes the record."""
     from dice_op import core
     from helpers import emulation
-    from helpers.launches import DEVICES, as_gcc_names, room, usages
-    from helpers.machine_code import ARCHS, LIBRARY, dump
+    from helpers.launches import DEVICES, codes, room, usages
+    from helpers.machine_code import ARCHS
 
     wanted = {gpu.arch for gpu in GPUS.values()}
     if missing := wanted - set(ARCHS):
@@ -532,16 +533,10 @@ def main():
             f"bounds: this build has no code for {', '.join(sorted(missing))}: "
             "make bounds DICE_OP_CUDA=on DICE_OP_CUDA_ARCHS=80,90"
         )
-    codes = {
-        (arch, as_gcc_names(symbol)): code
-        for arch in wanted
-        for (_, symbol), code in dump("-sass", "-arch", f"sm_{arch}", LIBRARY).items()
-    }
-    launches = emulation.plans(multiprocessors=200, held=32)
     record = {
         "nvcc": core.build_info()["cuda"],
         "memory": {name: gpu.memory for name, gpu in GPUS.items()},
-        **calculate(codes, launches, usages(), DEVICES, room),
+        **calculate(codes(wanted), emulation.plans(), usages(), DEVICES, room),
     }
     RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     RECORD.with_suffix(".md").write_text(as_markdown(record))

@@ -13,9 +13,9 @@ the gradient.
 import json
 import re
 
-from benchmarks.measuring import ROOT
+from benchmarks.gpu import bounds
 
-FILE = ROOT / "benchmarks" / "results" / "calculated.json"
+FILE = bounds.RECORD
 # How far the measured may be from the calculated before it is named, relative to the calculated.
 ALLOWED = 0.15
 # The parts of a measurement, by the name of what was calculated, and what they are a fraction of.

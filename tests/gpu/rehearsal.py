@@ -98,9 +98,9 @@ class EmulatedCore:
         if tensor is None:
             return None
         dtype = str(tensor.dtype).removeprefix("torch.")
-        # Of the device, an array that shares memory needs no more than what its class says.
-        where = device.Device
-        return device.Array(where, tensor.shape, dtype, tensor.data_ptr(), owner=tensor)
+        # An array that shares memory asks its device only for what the class holds. So the class
+        # stands for the device, and none is opened.
+        return device.Array(device.Device, tensor.shape, dtype, tensor.data_ptr(), owner=tensor)
 
 
 def on_the_emulator(make):

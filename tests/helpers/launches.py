@@ -94,6 +94,15 @@ def as_gcc_names(kernel):
     return kernel
 
 
+def codes(archs):
+    """The machine code of each kernel on some architectures: {(arch, kernel): text}."""
+    return {
+        (arch, as_gcc_names(function)): code
+        for arch in archs
+        for (_, function), code in dump("-sass", "-arch", f"sm_{arch}", LIBRARY).items()
+    }
+
+
 def most_threads():
     """The threads that a block of each kernel may have, the same on all architectures."""
     text = output_of(tool("cuobjdump"), "-elf", "-arch", f"sm_{ARCHS[0]}", LIBRARY)

@@ -10,9 +10,9 @@ import re
 import pytest
 
 from benchmarks.gpu import bounds
-from helpers import emulation
-from helpers.launches import DEVICES, as_gcc_names, room, usages
-from helpers.machine_code import ARCHS, LIBRARY, dump, needs_cuda
+from helpers import emulation, launches
+from helpers.launches import DEVICES, room, usages
+from helpers.machine_code import ARCHS, needs_cuda
 
 RECORD = json.loads(bounds.RECORD.read_text())
 
@@ -23,11 +23,7 @@ def codes():
     archs = {gpu.arch for gpu in bounds.GPUS.values()} & set(ARCHS)
     if not archs:
         pytest.skip("no code for the GPUs of the record: DICE_OP_CUDA_ARCHS=80,90 asks for it")
-    return {
-        (arch, as_gcc_names(symbol)): code
-        for arch in archs
-        for (_, symbol), code in dump("-sass", "-arch", f"sm_{arch}", LIBRARY).items()
-    }
+    return launches.codes(archs)
 
 
 def flat(tables):
@@ -50,8 +46,7 @@ def fallen(tables):
 
 @needs_cuda
 def test_no_bound_is_below_the_record():
-    launches = emulation.plans(multiprocessors=200, held=32)
-    found = bounds.calculate(codes(), launches, usages(), DEVICES, room)
+    found = bounds.calculate(codes(), emulation.plans(), usages(), DEVICES, room)
     assert fallen(found) == {}
     compiled = {name for name, gpu in bounds.GPUS.items() if gpu.arch in ARCHS}
     assert set(flat(found)) == {what for what in flat(RECORD) if what[1] in compiled}

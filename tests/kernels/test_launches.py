@@ -76,7 +76,7 @@ def test_the_table_has_every_architecture_of_the_wheels():
 
 @pytest.fixture(scope="module")
 def launches():
-    return emulation.plans(multiprocessors=200, held=32)  # No GPU holds as many blocks.
+    return emulation.plans()
 
 
 @needs_cuda

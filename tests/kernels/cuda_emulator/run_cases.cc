@@ -11,14 +11,9 @@
 #include "core/dtype.h"
 #include "core/problem.h"
 #include "cuda/call.h"
+#include "no_machine_code.h"
 
 namespace dice_op {
-namespace cuda {
-const char* Archs() { return "emulated"; }
-// There is no machine code here, so both kinds of code are the same.
-Variant FindPortable(const Problem& problem, const void* d_logits) { return FindGeneral(problem, d_logits); }
-}  // namespace cuda
-
 namespace {
 
 struct Header {

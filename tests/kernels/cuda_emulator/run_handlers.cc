@@ -18,6 +18,7 @@
 
 #include "core/dice_op.h"
 #include "cuda/call.h"
+#include "no_machine_code.h"
 #include "xla/ffi/api/c_api.h"
 
 struct XLA_FFI_Error {
@@ -25,12 +26,6 @@ struct XLA_FFI_Error {
 };
 
 namespace dice_op {
-namespace cuda {
-const char* Archs() { return "emulated"; }
-// There is no machine code here, so both kinds of code are the same.
-Variant FindPortable(const Problem& problem, const void* d_logits) { return FindGeneral(problem, d_logits); }
-}  // namespace cuda
-
 // In place of the CPU kernels: work that counts how often each of its blocks is done.
 namespace cpu {
 constexpr int kBlocks = 100;

@@ -11,16 +11,11 @@
 #include "core/problem.h"
 #include "cuda/call.h"
 #include "cuda_emulator.h"
+#include "no_machine_code.h"
 
 extern "C" const char __executable_start;  // from the linker; `nm` names the addresses counted from here
 
 namespace dice_op {
-namespace cuda {
-const char* Archs() { return "emulated"; }
-// There is no machine code here, so both kinds of code are the same.
-Variant FindPortable(const Problem& problem, const void* d_logits) { return FindGeneral(problem, d_logits); }
-}  // namespace cuda
-
 namespace {
 
 void Require(const Error& error) {
