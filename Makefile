@@ -12,7 +12,7 @@ csrc := $(shell find csrc -type f)
 c++ := $(csrc) $(shell find tests benchmarks -name '*.cc' -o -name '*.h' -o -name '*.cu')
 export DICE_OP_CUDA DICE_OP_CUDA_ARCHS
 
-.PHONY: help demo test test-full bench bounds build wheels cuda12 check-wheels docs lint stub format clean FORCE
+.PHONY: help demo test test-full reliability bench bounds build wheels cuda12 check-wheels docs lint stub format clean FORCE
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1\t/p' Makefile
@@ -25,6 +25,9 @@ test: lint build  ## check style and types, run the tests
 
 test-full: build .venv/peers  ## run the tests that take long or need more packages
 	$(pytest) -m full
+
+reliability: build .venv/peers  ## try hostile input, faults, huge volumes and long runs, hours; RELIABILITY="-k scale" for some
+	$(python) -m pytest tests/reliability -m "" --record docs/reliability.json $(RELIABILITY)
 
 bench: build .venv/peers  ## compare time and memory with other libraries, half an hour; BENCH="--only '160³ × 4'" for some
 	$(python) -m benchmarks $(BENCH)

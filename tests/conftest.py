@@ -1,4 +1,7 @@
+import datetime
+import json
 import os
+import pathlib
 import sys
 import textwrap
 
@@ -6,21 +9,52 @@ import pytest
 
 # An assertion in there then shows its values when it fails.
 pytest.register_assert_rewrite("helpers")
-from helpers.processes import output_of  # noqa: E402
+from helpers.paths import ROOT  # noqa: E402
+from helpers.processes import alone_in, output_of, run  # noqa: E402
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record", type=pathlib.Path, help="a JSON file for what the tests have seen")
+
+
+@pytest.fixture
+def seen(request):
+    """Writes a number that a test has seen into the file of --record, for docs/reliability.md.
+
+    Without that option it does nothing, so a test must assert what it needs before it calls this.
+    """
+    file = request.config.getoption("--record")
+
+    def write(part, what, value):
+        if file is None:
+            return
+        commit = run("git", "rev-parse", "--short", "HEAD", cwd=ROOT).stdout.strip()
+        entry = {
+            "value": value,
+            "test": request.node.nodeid.partition("[")[0],
+            "date": datetime.date.today().isoformat(),
+            "commit": commit,
+        }
+        with alone_in(ROOT / "build" / "record"):
+            record = json.loads(file.read_text()) if file.exists() else {}
+            record.setdefault(part, {})[what] = entry
+            file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+    return write
 
 
 @pytest.fixture(scope="session")
 def run_python():
     """Runs code in a Python process of its own. Returns what it prints; fails if the code fails."""
 
-    def run(code, *arguments, **environment):
+    def run_code(code, *arguments, **environment):
         command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
         return output_of(*command, **environment)
 
-    return run
+    return run_code
 
 
 @pytest.fixture
