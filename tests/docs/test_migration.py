@@ -166,7 +166,7 @@ def by_monai(name, **arguments):
 
 
 def by_wasserstein(distances, **options):
-    return by_torch(monai.GeneralizedWassersteinDiceLoss(distances, **options))
+    return by_torch(lambda x, y: monai.GeneralizedWassersteinDiceLoss(distances, **options)(x, y))
 
 
 def by_keras(loss, activation=tf.nn.softmax):
