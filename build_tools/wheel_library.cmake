@@ -1,9 +1,16 @@
 # How the libraries of the package are linked. A library exports only what its version script (build_tools/*.map) names,
 # finds the other libraries in its own folder, and holds no debug symbols.
 #
+# They are hardened as Linux distributions harden theirs. A function that writes to an array on its stack notices if it
+# has written past the end (-fstack-protector-strong), all addresses of other libraries are found at loading and are
+# read-only from then on (-z relro, -z now), and no stack may hold code (-z noexecstack).
+#
 # With DICE_OP_GLIBC, which `make wheels` sets, the libraries also run on systems that are older than this one. GCC still
 # compiles, but zig links, because zig knows which symbols each glibc has. libstdc++ is then linked into each library. It
 # must come before TensorFlow on the command line, because TensorFlow exports a part of its own libstdc++.
+
+add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-fstack-protector-strong>
+                    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-fstack-protector-strong>)
 
 if(DICE_OP_GLIBC)
   execute_process(COMMAND ${Python_EXECUTABLE} -c "import ziglang" ERROR_QUIET RESULT_VARIABLE _no_zig)
@@ -29,7 +36,8 @@ endif()
 # set_wheel_library(TARGET MAP [LINK_OPTION ...]) applies these rules to a target that exists already.
 function(set_wheel_library name map)
   set_target_properties(${name} PROPERTIES LINKER_LANGUAGE CXX BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN")
-  target_link_options(${name} PRIVATE -Wl,--as-needed -Wl,--gc-sections -s ${ARGN}
+  target_link_options(${name} PRIVATE -Wl,--as-needed -Wl,--gc-sections -Wl,-z,relro,-z,now,-z,noexecstack -s
+                                      ${ARGN}
                                       -Wl,--version-script=${CMAKE_SOURCE_DIR}/build_tools/${map})
   if(DICE_OP_GLIBC)
     target_sources(${name} PRIVATE ${CMAKE_SOURCE_DIR}/build_tools/old_glibc.cc)
