@@ -1,5 +1,7 @@
 // The entry points of the library. The TensorFlow op, XLA's handlers and the pybind11 module include nothing else.
 //
+// If the system refuses memory, a call throws std::bad_alloc, which each front end turns into its framework's error.
+//
 // The calls take plain pointers, a shape, and memory that the caller owns; nothing here depends on a framework. The
 // comment behind each pointer gives its shape: there are N samples, V voxels per sample and C classes.
 #pragma once
@@ -137,25 +139,29 @@ struct SumsGrad {
 namespace cpu {
 
 // Runs body(begin, end) over disjoint ranges that cover [0, count), on any number of threads. `cost` is a hint: the
-// nanoseconds that one item takes. The result does not depend on how the ranges are cut.
+// nanoseconds that one item takes. The result does not depend on how the ranges are cut. The body must not throw.
 class ParallelFor {
  public:
   using Body = void (*)(void* context, int64_t begin, int64_t end);
   virtual ~ParallelFor() = default;
   virtual void Run(int64_t count, int64_t cost, Body body, void* context) const = 0;
 
-  // Does the same with a function object.
+  // Does the same with a body that may throw, on whichever thread. The caller gets one of the exceptions, when all
+  // threads are done.
+  void RunThrowing(int64_t count, int64_t cost, Body body, void* context) const;
+
+  // Does that with a function object.
   template <class Fn>
   void ForRanges(int64_t count, int64_t cost, const Fn& fn) const {
     if (count == 0) return;
     const auto body = [](void* context, int64_t begin, int64_t end) { (*static_cast<const Fn*>(context))(begin, end); };
-    Run(count, cost, body, const_cast<Fn*>(&fn));
+    RunThrowing(count, cost, body, const_cast<Fn*>(&fn));
   }
 };
 
 // Runs on a pool of threads that others use too. A thread that is slow or starts late takes fewer pieces. The caller
 // works as well, and waits only for helpers that have started: so there is no deadlock when every thread of the pool
-// waits in such a call. The body must not throw.
+// waits in such a call. Where memory is refused, fewer threads work.
 class PoolParallelFor : public ParallelFor {
  public:
   void Run(int64_t count, int64_t cost, Body body, void* context) const noexcept final;

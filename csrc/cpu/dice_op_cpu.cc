@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -137,9 +138,10 @@ Error DiceSums(const Problem& problem, const Sums& sums, void* workspace, const 
   int64_t* const bad = reinterpret_cast<int64_t*>(partials + blocks.count * row);
   const Kernels& kernels = KernelsFor(problem);
   parallel.ForRanges(blocks.count, blocks.Cost(problem), [&](int64_t first, int64_t last) {
+    const std::unique_ptr<char[]> scratch(new char[kernels.scratch_bytes(problem)]);
     std::fill(partials + first * row, partials + last * row, 0.0);
     blocks.ForEach(problem, first, last, [&](int64_t block, int64_t sample, int64_t begin, int64_t end) {
-      bad[block] = kernels.sums(problem, sample, begin, end, partials + block * row);
+      bad[block] = kernels.sums(problem, sample, begin, end, partials + block * row, scratch.get());
     });
   });
   for (int64_t block = 0; block < blocks.count; ++block) {
@@ -158,8 +160,9 @@ void DiceSumsGrad(const Problem& problem, const SumsGrad& grad, const ParallelFo
   const Blocks blocks(problem);
   const Kernels& kernels = KernelsFor(problem);
   parallel.ForRanges(blocks.count, blocks.Cost(problem), [&](int64_t first, int64_t last) {
+    const std::unique_ptr<char[]> scratch(new char[kernels.scratch_bytes(problem)]);
     blocks.ForEach(problem, first, last, [&](int64_t, int64_t sample, int64_t begin, int64_t end) {
-      kernels.grad(problem, grad, sample, begin, end);
+      kernels.grad(problem, grad, sample, begin, end, scratch.get());
     });
   });
 }

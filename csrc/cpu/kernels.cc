@@ -4,7 +4,6 @@
 #include "cpu/kernels.h"
 
 #include <algorithm>
-#include <memory>
 #include <utility>
 
 #include "core/dispatch.h"
@@ -44,17 +43,12 @@ constexpr int64_t kStreamBytes = 8 << 20;
 template <class P, int kCount>
 struct Row {
   P values[kCount];
-  explicit Row(int) {}
+  Row(int, Scratch&) {}
 };
 template <class P>
 struct Row<P, 0> {
-  std::unique_ptr<char[]> memory;
   P* values;
-  explicit Row(int count) : memory(new char[(count + 1) * sizeof(P)]) {
-    void* at = memory.get();
-    size_t space = (count + 1) * sizeof(P);
-    values = static_cast<P*>(std::align(sizeof(P), count * sizeof(P), at, space));
-  }
+  Row(int count, Scratch& scratch) : values(static_cast<P*>(scratch.Take(count * sizeof(P)))) {}
 };
 
 // The running sums of each lane, which Flush adds to the totals.
@@ -68,7 +62,8 @@ struct Accumulators {
   P weight_sum;
   int count, additions = 0;  // additions to each lane since the last Flush
 
-  explicit Accumulators(int classes) : Accumulators(classes, std::make_index_sequence<kClassSumCount>()) {}
+  Accumulators(int classes, Scratch& scratch)
+      : Accumulators(classes, scratch, std::make_index_sequence<kClassSumCount>()) {}
   OfClasses& operator[](Sum sum) { return rows[static_cast<int>(sum)]; }
   void Clear() {
     for (OfClasses& row : rows) std::fill(&row[0], &row[0] + count, P(0));
@@ -85,8 +80,8 @@ struct Accumulators {
 
  private:
   template <size_t... kRow>
-  Accumulators(int classes, std::index_sequence<kRow...>)
-      : rows{(static_cast<void>(kRow), OfClasses(classes))...}, count(kCount ? kCount : classes) {
+  Accumulators(int classes, Scratch& scratch, std::index_sequence<kRow...>)
+      : rows{(static_cast<void>(kRow), OfClasses(classes, scratch))...}, count(kCount ? kCount : classes) {
     Clear();
   }
 };
@@ -124,18 +119,26 @@ struct Block {
     }
   }
 
-  struct Scratch {  // for Add
+  struct Rows {  // for Add
     Row<P, 0> p, scales, weights;
-    Scratch(int classes, int groups) : p(classes), scales(groups), weights(groups) {}
+    Rows(int classes, int groups, Scratch& scratch)
+        : p(classes, scratch), scales(groups, scratch), weights(groups, scratch) {}
   };
 
-  static int64_t Sums(const Problem& problem, int64_t sample, int64_t begin, int64_t end, double* partial) {
+  static size_t ScratchBytes(const Problem& problem) {
+    const size_t of_classes = kClassSumCount + 1, of_groups = 2;  // rows, which are as many as Sums has, and Grad fewer
+    return Tile<R, W>::Bytes(problem) + (of_classes * problem.classes + of_groups * kMaxGroups) * sizeof(P) +
+           (1 + of_classes + of_groups) * Scratch::kAlign;
+  }
+
+  static int64_t Sums(const Problem& problem, int64_t sample, int64_t begin, int64_t end, double* partial,
+                      Scratch scratch) {
     auto terms = TermsOf(problem).To<R>();
     if (!kAsks) terms.cross_entropy = kCrossEntropy;
-    Tile<R, W> tile(problem);
+    Tile<R, W> tile(problem, scratch);
     const Classes k{{static_cast<int>(problem.classes)}, tile.numbers(), {}};
-    Accumulators<P, kCount> sums(k.size());
-    Scratch scratch(k.size(), tile.capacity() / W);
+    Accumulators<P, kCount> sums(k.size(), scratch);
+    Rows rows(k.size(), tile.capacity() / W, scratch);
     int64_t bad = -1;
     for (int64_t v = begin; v < end; v += tile.capacity()) {
       const int64_t label = tile.Load(sample, v, static_cast<int>(std::min<int64_t>(tile.capacity(), end - v)));
@@ -144,7 +147,7 @@ struct Block {
         const int64_t prediction = tile.FindNoProbability();
         if (bad < 0 && prediction >= 0) bad = 2 * prediction + 1;
       }
-      Add(k, terms, tile, scratch, sums);
+      Add(k, terms, tile, rows, sums);
       if (sums.additions + tile.capacity() / W > kFlush) sums.Flush(partial);
     }
     sums.Flush(partial);
@@ -153,8 +156,8 @@ struct Block {
 
   // Computes the voxels first, and then adds up a few classes at a time over all voxels of the tile. So the sums of
   // these classes stay in registers, and no sum waits for a voxel's exponentials and quotient.
-  static void Add(Classes k, const Terms<R>& terms, Tile<R, W>& tile, Scratch& scratch, Accumulators<P, kCount>& sums) {
-    P *const scales = scratch.scales.values, *const weights = scratch.weights.values;
+  static void Add(Classes k, const Terms<R>& terms, Tile<R, W>& tile, Rows& rows, Accumulators<P, kCount>& sums) {
+    P *const scales = rows.scales.values, *const weights = rows.weights.values;
     P *const intersections = &sums[Sum::kIntersection][0], *const pred_sums = &sums[Sum::kPredSum][0];
     P *const label_sums = &sums[Sum::kLabelSum][0], *const unknown_sums = &sums[Sum::kUnknownSum][0];
     P* const distance_sums = &sums[Sum::kDistanceSum][0];
@@ -165,7 +168,7 @@ struct Block {
       P* const stored = reinterpret_cast<P*>(tile.logits(group));
       P held_z[kHeld], held_p[kHeld];
       P* const z = kInRegisters ? held_z : stored;
-      P* const p = kInRegisters ? held_p : kCrossEntropy ? scratch.p.values : stored;
+      P* const p = kInRegisters ? held_p : kCrossEntropy ? rows.p.values : stored;
       for (int i = 0; kInRegisters && i < kCount; ++i) z[i] = stored[i];
       const P m = P::Load(tile.weight(group));
       const auto norm = Activate<Activation>(k, z, p, m, terms);
@@ -219,7 +222,8 @@ struct Block {
     sums.additions += groups;
   }
 
-  static void Grad(const Problem& problem, const SumsGrad& grad, int64_t sample, int64_t begin, int64_t end) {
+  static void Grad(const Problem& problem, const SumsGrad& grad, int64_t sample, int64_t begin, int64_t end,
+                   Scratch scratch) {
     const auto of_sample = [&](Sum sum) {
       const R* const coefficients = static_cast<const R*>(grad.d_sums[sum]);
       return coefficients ? coefficients + sample * problem.classes : nullptr;
@@ -228,10 +232,10 @@ struct Block {
             *n = of_sample(Sum::kNegativeCrossEntropy), *w = of_sample(Sum::kDistanceSum);
     auto terms = TermsOf(problem).To<R>();
     terms.cross_entropy = kAsks ? e != nullptr : kCrossEntropy;
-    Tile<R, W> tile(problem);
+    Tile<R, W> tile(problem, scratch);
     Classes k{{static_cast<int>(problem.classes)}, tile.numbers(), {}};
     const bool stream = grad.d_logits != problem.logits && LogitsBytes(problem) >= kStreamBytes;
-    Row<P, kCount> p(k.size()), h(k.size());
+    Row<P, kCount> p(k.size(), scratch), h(k.size(), scratch);
     for (int64_t v = begin; v < end; v += tile.capacity()) {
       tile.Load(sample, v, static_cast<int>(std::min<int64_t>(tile.capacity(), end - v)));
       for (int group = 0; group < tile.groups(); ++group) {
@@ -275,22 +279,33 @@ Activation ActivationOf(const Problem& problem) {
   return problem.classes ? problem.options.activation : Activation::kNone;
 }
 
-int64_t SumsOfBlock(const Problem& problem, int64_t sample, int64_t begin, int64_t end, double* partial) {
-  return WithAnyActivation(ActivationOf(problem), [&](auto activation) {
-    return WithBlock(problem, activation,
-                     [&](auto block) { return decltype(block)::Sums(problem, sample, begin, end, partial); });
+size_t ScratchBytes(const Problem& problem) {
+  return WithBool(problem.in_double(), [&](auto in_double) {
+    using R = std::conditional_t<in_double.value && kHasDouble, double, float>;
+    return Block<R, Softmax, true, true, 0>::ScratchBytes(problem);  // it is the same for every other block
   });
 }
 
-void GradOfBlock(const Problem& problem, const SumsGrad& grad, int64_t sample, int64_t begin, int64_t end) {
+int64_t SumsOfBlock(const Problem& problem, int64_t sample, int64_t begin, int64_t end, double* partial,
+                    void* scratch) {
+  return WithAnyActivation(ActivationOf(problem), [&](auto activation) {
+    return WithBlock(problem, activation, [&](auto block) {
+      return decltype(block)::Sums(problem, sample, begin, end, partial, Scratch(scratch));
+    });
+  });
+}
+
+void GradOfBlock(const Problem& problem, const SumsGrad& grad, int64_t sample, int64_t begin, int64_t end,
+                 void* scratch) {
   WithActivation(ActivationOf(problem), [&](auto activation) {
-    WithBlock(problem, activation, [&](auto block) { decltype(block)::Grad(problem, grad, sample, begin, end); });
+    WithBlock(problem, activation,
+              [&](auto block) { decltype(block)::Grad(problem, grad, sample, begin, end, Scratch(scratch)); });
   });
 }
 
 }  // namespace
 
 namespace cpu {
-const Kernels DICE_OP_KERNELS = {DICE_OP_LEVEL, SumsOfBlock, GradOfBlock};
+const Kernels DICE_OP_KERNELS = {DICE_OP_LEVEL, ScratchBytes, SumsOfBlock, GradOfBlock};
 }  // namespace cpu
 }  // namespace dice_op

@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <type_traits>
 #include <utility>
 
@@ -44,30 +43,50 @@ struct Ahead {
 
 constexpr int kMaxGroups = 64;
 
+// Hands out scratch memory, piece by piece. Each piece is aligned for any register, which takes up to kAlign bytes
+// more.
+class Scratch {
+ public:
+  static constexpr size_t kAlign = 64;
+
+  explicit Scratch(void* memory) : next_(reinterpret_cast<uintptr_t>(memory)) {}
+  void* Take(size_t bytes) {
+    const uintptr_t taken = (next_ + kAlign - 1) / kAlign * kAlign;
+    next_ = taken + bytes;
+    return reinterpret_cast<void*>(taken);
+  }
+
+ private:
+  uintptr_t next_;
+};
+
 template <class R, int W>
 class Tile {
  public:
   using Int = typename IntFor<R>::type;
   using P = Pack<R, W>;
 
-  // Allocates scratch memory for the blocks of one thread.
-  explicit Tile(const Problem& problem)
+  // The number of voxels. Their logits and dense labels together take about half of a 32 KB cache.
+  static int CapacityFor(const Problem& problem) {
+    const int classes = static_cast<int>(problem.classes);
+    return std::max<int>(2 * W, std::min({512, kMaxGroups * W, 2048 / std::max(1, classes)}) / W * W);
+  }
+  // The number of bytes of scratch memory that a tile takes.
+  static size_t Bytes(const Problem& problem) {
+    return Numbers(problem) * sizeof(R) + CapacityFor(problem) * sizeof(Int) + problem.classes * sizeof(int);
+  }
+
+  Tile(const Problem& problem, Scratch& scratch)
       : problem_(problem),
         classes_(static_cast<int>(problem.classes)),
         logit_size_(SizeOf(problem.logits_dtype)),
-        // logits and dense labels together take about half of a 32 KB cache
-        capacity_(std::max<int>(2 * W, std::min({512, kMaxGroups * W, 2048 / std::max(1, classes_)}) / W * W)) {
+        capacity_(CapacityFor(problem)) {
     const size_t volume = static_cast<size_t>(capacity_) * classes_;
-    const size_t numbers = (2 + problem.labels_per_class() + problem.has_distances()) * volume + capacity_;
-    size_t space = numbers * sizeof(R) + capacity_ * sizeof(Int) + classes_ * sizeof(int) + kAlign;
-    memory_.reset(new char[space]);
-    void* at = memory_.get();
-    std::align(kAlign, space - kAlign, at, space);
-    logits_ = static_cast<R*>(at);
+    logits_ = static_cast<R*>(scratch.Take(Bytes(problem)));
     rows_ = logits_ + volume;
     labels_ = rows_ + volume;
     distances_ = labels_ + volume;
-    weight_ = logits_ + numbers - capacity_;
+    weight_ = logits_ + Numbers(problem) - capacity_;
     index_ = reinterpret_cast<Int*>(weight_ + capacity_);
     numbers_ = reinterpret_cast<int*>(index_ + capacity_);
     for (int c = 0; c < classes_; ++c) numbers_[c] = c;
@@ -141,7 +160,11 @@ class Tile {
   }
 
  private:
-  static constexpr size_t kAlign = 64;
+  // The number of numbers of type R in a tile.
+  static size_t Numbers(const Problem& problem) {
+    const size_t capacity = CapacityFor(problem), volume = capacity * problem.classes;
+    return (2 + problem.labels_per_class() + problem.has_distances()) * volume + capacity;
+  }
 
   bool channels_last() const { return problem_.channels_last(); }
 
@@ -334,13 +357,12 @@ class Tile {
   int64_t sample_ = 0, begin_ = 0;
   int count_ = 0;
   bool ones_ = false;  // all numbers in weight_ are 1
-  std::unique_ptr<char[]> memory_;
-  R* logits_;     // [group][C][W]; later the gradients
-  R* rows_;       // scratch between memory and groups: [voxel][C], or the voxels of a class
-  R* labels_;     // [group][C][W], if there is a label per class
-  R* distances_;  // [group][C][W], if there are distances
-  R* weight_;     // [voxel]
-  Int* index_;    // [voxel] the class, or a set behind the classes (see LabelSets), or -1
+  R* logits_;          // [group][C][W]; later the gradients
+  R* rows_;            // scratch between memory and groups: [voxel][C], or the voxels of a class
+  R* labels_;          // [group][C][W], if there is a label per class
+  R* distances_;       // [group][C][W], if there are distances
+  R* weight_;          // [voxel]
+  Int* index_;         // [voxel] the class, or a set behind the classes (see LabelSets), or -1
   int* numbers_;
 };
 

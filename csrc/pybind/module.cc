@@ -20,7 +20,7 @@
 namespace dice_op {
 namespace {
 
-// Starts `threads` threads for each call. They take the blocks one by one from a counter.
+// Starts `threads` threads for each call, or as many as the system has. They take the blocks one by one from a counter.
 class Threads final : public cpu::ParallelFor {
  public:
   explicit Threads(int threads) : threads_(threads > 0 ? threads : std::max(1u, std::thread::hardware_concurrency())) {}
@@ -31,7 +31,10 @@ class Threads final : public cpu::ParallelFor {
       for (int64_t i; (i = next.fetch_add(1)) < count;) body(context, i, i + 1);
     };
     std::vector<std::thread> others;
-    for (int64_t i = 1; i < std::min<int64_t>(threads_, count); ++i) others.emplace_back(work);
+    try {
+      for (int64_t i = 1; i < std::min<int64_t>(threads_, count); ++i) others.emplace_back(work);
+    } catch (const std::exception&) {  // no thread more, or no memory for one: those that there are do the work
+    }
     work();
     for (auto& thread : others) thread.join();
   }
@@ -51,6 +54,7 @@ Regions RegionsOfLists(const py::object& lists) {
       for (const py::handle label : region) labels.back().push_back(label.cast<int64_t>());
     }
   } catch (const std::exception&) {
+    ThrowAgainIfNotOfArgument();
     throw py::type_error("regions must be a list of the label values of each class, such as [(1, 2, 3), (2, 3), (3,)]");
   }
   Regions regions;
@@ -67,6 +71,7 @@ LabelSets LabelSetsOfDict(const py::object& dict) {
       for (const py::handle c : classes) classes_of_labels.back().second.push_back(c.cast<int64_t>());
     }
   } catch (const std::exception&) {
+    ThrowAgainIfNotOfArgument();
     throw py::type_error(
         "label_sets must be a dict from label values to the classes that each may stand for, such as "
         "{200: (0, 2, 3), 201: (0, 1, 4)}");

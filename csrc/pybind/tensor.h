@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -65,6 +66,19 @@ inline void Require(const Error& error) {
       break;
   }
   throw std::runtime_error(error.message);
+}
+
+// While an exception is handled: throws it again if it says nothing about an argument, but that there is no memory, or
+// that the user has interrupted.
+inline void ThrowAgainIfNotOfArgument() {
+  try {
+    throw;
+  } catch (const std::bad_alloc&) {
+    throw;
+  } catch (const py::error_already_set& error) {
+    if (error.matches(PyExc_MemoryError) || !error.matches(PyExc_Exception)) throw;
+  } catch (const std::exception&) {
+  }
 }
 
 [[noreturn]] inline void RefuseDType(const std::string& name, const std::string& dtype) {
@@ -186,6 +200,7 @@ inline py::array Converted(const py::object& object, const char* name) {
   try {
     return py::module_::import("numpy").attr("ascontiguousarray")(object);
   } catch (const py::error_already_set& error) {
+    ThrowAgainIfNotOfArgument();
     throw py::type_error(std::string(name) + " is a " + std::string(py::str(py::type::of(object).attr("__name__"))) +
                          ", which cannot be made an array: " + std::string(py::str(error.value())));
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <new>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -53,6 +54,16 @@ inline absl::Status ToStatus(const Error& error) {
       break;
   }
   return absl::InternalError(error.message);
+}
+
+// Returns what fn returns. No exception may pass through TensorFlow, so a refusal of memory becomes a status.
+template <class Fn>
+absl::Status Guarded(const Fn& fn) {
+  try {
+    return fn();
+  } catch (const std::bad_alloc&) {
+    return absl::ResourceExhaustedError("dice_op got no memory from the system");
+  }
 }
 
 // Reads the options. `Context` is an InferenceContext or an OpKernelConstruction: both have GetAttr.

@@ -30,10 +30,16 @@ Dims DimsOf(const Tensor& tensor) {
 class DiceKernel : public OpKernel {
  public:
   explicit DiceKernel(OpKernelConstruction* context) : OpKernel(context) {
-    OP_REQUIRES_OK(context, ReadAttributes(context, &attributes_));
+    OP_REQUIRES_OK(context, Guarded([&] { return ReadAttributes(context, &attributes_); }));
+  }
+
+  void Compute(OpKernelContext* context) final {
+    OP_REQUIRES_OK(context, Guarded([&] { return Call(context); }));
   }
 
  protected:
+  virtual absl::Status Call(OpKernelContext* context) const = 0;
+
   absl::Status ProblemOf(OpKernelContext* context, Problem* problem) const {
     *problem = attributes_;
     OpInputList weight;
@@ -57,21 +63,21 @@ class DiceSumsKernel : public DiceKernel {
  public:
   using DiceKernel::DiceKernel;
 
-  void Compute(OpKernelContext* context) override {
+ protected:
+  absl::Status Call(OpKernelContext* context) const final {
     Problem problem;
-    OP_REQUIRES_OK(context, ProblemOf(context, &problem));
+    TF_RETURN_IF_ERROR(ProblemOf(context, &problem));
     Sums sums;
     for (const SumInfo& info : kSums) {
       Tensor* output;
-      OP_REQUIRES_OK(context,
-                     context->allocate_output(static_cast<int>(info.sum), TensorShape(problem.DimsOf(info)), &output));
+      TF_RETURN_IF_ERROR(
+          context->allocate_output(static_cast<int>(info.sum), TensorShape(problem.DimsOf(info)), &output));
       if (problem.Has(info.sum)) sums[info.sum] = output->data();
     }
-    OP_REQUIRES_OK(context, Run(context, problem, sums));
+    return Run(context, problem, sums);
   }
 
- protected:
-  virtual absl::Status Run(OpKernelContext* context, const Problem& problem, const Sums& sums) = 0;
+  virtual absl::Status Run(OpKernelContext* context, const Problem& problem, const Sums& sums) const = 0;
 
   // Allocates scratch memory on the op's device.
   static absl::Status Allocate(OpKernelContext* context, size_t bytes, Tensor* memory) {
@@ -84,31 +90,32 @@ class DiceSumsGradKernel : public DiceKernel {
  public:
   using DiceKernel::DiceKernel;
 
-  void Compute(OpKernelContext* context) override {
+ protected:
+  absl::Status Call(OpKernelContext* context) const final {
     Problem problem;
-    OP_REQUIRES_OK(context, ProblemOf(context, &problem));
+    TF_RETURN_IF_ERROR(ProblemOf(context, &problem));
     SumsGrad grad;
     for (const SumInfo& info : kSums) {
       if (!info.has_gradient) continue;
       const std::string name = std::string("d_") + info.name;
       const Tensor* d_sum;
-      OP_REQUIRES_OK(context, context->input(name, &d_sum));
+      TF_RETURN_IF_ERROR(context->input(name, &d_sum));
       const TensorShape expected(problem.DimsOf(info));
-      OP_REQUIRES(context, d_sum->shape() == expected,
-                  absl::InvalidArgumentError(name + " has shape " + d_sum->shape().DebugString() +
-                                             ", but must have shape " + expected.DebugString()));
+      if (d_sum->shape() != expected) {
+        return absl::InvalidArgumentError(name + " has shape " + d_sum->shape().DebugString() +
+                                          ", but must have shape " + expected.DebugString());
+      }
       if (problem.Has(info.sum)) grad.d_sums[info.sum] = d_sum->data();
     }
     // If nobody else uses the logits, the gradient overwrites their memory. This is safe, because a whole tile is read
     // before it is written.
     Tensor* d_logits;
-    OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({0}, 0, context->input(0).shape(), &d_logits));
+    TF_RETURN_IF_ERROR(context->forward_input_or_allocate_output({0}, 0, context->input(0).shape(), &d_logits));
     grad.d_logits = d_logits->data();
-    OP_REQUIRES_OK(context, Run(context, problem, grad));
+    return Run(context, problem, grad);
   }
 
- protected:
-  virtual absl::Status Run(OpKernelContext* context, const Problem& problem, const SumsGrad& grad) = 0;
+  virtual absl::Status Run(OpKernelContext* context, const Problem& problem, const SumsGrad& grad) const = 0;
 };
 
 // --- CPU ----------------------------------------------------------------------------------------------
@@ -143,7 +150,7 @@ class DiceSumsCpu final : public DiceSumsKernel {
   using DiceSumsKernel::DiceSumsKernel;
 
  private:
-  absl::Status Run(OpKernelContext* context, const Problem& problem, const Sums& sums) override {
+  absl::Status Run(OpKernelContext* context, const Problem& problem, const Sums& sums) const override {
     Tensor workspace;
     TF_RETURN_IF_ERROR(Allocate(context, cpu::DiceSumsWorkspace(problem), &workspace));
     WarnOfFractions(problem);
@@ -156,7 +163,7 @@ class DiceSumsGradCpu final : public DiceSumsGradKernel {
   using DiceSumsGradKernel::DiceSumsGradKernel;
 
  private:
-  absl::Status Run(OpKernelContext* context, const Problem& problem, const SumsGrad& grad) override {
+  absl::Status Run(OpKernelContext* context, const Problem& problem, const SumsGrad& grad) const override {
     cpu::DiceSumsGrad(problem, grad, ThreadPool(context));
     return absl::OkStatus();
   }
@@ -181,7 +188,7 @@ class DiceSumsGpu final : public DiceSumsKernel {
   using DiceSumsKernel::DiceSumsKernel;
 
  private:
-  absl::Status Run(OpKernelContext* context, const Problem& problem, const Sums& sums) override {
+  absl::Status Run(OpKernelContext* context, const Problem& problem, const Sums& sums) const override {
     void* stream = nullptr;
     TF_RETURN_IF_ERROR(StreamOf(context, &stream));
     size_t bytes = 0;
@@ -197,7 +204,7 @@ class DiceSumsGradGpu final : public DiceSumsGradKernel {
   using DiceSumsGradKernel::DiceSumsGradKernel;
 
  private:
-  absl::Status Run(OpKernelContext* context, const Problem& problem, const SumsGrad& grad) override {
+  absl::Status Run(OpKernelContext* context, const Problem& problem, const SumsGrad& grad) const override {
     void* stream = nullptr;
     TF_RETURN_IF_ERROR(StreamOf(context, &stream));
     return ToStatus(cuda::DiceSumsGrad(problem, grad, stream));

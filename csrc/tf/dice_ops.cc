@@ -18,8 +18,7 @@ Dims DimsOf(InferenceContext* c, ShapeHandle shape) {
   return dims;
 }
 
-// Checks what is known of the inputs' shapes before anything runs.
-absl::Status Check(InferenceContext* c, Problem* problem, bool* known) {
+absl::Status CheckShapes(InferenceContext* c, Problem* problem, bool* known) {
   TF_RETURN_IF_ERROR(ReadAttributes(c, problem));
   std::vector<ShapeHandle> weight;
   TF_RETURN_IF_ERROR(c->input("voxel_weight", &weight));
@@ -31,6 +30,11 @@ absl::Status Check(InferenceContext* c, Problem* problem, bool* known) {
     weight_dims = DimsOf(c, weight[0]);
   }
   return ToStatus(MakeProblem(DimsOf(c, c->input(0)), DimsOf(c, c->input(1)), weight_dims, problem));
+}
+
+// Checks what is known of the inputs' shapes before anything runs.
+absl::Status Check(InferenceContext* c, Problem* problem, bool* known) {
+  return Guarded([&] { return CheckShapes(c, problem, known); });
 }
 
 absl::Status SumsShape(InferenceContext* c) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <functional>
 #include <iterator>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -286,21 +287,38 @@ auto BindOperands() {
       .RemainingArgs();
 }
 
+// Returns what fn returns. No exception may pass through XLA's interface, which is one of C, so a refusal of memory
+// becomes an error.
+template <class Fn>
+XLA_FFI_Error* Guarded(XLA_FFI_CallFrame* frame, const Fn& fn) {
+  try {
+    return fn();
+  } catch (const std::bad_alloc&) {
+    XLA_FFI_Error_Create_Args args = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, nullptr,
+                                      "dice_op got no memory from the system", XLA_FFI_Error_Code_RESOURCE_EXHAUSTED};
+    return frame->api->XLA_FFI_Error_Create(&args);
+  }
+}
+
 template <class Platform>
 XLA_FFI_Error* CallSums(XLA_FFI_CallFrame* frame) {
-  static auto* const handler =
-      BindOperands<Platform>().RemainingRets().Attrs().To(SumsImpl<Platform>, Platform::TraitsOfCalls()).release();
-  return handler->Call(frame);
+  return Guarded(frame, [&] {
+    static auto* const handler =
+        BindOperands<Platform>().RemainingRets().Attrs().To(SumsImpl<Platform>, Platform::TraitsOfCalls()).release();
+    return handler->Call(frame);
+  });
 }
 
 template <class Platform>
 XLA_FFI_Error* CallGrad(XLA_FFI_CallFrame* frame) {
-  static auto* const handler = BindOperands<Platform>()
-                                   .template Ret<AnyBuffer>()
-                                   .Attrs()
-                                   .To(GradImpl<Platform>, Platform::TraitsOfCalls())
-                                   .release();
-  return handler->Call(frame);
+  return Guarded(frame, [&] {
+    static auto* const handler = BindOperands<Platform>()
+                                     .template Ret<AnyBuffer>()
+                                     .Attrs()
+                                     .To(GradImpl<Platform>, Platform::TraitsOfCalls())
+                                     .release();
+    return handler->Call(frame);
+  });
 }
 
 template <class Platform>

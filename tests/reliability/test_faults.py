@@ -1,0 +1,397 @@
+"""What fails around the library is said, and the next call is right.
+
+Memory that is refused, threads that cannot start, CUDA's errors, interrupts, processes that fork,
+several interpreters, disks that are full.
+"""
+
+import importlib.util
+import sys
+
+import pytest
+
+from helpers import emulation
+from helpers.paths import BUILD, PACKAGE, TESTS
+from helpers.processes import alone_in, output_of
+
+NEEDS_TORCH = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="needs PyTorch")
+NEEDS_JAX = pytest.mark.skipif(not importlib.util.find_spec("jax"), reason="needs JAX")
+
+# --- memory and threads ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_refusing(run_python):
+    """Runs code in a process where refuse.c stands before the C library."""
+    folder = BUILD / "refuse"
+    source, library = TESTS / "reliability" / "refuse.c", folder / "refuse.so"
+    with alone_in(folder):
+        flags = ["-O1", "-fPIC", "-shared", "-fexceptions"]
+        output_of(emulation.CXX, "-x", "c", *flags, source, "-o", library, "-ldl")
+    return lambda code, *arguments: run_python(
+        REFUSE + code, f"{PACKAGE.resolve()}/", *arguments, LD_PRELOAD=str(library)
+    )
+
+
+# What the process runs first.
+REFUSE = '''
+import ctypes, gc, os, sys
+import numpy as np
+from dice_op import core
+
+shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
+shim.refuse_live.restype = shim.refuse_end.restype = ctypes.c_long
+shim.refuse_from.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_int]
+FOLDER = sys.argv[1].encode()
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return np.array_equal(a, b, equal_nan=np.asarray(a).dtype.kind == "f")
+
+def refuse(call, errors, aligned_within=False, most=10_000):
+    """Refuses the call each of its requests in turn, alone and with all that follow.
+
+    Each time there is one of the errors or the right result, and then the next call is right. In
+    the end we hold as many blocks of memory as before.
+    Returns how many calls were refused something, and how many of them gave an error.
+    """
+    for _ in range(3):
+        wanted = call()
+    gc.collect()
+    live, refused, raised = shim.refuse_live(), 0, 0
+    for all_after in (False, True):
+        for number in range(1, most):
+            shim.refuse_from(number, all_after, aligned_within)
+            result = None
+            try:
+                result = call()
+            except errors as error:
+                message = str(error)
+                shim.refuse_end()
+                assert message
+                raised += 1
+            finally:
+                was_refused = shim.refuse_end()
+            if not was_refused:
+                assert same(result, wanted)
+                break
+            refused += 1
+            assert result is None or same(result, wanted), (number, all_after, result, wanted)
+            del result
+            assert same(call(), wanted), (number, all_after)
+            if shim.refuse_live() != live:
+                gc.collect()
+            assert shim.refuse_live() == live, (number, all_after, shim.refuse_live() - live)
+        else:
+            raise AssertionError("there is no end of requests")
+    return refused, raised
+
+def volume(voxels=70_000, classes=4, samples=1):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(samples, voxels, classes)).astype(np.float32)
+    return x, rng.integers(0, classes, (samples, voxels)).astype(np.uint8)
+'''
+
+CORE_CALLS = """
+x, y = volume()
+maps = np.repeat(y, 40, 1)  # three tasks
+some = x[:, :1000], y[:, :1000]
+d = np.ones((1, 4), np.float32)
+d64 = d.astype(float)
+
+def bad_label():
+    try:
+        return core.sums(x, y + 1, threads=3)
+    except ValueError as error:
+        return str(error)
+
+CALLS = {
+    "sums": lambda: core.sums(x, y, threads=1),
+    "sums on threads": lambda: core.sums(x, y, cross_entropy=True, threads=4),
+    "sums in double": lambda: core.sums(x[:, :9000].astype(float), y[:, :9000], threads=4),
+    "sums of lists": lambda: core.sums([[[0.5, 1.0]]], [[1]]),
+    "sums with options": lambda: core.sums(
+        *some, voxel_weight=np.ones((1, 1000)), ignore_label=3, cross_entropy=True,
+        focal_gammas=[1, 2, 0.5, 0], label_sets={7: (0, 2)}),
+    "sums with distances": lambda: core.sums(*some, dist_matrix=1 - np.eye(4)),
+    "sums with regions": lambda: core.sums(
+        *some, regions=[(1, 2, 3), (2, 3), (3,), (0,)], activation="sigmoid"),
+    "a bad label": bad_label,
+    "gradient": lambda: core.gradient(x, y, d_intersection=d, d_pred_sum=d, threads=1),
+    "gradient on threads": lambda: core.gradient(
+        x, y, d_intersection=d, d_pred_sum=d, d_cross_entropy=d, cross_entropy=True, threads=4),
+    "gradient in double": lambda: core.gradient(
+        x[:, :9000].astype(float), y[:, :9000], d_intersection=d64, d_pred_sum=d64, threads=2),
+    "scores of logits": lambda: core.scores(x, y, threads=3),
+    "scores of label maps": lambda: core.scores(maps, maps, classes=4, threads=4),
+    "attributes": lambda: core.op_attributes(label_sets={7: (0, 2)}, focal_gammas=[1, 2]),
+    "label kind": lambda: core.label_kind([None, None, 4], [None, None], "uint8"),
+}
+"""
+
+
+def test_memory_and_threads_that_are_refused_leave_the_module_working(run_refusing, seen):
+    """Refused to each call of dice_op.core in turn: every block of memory and every thread."""
+    out = run_refusing(
+        CORE_CALLS
+        + """
+assert shim.refuse_watch(FOLDER) > 0
+for name, call in CALLS.items():
+    print(name, *refuse(call, MemoryError), sep=",")
+"""
+    )
+    counts = {name: (int(a), int(b)) for name, a, b in (row.split(",") for row in out.splitlines())}
+    assert len(counts) == 15
+    for name, (refused, raised) in counts.items():
+        assert refused >= 10, (name, refused)
+        # Some are borne: where no thread can start, or none more, fewer work.
+        assert raised < refused if "threads" in name else raised > 0, (name, refused, raised)
+        seen("faults", f"requests refused: core, {name}", refused)
+
+
+@pytest.mark.full
+def test_memory_may_be_refused_to_the_first_call_of_a_process(run_refusing, seen):
+    """What is set up once is then set up by the next call."""
+    out = run_refusing(
+        CORE_CALLS
+        + """
+assert shim.refuse_watch(FOLDER) > 0
+for name in ("sums on threads", "gradient on threads", "scores of label maps"):
+    call, pid, number = CALLS[name], 0, 0
+    while True:
+        number += 1
+        pid = os.fork()  # as no call has been made here yet
+        if not pid:
+            shim.refuse_from(number, number % 2, False)
+            result = None
+            try:
+                result = call()
+            except MemoryError:
+                pass
+            finally:
+                was_refused = shim.refuse_end()
+            wanted = call()
+            assert result is None or same(result, wanted)
+            os._exit(0 if was_refused else 77)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if status == 77:
+            break
+        assert status == 0, (name, number, status)
+    print(number - 1)
+"""
+    )
+    refused = list(map(int, out.split()))
+    assert len(refused) == 3 and min(refused) >= 10
+    seen("faults", "requests refused: core, first calls of a process", sum(refused))
+
+
+def test_a_gradient_that_does_not_fit_in_memory_is_a_memory_error(run_python):
+    run_python(
+        """
+        import resource
+        import numpy as np
+        from dice_op import core
+
+        x = np.zeros((1, 1 << 22, 4), np.float32)  # 64 MB
+        y = np.zeros((1, 1 << 22), np.uint8)
+        d = np.ones((1, 4), np.float32)
+        wanted = core.gradient(x, y, d_intersection=d, d_pred_sum=d)
+        expected = wanted.copy()
+        with open("/proc/self/statm") as file:
+            size = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (16 << 20), -1))
+        for threads in (1, 4, 64):
+            try:
+                core.gradient(x, y, d_intersection=d, d_pred_sum=d, threads=threads)
+            except MemoryError:
+                pass
+            else:
+                raise AssertionError("there was memory")
+            core.gradient(x, y, d_intersection=d, d_pred_sum=d, threads=threads, out=wanted)
+            assert np.array_equal(wanted, expected)
+        """
+    )
+
+
+def test_what_is_no_fault_of_an_argument_is_not_blamed_on_it(run_python):
+    """An interrupt, or that there is no memory, while Python reads an option."""
+    run_python(
+        """
+        import numpy as np
+        from dice_op import core
+
+        class Raises:
+            def __init__(self, error):
+                self.error = error
+            def __iter__(self):
+                raise self.error
+            def __array__(self, *args, **kwargs):
+                raise self.error
+            def items(self):
+                raise self.error
+
+        x, y = np.zeros((1, 5, 3), np.float32), np.zeros((1, 5), np.uint8)
+        for error, wanted in (
+            (MemoryError(), MemoryError),
+            (KeyboardInterrupt(), KeyboardInterrupt),
+            (RuntimeError(), TypeError),
+        ):
+            for call in (
+                lambda: core.sums(x, y, regions=Raises(error), activation="sigmoid"),
+                lambda: core.sums(x, y, label_sets={7: Raises(error)}),
+                lambda: core.sums(Raises(error), y),
+            ):
+                try:
+                    call()
+                except wanted:
+                    continue
+                raise AssertionError((error, wanted))
+        """
+    )
+
+
+TENSORFLOW_CALLS = """
+import tensorflow as tf
+from dice_op.ops import dice_sums
+
+tf.config.threading.set_inter_op_parallelism_threads(1)
+x, y = volume()
+x, y = tf.constant(x), tf.constant(y)
+
+def step():
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        sums = dice_sums(y, x, activation="softmax", cross_entropy=True)
+        loss = tf.reduce_sum(sums.intersection) + tf.reduce_sum(sums.cross_entropy)
+    return [loss.numpy(), tape.gradient(loss, x).numpy()]
+"""
+
+
+def counts_of(out):
+    return tuple(map(int, out.splitlines()[-1].split(",")))
+
+
+@pytest.mark.full
+def test_memory_that_is_refused_to_the_tensorflow_op_is_exhausted(run_refusing, seen):
+    out = run_refusing(
+        TENSORFLOW_CALLS
+        + """
+step()
+assert shim.refuse_watch(FOLDER) > 0
+print(*refuse(step, (tf.errors.ResourceExhaustedError, MemoryError)), sep=",")
+"""
+    )
+    refused, raised = counts_of(out)
+    assert refused >= 20 and raised > 0
+    seen("faults", "requests refused: the TensorFlow op", refused)
+
+
+@pytest.mark.full
+def test_tensorflows_own_allocator_may_refuse(run_refusing, seen):
+    """Where the op asks it for its outputs and its scratch memory."""
+    out = run_refusing(
+        TENSORFLOW_CALLS
+        + """
+step()
+assert shim.refuse_watch(FOLDER) > 0
+print(*refuse(step, (tf.errors.ResourceExhaustedError, MemoryError), True), sep=",")
+"""
+    )
+    refused, raised = counts_of(out)
+    assert refused >= 10 and raised > 0
+    seen("faults", "requests refused: TensorFlow's allocator around the op", refused)
+
+
+@pytest.mark.full
+def test_memory_that_is_refused_to_xlas_handlers_is_exhausted(run_refusing, seen):
+    out = run_refusing(
+        TENSORFLOW_CALLS
+        + """
+@tf.function(jit_compile=True)
+def gradient_of():
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        sums = dice_sums(y, x, activation="softmax", cross_entropy=True)
+        loss = tf.reduce_sum(sums.intersection) + tf.reduce_sum(sums.cross_entropy)
+    return loss, tape.gradient(loss, x)
+
+def step():
+    return [part.numpy() for part in gradient_of()]
+
+step()
+assert shim.refuse_watch(FOLDER) > 0
+print(*refuse(step, (tf.errors.ResourceExhaustedError, MemoryError)), sep=",")
+"""
+    )
+    refused, raised = counts_of(out)
+    assert refused >= 20 and raised > 0
+    seen("faults", "requests refused: XLA's handlers in TensorFlow", refused)
+
+
+@pytest.mark.full
+@NEEDS_JAX
+def test_memory_that_is_refused_to_jax_is_exhausted(run_refusing, seen):
+    out = run_refusing(
+        """
+import jax
+import dice_op.jax as dice
+
+x, y = volume()
+loss = dice.DiceCELoss()
+both = jax.jit(jax.value_and_grad(lambda x: loss(x, y)))
+
+def step():
+    value, gradient = both(x)
+    return [np.asarray(value), np.asarray(gradient)]
+
+step()
+assert shim.refuse_watch(FOLDER) > 0
+print(*refuse(step, (jax.errors.JaxRuntimeError, ValueError, MemoryError)), sep=",")
+"""
+    )
+    refused, raised = counts_of(out)
+    assert refused >= 20 and raised > 0
+    seen("faults", "requests refused: XLA's handlers in JAX", refused)
+
+
+@pytest.mark.full
+def test_threads_of_a_program_that_end_leave_nothing(run_refusing, seen):
+    rounds = 1000
+    out = run_refusing(
+        CORE_CALLS
+        + """
+import threading
+assert shim.refuse_watch(FOLDER) > 0
+x, y, maps = x[:, :40_000], y[:, :40_000], maps[:, :1_100_000]  # two or three tasks
+
+def work(results):
+    results.append((core.sums(x, y, threads=2), core.scores(maps, maps, classes=4, threads=2)))
+
+def in_a_thread():
+    results = []
+    thread = threading.Thread(target=work, args=(results,))
+    thread.start()
+    thread.join()
+    return results
+
+def memory():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+for _ in range(50):
+    wanted = in_a_thread()
+gc.collect()
+live, resident, threads = shim.refuse_live(), memory(), len(os.listdir("/proc/self/task"))
+for _ in range(int(sys.argv[2])):
+    assert same(in_a_thread(), wanted)
+gc.collect()
+assert shim.refuse_live() == live
+assert len(os.listdir("/proc/self/task")) == threads
+print(memory() - resident)
+""",
+        rounds,
+    )
+    assert int(out) < 4 << 20
+    seen("faults", "bytes that 1000 threads which ended have left", int(out))
