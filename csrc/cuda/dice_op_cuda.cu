@@ -39,6 +39,7 @@ constexpr int kMostShared = 64 << 10;
 // Turns an error of the CUDA runtime into one of ours.
 Error ErrorOf(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return {};
+  cudaGetLastError();  // else the next caller of the runtime would see the error
   std::string text = std::string(what) + ": " + cudaGetErrorString(error);
 #ifdef __CUDACC__
   if (HasNoCode(error) || error == cudaErrorUnsupportedPtxVersion) {
@@ -287,7 +288,7 @@ const char* Archs() { return DICE_OP_CUDA_ARCHS; }
 
 int CurrentDevice() {
   int device = -1;
-  return cudaGetDevice(&device) == cudaSuccess ? device : -1;
+  return ErrorOf(cudaGetDevice(&device), "cudaGetDevice") ? -1 : device;
 }
 
 Error Allocate(size_t bytes, void* stream, void** memory) {

@@ -126,22 +126,40 @@ def _build_plans():
     return _made(folder, _key("plain", *folders, EMULATOR), make) / "run_plans"
 
 
-def build_handlers(include):
-    """XLA's handlers over the same few kernels, called by an XLA that is a stand-in."""
+def build_faults():
+    """run_faults.cc over the same few kernels, and with what allocates device memory."""
     kernels = build("address", few=True).parent
-    folder = BUILD / "cuda_emulator" / "handlers"
+    folder = BUILD / "cuda_emulator" / "faults"
+    sources = CSRC / "cuda" / "dice_op_cuda.cu", EMULATOR / "run_faults.cc"
+    own = [folder / f"{source.stem}.o" for source in sources]
+    others = ("engine", "options", "problem", "kernels")
+
+    def make():
+        version = ['-DDICE_OP_CUDA_VERSION="0.0"', '-DDICE_OP_CUDA_ARCHS="emulated"']
+        for source, output in zip(sources, own, strict=True):
+            _compile(source, output, [*_flags("address", CSRC), *version])
+        _link("address", [*own, *(kernels / f"{o}.o" for o in others)], folder / "run_faults")
+
+    folders = [CSRC / name for name in ("core", "cuda")]
+    return _made(folder, _key("address", *folders, EMULATOR), make) / "run_faults"
+
+
+def build_handlers(include, kind="address"):
+    """XLA's handlers over the same few kernels, called by an XLA that is a stand-in."""
+    kernels = build(kind, few=True).parent
+    folder = BUILD / "cuda_emulator" / f"handlers_{kind}"
     sources = CSRC / "xla" / "handlers.cc", CSRC / "cpu" / "pool.cc", EMULATOR / "run_handlers.cc"
     own = [folder / f"{source.stem}.o" for source in sources]
     others = ("engine", "options", "problem", "kernels", "dice_op_cuda")
 
     def make():
-        flags = [*_flags("address", CSRC), "-isystem", include, "-DDICE_OP_WITH_CUDA"]
+        flags = [*_flags(kind, CSRC), "-isystem", include, "-DDICE_OP_WITH_CUDA"]
         for source, output in zip(sources, own, strict=True):
             _compile(source, output, flags)
-        _link("address", [*own, *(kernels / f"{o}.o" for o in others)], folder / "run_handlers")
+        _link(kind, [*own, *(kernels / f"{o}.o" for o in others)], folder / "run_handlers")
 
     folders = [CSRC / name for name in ("core", "cpu", "cuda", "xla")]
-    return _made(folder, _key("address", *folders, EMULATOR), make) / "run_handlers"
+    return _made(folder, _key(kind, *folders, EMULATOR), make) / "run_handlers"
 
 
 def case(x, y, *, weight=None, coefficients, activation="softmax", data_format="channels_last",

@@ -395,3 +395,41 @@ print(memory() - resident)
     )
     assert int(out) < 4 << 20
     seen("faults", "bytes that 1000 threads which ended have left", int(out))
+
+
+# --- CUDA -----------------------------------------------------------------------------------------
+
+
+def test_each_call_of_cuda_may_fail(seen):
+    """An error names the call and CUDA's reason, nobody else sees it, and the next call is right.
+
+    A block of device memory whose release has failed is the one thing that stays.
+    """
+    out = output_of(emulation.build_faults(), ASAN_OPTIONS="detect_leaks=1", CUDA_EMULATOR_SMS="3")
+    calls = {}
+    for line in out.splitlines():
+        call, number, kind, last, blocks, right, message = line.split(" ", 6)
+        device = 3  # ErrorKind::kDevice
+        assert (int(kind), int(last), int(right)) == (device, 0, 1), line
+        assert int(blocks) == (call == "release"), line
+        assert call == "device" or message.endswith(": out of memory"), line
+        calls.setdefault(call, []).append(message.partition(":")[0])
+        assert len(calls[call]) == int(number)
+    find = ["cudaMemsetAsync", "the launch of the kernel that checks labels and predictions"]
+    copy = ["cudaMemcpyAsync", "cudaStreamSynchronize"]
+    plan = ["cudaGetDevice", "cudaDeviceGetAttribute", "the preparation of a kernel"]
+    sums = ["the launch of the sums' kernel", "the launch of the combining kernel"]
+    gradient = ["the launch of the gradient's kernel"]
+    assert calls == {
+        "sums": plan + sums,
+        "gradient": plan + gradient,
+        "find": find + copy,
+        "describe": find + copy + copy,
+        "copy": copy,
+        "allocate": ["cudaMallocAsync"],
+        "release": ["cudaFreeAsync"],
+        "device": ["no device"],
+        "sums_staged": plan + plan[-1:] + sums,
+        "gradient_staged": plan + plan[-1:] + gradient,
+    }
+    seen("faults", "failing calls of CUDA, on the emulator", len(out.splitlines()))

@@ -307,14 +307,34 @@ enum cudaMemcpyKind {
 };
 using cudaStream_t = struct CUstream_st*;
 
-inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "an error"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
+namespace cuda_emulator {
+
+inline int calls = 0;                         // of the runtime so far
+inline int failing_call = 0;                  // the number of the call that fails
+inline int blocks = 0;                        // of device memory that nobody has released
+inline cudaError_t last_error = cudaSuccess;  // stays until somebody asks for it
+
+// What a call of the runtime returns. If it is an error, the call must do nothing.
+inline cudaError_t Outcome(cudaError_t error = cudaSuccess) {
+  if (++calls == failing_call) error = cudaErrorMemoryAllocation;
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+}  // namespace cuda_emulator
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : error == cudaErrorMemoryAllocation ? "out of memory" : "an error";
+}
+inline cudaError_t cudaGetLastError() { return std::exchange(cuda_emulator::last_error, cudaSuccess); }
+inline cudaError_t cudaPeekAtLastError() { return cuda_emulator::last_error; }
 inline cudaError_t cudaGetDevice(int* device) {
+  if (const cudaError_t error = cuda_emulator::Outcome()) return error;
   *device = 0;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
+  if (const cudaError_t error = cuda_emulator::Outcome()) return error;
   const char* const multiprocessors = getenv("CUDA_EMULATOR_SMS");
   switch (attribute) {
     case cudaDevAttrMaxSharedMemoryPerBlock:
@@ -336,7 +356,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       *value = static_cast<int>(cuda_emulator::kMaxSharedBytes);
       return cudaSuccess;
   }
-  return cudaErrorInvalidValue;
+  return cuda_emulator::Outcome(cudaErrorInvalidValue);
 }
 template <class... P>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
@@ -345,9 +365,10 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribu
     cuda_emulator::observer->SetAttribute(address, attribute, value);
     return cudaSuccess;
   }
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || static_cast<size_t>(value) > cuda_emulator::kMaxSharedBytes) return cudaErrorInvalidValue;
-  cuda_emulator::internal::AllowShared(address, value);
+  const bool is_size = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
+  const bool refused = is_size && (value < 0 || static_cast<size_t>(value) > cuda_emulator::kMaxSharedBytes);
+  if (const auto error = cuda_emulator::Outcome(refused ? cudaErrorInvalidValue : cudaSuccess)) return error;
+  if (is_size) cuda_emulator::internal::AllowShared(address, value);
   return cudaSuccess;
 }
 // With CUDA_EMULATOR_NEW_GPU there is no code for the kernel that is asked for first, but for the next one.
@@ -360,16 +381,20 @@ template <class... P>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(P...), int /*threads*/, size_t) {
   const char* const held = getenv("CUDA_EMULATOR_HELD");
   *blocks = held ? atoi(held) : 2;
-  return HasCode() ? cudaSuccess : cudaErrorNoKernelImageForDevice;
+  return cuda_emulator::Outcome(HasCode() ? cudaSuccess : cudaErrorNoKernelImageForDevice);
 }
 template <class T>
 cudaError_t cudaMalloc(T** address, size_t bytes) {
+  if (const cudaError_t error = cuda_emulator::Outcome()) return error;
   void* memory = nullptr;
-  if (posix_memalign(&memory, 256, bytes) != 0) return cudaErrorMemoryAllocation;
+  if (posix_memalign(&memory, 256, bytes) != 0) return cuda_emulator::Outcome(cudaErrorMemoryAllocation);
   *address = static_cast<T*>(memset(memory, 0xff, bytes));
+  ++cuda_emulator::blocks;
   return cudaSuccess;
 }
 inline cudaError_t cudaFree(void* address) {
+  if (const cudaError_t error = cuda_emulator::Outcome()) return error;
+  cuda_emulator::blocks -= address != nullptr;
   free(address);
   return cudaSuccess;
 }
@@ -379,10 +404,12 @@ cudaError_t cudaMallocAsync(T** address, size_t bytes, cudaStream_t) {
 }
 inline cudaError_t cudaFreeAsync(void* address, cudaStream_t) { return cudaFree(address); }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t = nullptr) {
+  if (const cudaError_t error = cuda_emulator::Outcome()) return error;
   memcpy(to, from, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t = nullptr) {
+  if (const cudaError_t error = cuda_emulator::Outcome()) return error;
   memset(address, value, bytes);
   return cudaSuccess;
 }
@@ -390,7 +417,7 @@ namespace cuda_emulator {
 inline bool capturing = false;  // whether a stream records a graph
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
-  return cuda_emulator::capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+  return cuda_emulator::Outcome(cuda_emulator::capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess);
 }
 
 namespace cuda_emulator {
@@ -398,6 +425,7 @@ namespace cuda_emulator {
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...)
 template <class... P, class... A>
 cudaError_t Launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, A&&... arguments) {
+  if (const cudaError_t error = Outcome()) return error;
   const std::tuple<P...> parameters(static_cast<P>(std::forward<A>(arguments))...);
   internal::Run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, [&] {
     std::apply(kernel, parameters);

@@ -7,7 +7,9 @@
 
 namespace dice_op {
 namespace cuda {
+#ifndef DICE_OP_CUDA_ARCHS  // else the launch code has it
 const char* Archs() { return "emulated"; }
+#endif
 // Both kinds of code are the same here.
 Variant FindPortable(const Problem& problem, const void* d_logits) { return FindGeneral(problem, d_logits); }
 }  // namespace cuda

@@ -4,10 +4,12 @@
 //   run_handlers traits          of each handler, as registered and as it says itself
 //   run_handlers cuda PLACE      sums and gradient by the CUDA kernels on the emulator; a label that is no class
 //                                stands at that place (-1: nowhere), which gives an error
-//   run_handlers host POOL       how the CPU's work is shared out: over threads, by a pool that runs a task
-//                                at once (inline), on threads, or only after the call (late)
+//   run_handlers host POOL [N]   how the CPU's work is shared out, N times: over threads, by a pool that runs a task
+//                                at once (inline), on threads, on threads that start one after the other, some of
+//                                them after the call (staggered), or only after the call (late)
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -56,7 +58,7 @@ constexpr int64_t kBatch = 2, kVoxels = 1003, kClasses = 4;
 
 // --- XLA ----------------------------------------------------------------------------------------------
 
-enum class Pool { kInline, kThreads, kLate } pool;
+enum class Pool { kInline, kThreads, kStaggered, kLate } pool;
 int scheduled = 0;
 std::vector<XLA_FFI_ThreadPool_Schedule_Args> late;
 std::vector<std::thread> threads;
@@ -77,6 +79,12 @@ XLA_FFI_Api MakeApi() {
     ++scheduled;
     if (pool == Pool::kInline) args->task(args->data);
     if (pool == Pool::kThreads) threads.emplace_back(args->task, args->data);
+    if (pool == Pool::kStaggered) {
+      threads.emplace_back([task = args->task, data = args->data, delay = std::rand() % 20'000] {
+        std::this_thread::sleep_for(std::chrono::microseconds(delay));  // the work takes 10 ms of one thread
+        task(data);
+      });
+    }
     if (pool == Pool::kLate) late.push_back(*args);
     return nullptr;
   };
@@ -270,7 +278,10 @@ int main(int argc, char** argv) {
   } else if (what == "cuda") {
     RunBoth("CUDA", std::atoll(how.c_str()), [] {}, [] {});
   } else if (what == "host") {
-    pool = how == "inline" ? Pool::kInline : how == "threads" ? Pool::kThreads : Pool::kLate;
-    RunBoth("Host", -1, PrintWork, PrintWork);
+    pool = how == "inline"      ? Pool::kInline
+           : how == "threads"   ? Pool::kThreads
+           : how == "staggered" ? Pool::kStaggered
+                                : Pool::kLate;
+    for (int i = 0; i < (argc > 3 ? std::atoi(argv[3]) : 1); ++i) RunBoth("Host", -1, PrintWork, PrintWork);
   }
 }
