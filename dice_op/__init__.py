@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import typing
 import warnings
 
@@ -44,6 +45,26 @@ def _other_copy() -> str | None:
     return min(folders, default=None)
 
 
+def _is_second_interpreter() -> bool:
+    """Whether this is a second interpreter of its process.
+
+    From 3.12 on, Python itself refuses to import the compiled module there. Before, the import
+    would wait forever.
+    """
+    if sys.version_info >= (3, 12):
+        return False
+    try:
+        interpreters = importlib.import_module("_xxsubinterpreters")
+    except ImportError:
+        return False
+    return bool(interpreters.get_current() != interpreters.get_main())
+
+
+if _is_second_interpreter():
+    raise ImportError(
+        "dice_op cannot be imported in a second interpreter of a process: start a process instead",
+        name=__name__,
+    )
 _elsewhere = _other_copy()
 if _elsewhere:
     raise ImportError(

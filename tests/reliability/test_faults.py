@@ -433,3 +433,37 @@ def test_each_call_of_cuda_may_fail(seen):
         "gradient_staged": plan + plan[-1:] + gradient,
     }
     seen("faults", "failing calls of CUDA, on the emulator", len(out.splitlines()))
+
+
+# --- processes, threads, interpreters -------------------------------------------------------------
+
+
+def test_a_second_interpreter_of_a_process_is_refused_in_words(run_python):
+    """And the first goes on working. NumPy has no support for them either."""
+    out = run_python(
+        """
+        import sys
+        if sys.version_info >= (3, 13):
+            import _interpreters as interpreters
+        else:
+            import _xxsubinterpreters as interpreters
+        code = '''if True:
+            try:
+                import dice_op
+            except ImportError as error:
+                print(error)
+        '''
+        number = interpreters.create()
+        interpreters.run_string(number, code)
+        interpreters.destroy(number)
+        import numpy as np
+        from dice_op import core
+        core.sums(np.zeros((1, 5, 3), np.float32), np.zeros((1, 5), np.uint8))
+        number = interpreters.create()
+        interpreters.run_string(number, code)
+        interpreters.destroy(number)
+        core.sums(np.zeros((1, 5, 3), np.float32), np.zeros((1, 5), np.uint8))
+        """,
+    )
+    lines = out.splitlines()
+    assert len(lines) == 2 and all("interpreter" in line for line in lines), out
