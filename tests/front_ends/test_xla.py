@@ -455,7 +455,7 @@ def test_cuda_graphs_may_hold_our_calls_unless_they_check_labels(run_handlers):
         ]
 
 
-@pytest.mark.parametrize("pool", ["inline", "threads", "late"])
+@pytest.mark.parametrize("pool", ["inline", "threads", "staggered", "late"])
 def test_the_pool_is_used_and_not_waited_for(pool, run_handlers):
     """Each block is done once. A task that starts late finds nothing to do, and nobody waits for
     it.

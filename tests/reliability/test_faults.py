@@ -435,7 +435,232 @@ def test_each_call_of_cuda_may_fail(seen):
     seen("faults", "failing calls of CUDA, on the emulator", len(out.splitlines()))
 
 
+# --- interrupts -----------------------------------------------------------------------------------
+
+
+def test_an_interrupt_waits_for_the_end_of_a_call(run_python):
+    """It comes while the call runs, for the call leaves Python to other threads."""
+    run_python(
+        """
+        import os, signal, sys, threading
+        import numpy as np
+        from dice_op import core
+
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(1, 1 << 20, 4)).astype(np.float32)
+        y = rng.integers(0, 4, (1, 1 << 20)).astype(np.uint8)
+        maps = np.repeat(y, 8, 1)
+        d = np.ones((1, 4), np.float32)
+        calls = (
+            lambda threads: core.sums(x, y, threads=threads),
+            lambda threads: core.gradient(x, y, d_intersection=d, d_pred_sum=d, threads=threads),
+            lambda threads: core.scores(maps, maps, classes=4, threads=threads),
+        )
+        handled = []
+        signal.signal(signal.SIGUSR1, lambda *_: handled.append(threading.current_thread()))
+        wanted = [call(1) for call in calls]
+        # Python now takes the turn from no thread that does not give it up.
+        sys.setswitchinterval(1000)
+
+        def interrupted(call, threads, sort):
+            gate, sent = threading.Lock(), []
+            gate.acquire()
+
+            def send():
+                gate.acquire()
+                sent.append(True)
+                os.kill(os.getpid(), sort)
+
+            thread = threading.Thread(target=send)
+            thread.start()
+            before = len(sent)
+            gate.release()
+            try:
+                call(threads)
+                during = len(sent)
+            except KeyboardInterrupt:
+                during = len(sent)
+            thread.join()
+            return before == 0 and during == 1
+
+        for call, right in zip(calls, wanted, strict=True):
+            for threads in (1, 4):
+                for sort in (signal.SIGINT, signal.SIGUSR1):
+                    for _ in range(100):
+                        try:
+                            during = interrupted(call, threads, sort)
+                        except KeyboardInterrupt:  # after the call
+                            continue
+                        if during:
+                            break
+                    else:
+                        raise AssertionError("no other thread had a turn during the call")
+                    again = call(threads)
+                    for name in again if isinstance(again, dict) else ():
+                        np.testing.assert_array_equal(again[name], right[name])
+                    if not isinstance(again, dict):
+                        np.testing.assert_array_equal(again, right)
+        assert handled and set(handled) == {threading.main_thread()}
+        """
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_training_can_be_interrupted_and_go_on(jit_compile, run_python):
+    run_python(
+        """
+        import os, signal, sys, threading, time
+        import numpy as np
+        import keras
+        import dice_op
+
+        keras.utils.set_random_seed(0)
+        x = np.random.default_rng(0).normal(size=(64, 48, 48, 1)).astype("float32")
+        y = (x[..., 0] > 0).astype("uint8")
+        layers = [keras.Input((48, 48, 1)), keras.layers.Conv2D(2, 3, padding="same")]
+        model = keras.Sequential(layers)
+        model.compile("sgd", loss=dice_op.losses.DiceCELoss(), jit_compile=sys.argv[1] == "True")
+        model.fit(x, y, batch_size=8, verbose=0)
+        interrupts = 0
+        for delay in (0.05, 0.1, 0.2, 0.4):
+            timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
+            try:
+                timer.start()
+                model.fit(x, y, batch_size=8, epochs=10_000, verbose=0)
+            except KeyboardInterrupt:
+                interrupts += 1
+            timer.join()
+            (loss,) = model.fit(x, y, batch_size=8, verbose=0).history["loss"]
+            assert np.isfinite(loss)
+        assert interrupts == 4
+        wanted = dice_op.core.sums(x, y)
+        got = dice_op.dice_sums(y, x, activation="softmax")
+        np.testing.assert_allclose(got.intersection, wanted["intersection"], rtol=1e-6)
+        """,
+        jit_compile,
+    )
+
+
 # --- processes, threads, interpreters -------------------------------------------------------------
+
+VOLUME = """
+import multiprocessing, os, sys, threading
+import numpy as np
+from dice_op import core
+
+rng = np.random.default_rng(0)
+x = rng.normal(size=(1, 70_000, 4)).astype(np.float32)
+y = rng.integers(0, 4, (1, 70_000)).astype(np.uint8)
+
+def result(_=None):
+    sums, scores = core.sums(x, y, threads=4), core.scores(x, y, threads=4)
+    return [array.tobytes() for array in (*sums.values(), *scores.values())]
+"""
+
+
+def test_a_process_may_fork_at_any_time(run_python, seen):
+    """Before the first call, after it, and while other threads are within a call."""
+    out = run_python(
+        VOLUME
+        + """
+def in_a_child():
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.write(write, b"".join(result()))
+        os._exit(0)
+    os.close(write)
+    assert os.waitpid(pid, 0)[1] == 0
+    with os.fdopen(read, "rb") as file:
+        return file.read()
+
+first = in_a_child()
+assert first == b"".join(result())
+assert in_a_child() == first
+stop, forks = threading.Event(), 0
+def work():
+    while not stop.is_set():
+        result()
+others = [threading.Thread(target=work) for _ in range(2)]
+for thread in others:
+    thread.start()
+for forks in range(1, 51):
+    assert in_a_child() == first
+stop.set()
+for thread in others:
+    thread.join()
+print(forks)
+"""
+    )
+    seen("faults", "forks during calls of other threads", int(out))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_pool_of_processes_computes_the_same(method, tmp_path):
+    (tmp_path / "pool.py").write_text(
+        VOLUME
+        + """
+if __name__ == "__main__":
+    wanted = result()
+    with multiprocessing.get_context(sys.argv[1]).Pool(2) as pool:
+        assert pool.map(result, range(8)) == [wanted] * 8
+"""
+    )
+    output_of(sys.executable, tmp_path / "pool.py", method, timeout=300)
+
+
+@pytest.mark.full
+@NEEDS_TORCH
+def test_the_workers_of_a_data_loader_score(tmp_path):
+    (tmp_path / "loader.py").write_text(
+        VOLUME
+        + """
+import torch
+import dice_op.torch
+
+class Scores(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+    def __getitem__(self, at):
+        loss = dice_op.torch.DiceLoss()(torch.from_numpy(x), torch.from_numpy(y))
+        return core.scores(x, y)["dice"], loss
+
+if __name__ == "__main__":
+    wanted, loss = Scores()[0]
+    for method in ("fork", "spawn"):
+        loader = torch.utils.data.DataLoader(
+            Scores(), batch_size=2, num_workers=2, multiprocessing_context=method)
+        batches = list(loader)
+        assert len(batches) == 4
+        for scores, losses in batches:
+            assert (scores.numpy() == wanted).all() and (losses == loss).all()
+"""
+    )
+    output_of(sys.executable, tmp_path / "loader.py", timeout=300)
+
+
+def test_a_thread_may_import_the_package_first(run_python):
+    run_python(
+        """
+        import threading
+        import numpy as np
+        results = []
+
+        def work():
+            from dice_op import core
+            results.append(core.sums(np.zeros((1, 5, 3), np.float32), np.zeros((1, 5), np.uint8)))
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        work()
+        assert len(results) == 9
+        assert all((r["pred_sum"] == results[0]["pred_sum"]).all() for r in results)
+        """
+    )
 
 
 def test_a_second_interpreter_of_a_process_is_refused_in_words(run_python):
