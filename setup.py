@@ -76,6 +76,11 @@ def check_requirements():
             say("but not JAX, as there is no jaxlib, whose header that needs")
 
 
+def existing(folder):
+    """The folder, or else the one that it will be made in."""
+    return next(f for f in (folder, *folder.parents) if f.exists())
+
+
 class CMakeBuild(build_ext):
     """Builds with CMake, and installs into the wheel; for an editable install, into dice_op/."""
 
@@ -89,6 +94,12 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" if in_place else Path(self.build_temp).resolve()
         build = Path(os.environ.get("DICE_OP_BUILD", build))
         prefix = ROOT if in_place else Path(self.build_lib).resolve()
+        for folder in (build, prefix / "dice_op"):
+            if not os.access(existing(folder), os.W_OK):
+                stop(
+                    f"{folder} cannot be written to: copy the source folder, or, for the files of "
+                    "the build alone, name another folder in DICE_OP_BUILD"
+                )
         cmake = [sys.executable, "-m", "cmake"]  # this environment's, whatever is on PATH
         configure = [
             *("-S", ROOT, "-B", build, "-G", "Ninja", "--log-level=WARNING"),
@@ -109,10 +120,10 @@ class CMakeBuild(build_ext):
                 stdout=subprocess.DEVNULL,
             )
         except subprocess.CalledProcessError:
-            existing = next(f for f in (build, *build.parents) if f.exists())
-            free = shutil.disk_usage(existing).free >> 20
-            if free < LITTLE_SPACE:
-                stop(f"the build failed as the disk is full: {free} MB are left at {build}")
+            for folder in (build, prefix):
+                free = shutil.disk_usage(existing(folder)).free >> 20
+                if free < LITTLE_SPACE:
+                    stop(f"the build failed as the disk is full: {free} MB are left at {folder}")
             stop("the C++ build failed; its first error is above.")
 
 

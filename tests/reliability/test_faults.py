@@ -5,13 +5,14 @@ several interpreters, disks that are full.
 """
 
 import importlib.util
+import shutil
 import sys
 
 import pytest
 
 from helpers import emulation
-from helpers.paths import BUILD, PACKAGE, TESTS
-from helpers.processes import alone_in, output_of
+from helpers.paths import BUILD, PACKAGE, ROOT, TESTS
+from helpers.processes import alone_in, output_of, run
 
 NEEDS_TORCH = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="needs PyTorch")
 NEEDS_JAX = pytest.mark.skipif(not importlib.util.find_spec("jax"), reason="needs JAX")
@@ -692,3 +693,72 @@ def test_a_second_interpreter_of_a_process_is_refused_in_words(run_python):
     )
     lines = out.splitlines()
     assert len(lines) == 2 and all("interpreter" in line for line in lines), out
+
+
+# --- installing -----------------------------------------------------------------------------------
+
+MOUNTS = ("unshare", "--map-root-user", "--mount")
+NEEDS_MOUNTS = pytest.mark.skipif(
+    not shutil.which("unshare") or run(*MOUNTS, "true").returncode != 0,
+    reason="needs the right to mount",
+)
+# $1 is the folder to mount at, $2 is Python, and the build's options follow.
+BUILD_THERE = 'folder=$1 python=$2; shift 2; exec "$python" setup.py --quiet build_ext "$@"'
+# In place of CMake, with a build that is done.
+NO_CMAKE = """
+import os, runpy, subprocess, sys
+real = subprocess.run
+def run(command, **options):
+    if "cmake" not in command:
+        return real(command, **options)
+    if "--install" in command:
+        raise subprocess.CalledProcessError(1, command)
+subprocess.run = run
+sys.argv[1:] = ["--quiet", "build_ext", "--build-lib", sys.argv[1]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def build_fails(*command, **environment):
+    """The one line in which setup.py says why."""
+    environment = {"DICE_OP_TENSORFLOW": "none", "DICE_OP_CUDA": "off", **environment}
+    done = run(*command, cwd=ROOT, timeout=300, **environment)
+    assert done.returncode == 1, done.stderr[-3000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("dice_op: ")]
+    (line,) = (line for line in lines if "a build without" not in line)
+    assert done.stderr.splitlines()[-1] == line
+    return line
+
+
+def mounted(mount, folder, *options, **environment):
+    command = (*MOUNTS, "sh", "-ec", f"{mount}; {BUILD_THERE}", "sh", folder, sys.executable)
+    return build_fails(*command, *options, **environment)
+
+
+@NEEDS_MOUNTS
+def test_a_build_on_a_full_disk_says_so(tmp_path):
+    line = mounted(
+        "mount -t tmpfs -o size=100k none $1", tmp_path, DICE_OP_BUILD=f"{tmp_path}/build"
+    )
+    assert f"the disk is full: 0 MB are left at {tmp_path}/build" in line
+
+
+@NEEDS_MOUNTS
+def test_an_installation_to_a_full_disk_says_so(tmp_path):
+    mount = "mount -t tmpfs -o size=100k none $1"
+    code = f'{mount}; exec "$2" -c "$3" "$1"'
+    line = build_fails(*MOUNTS, "sh", "-ec", code, "sh", tmp_path, sys.executable, NO_CMAKE)
+    assert f"the disk is full: 0 MB are left at {tmp_path}" in line
+
+
+@NEEDS_MOUNTS
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    """The folder of the build, the one that is installed to, and the source folder."""
+    mount = "mount -t tmpfs -o ro none $1"
+    line = mounted(mount, tmp_path, DICE_OP_BUILD=f"{tmp_path}/build")
+    assert f"{tmp_path}/build cannot be written to" in line and "DICE_OP_BUILD" in line
+    line = mounted(mount, tmp_path, "--build-lib", tmp_path, DICE_OP_BUILD=f"{BUILD}/nowhere")
+    assert f"{tmp_path}/dice_op cannot be written to" in line
+    source = 'mount --bind "$1" "$1"; mount -o remount,bind,ro "$1"; cd "$1"'
+    line = mounted(source, ROOT, "--inplace")
+    assert f"{BUILD} cannot be written to" in line and "copy the source folder" in line
