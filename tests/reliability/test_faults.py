@@ -624,8 +624,8 @@ class Scores(torch.utils.data.Dataset):
     def __len__(self):
         return 8
     def __getitem__(self, at):
-        loss = dice_op.torch.DiceLoss()(torch.from_numpy(x), torch.from_numpy(y))
-        return core.scores(x, y)["dice"], loss
+        loss = dice_op.torch.DiceLoss(data_format="channels_last")
+        return core.scores(x, y)["dice"], loss(torch.from_numpy(x), torch.from_numpy(y))
 
 if __name__ == "__main__":
     wanted, loss = Scores()[0]
