@@ -143,14 +143,16 @@ for voxels, classes, dtype in ((1, 2, "f4"), (3000, 40, "f4"), (70_000, 4, "f4")
                                (70_000, 4, "f2")):
     x = rng.normal(size=(2, voxels, classes)).astype(dtype)
     volumes.append((x, rng.integers(0, classes, (2, voxels)).astype(np.uint8)))
-maps = rng.integers(0, 4, (1, 3 << 20)).astype(np.uint8)
+maps = rng.integers(0, 4, (1, (1 << 20) + 1000)).astype(np.uint8)  # two tasks
 
 def call(volume, threads):
     x, y = volume
     given = np.ones((2, x.shape[-1]), "f8" if x.dtype == "f8" else "f4")
     sums = core.sums(x, y, cross_entropy=True, threads=threads)
     gradient = core.gradient(x, y, d_intersection=given, d_pred_sum=given, threads=threads)
-    scores = core.scores(maps, maps, classes=4, threads=threads)
+    scores = core.scores(x, y, threads=threads)
+    if threads == 2:
+        assert (core.scores(maps, maps, classes=4, threads=2)["dice"] == 1).all()
     try:
         core.sums(x, y + 200, threads=threads)
     except ValueError as error:
@@ -170,7 +172,7 @@ for caller in callers:
 for caller in callers:
     caller.join()
 assert len(results) == len(volumes) and all(len(found) == 1 for found in results.values())
-print(4 * len(callers) * len(cases))
+print(len(callers) * (4 * len(cases) + len(volumes)))
 """
 
 
