@@ -9,7 +9,7 @@ python := .venv/bin/python
 pytest := $(python) -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal
 pip := $(python) -m pip install --quiet --no-input --disable-pip-version-check
 csrc := $(shell find csrc -type f)
-c++ := $(csrc) $(shell find tests benchmarks -name '*.cc' -o -name '*.h' -o -name '*.cu')
+c++ := $(csrc) $(shell find tests benchmarks -name '*.c' -o -name '*.cc' -o -name '*.h' -o -name '*.cu')
 export DICE_OP_CUDA DICE_OP_CUDA_ARCHS
 
 .PHONY: help demo test test-full reliability bench bounds build wheels cuda12 check-wheels docs lint stub format clean FORCE

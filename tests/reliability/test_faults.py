@@ -690,6 +690,7 @@ def test_a_second_interpreter_of_a_process_is_refused_in_words(run_python):
         interpreters.destroy(number)
         core.sums(np.zeros((1, 5, 3), np.float32), np.zeros((1, 5), np.uint8))
         """,
+        timeout=60,
     )
     lines = out.splitlines()
     assert len(lines) == 2 and all("interpreter" in line for line in lines), out
