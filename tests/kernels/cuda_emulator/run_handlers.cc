@@ -34,14 +34,18 @@ constexpr int kBlocks = 100;
 std::atomic<int> done[kBlocks];
 
 void Work(const ParallelFor& parallel, int64_t cost) {
-  int64_t blocks = kBlocks;
+  volatile bool waits = true;  // volatile, as compilers leave out what they think nobody reads
   const auto body = [](void* context, int64_t begin, int64_t end) {
-    if (*static_cast<int64_t*>(context) != kBlocks) std::abort();  // the caller has left already
+    const auto check = [&] {
+      if (!*static_cast<volatile bool*>(context)) std::abort();  // the caller has left already
+    };
+    check();
     for (int64_t i = begin; i < end; ++i) ++done[i];
     std::this_thread::sleep_for(std::chrono::microseconds(100));
+    check();
   };
-  parallel.Run(blocks, cost, body, &blocks);
-  blocks = -1;
+  parallel.Run(kBlocks, cost, body, const_cast<bool*>(&waits));
+  waits = false;
 }
 
 size_t DiceSumsWorkspace(const Problem&) { return 0; }
