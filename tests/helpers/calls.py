@@ -1,5 +1,5 @@
-"""Calls of `dice_sums` drawn at random by hypothesis: legal ones with the results that float64 gives
-for them, and wrong ones with the words that refuse them.
+"""Calls of `dice_sums` drawn at random by hypothesis: legal ones with the results that float64
+gives, and wrong ones with the words that refuse them.
 
 Hypothesis draws what sort of call it is, and one number as the seed of what is in the arrays.
 """
@@ -10,6 +10,7 @@ import typing
 
 import ml_dtypes
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from helpers import reference
@@ -230,7 +231,7 @@ def shapes(draw, most=12_000, least=0):
 
 @st.composite
 def legal(draw, most=12_000, least=0):
-    """A legal call of at most so many logits, and at least so many samples and voxels on an axis."""
+    """A legal call. most: the number of logits; least: that of samples, and of voxels on an axis."""
     n, spatial, c = draw(shapes(most, least))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     kind = draw(st.sampled_from(["index"] * 4 + ["one-hot", "soft"]))
@@ -533,8 +534,13 @@ WRONG = {
     "negative smoothing": (_set(label_smoothing=-0.125), "label_smoothing"),
     "too much smoothing": (_set(label_smoothing=1.125), "label_smoothing"),
     "smoothing that is NaN": (_set(label_smoothing=float("nan")), "label_smoothing"),
-    "a threshold that is NaN": (_set(activation="threshold", threshold=float("nan")), "threshold"),
-    "one exponent too many": (_of_classes("focal_gammas", lambda c: [1.0] * (c + 1)), "focal_gamma"),
+    "a threshold that is NaN": (
+        _set(activation="threshold", threshold=float("nan")), "threshold",
+    ),
+    "one exponent too many": (
+        _of_classes("focal_gammas", lambda c: [1.0] * (c + 1)), "focal_gamma",
+    ),
+    "an exponent that no float32 holds": (_set(focal_gamma=1e39), "focal_gamma"),
     "a negative exponent of a class": (
         _of_classes("focal_gammas", lambda c: [-0.5] + [1.0] * (c - 1)), "focal_gamma",
     ),
@@ -543,8 +549,12 @@ WRONG = {
     ),
     "the cross-entropy of scores": (_set(activation="argmax", cross_entropy=True), "argmax"),
     "an ignored class of dense labels": (_dense(ignore_label=1), "ignore_label"),
-    "regions of a softmax": (_of_classes("regions", _each_alone, activation="softmax"), "regions"),
-    "too few regions": (_of_classes("regions", lambda c: _each_alone(c - 1), **_REGIONS), "regions"),
+    "regions of a softmax": (
+        _of_classes("regions", _each_alone, activation="softmax"), "regions",
+    ),
+    "too few regions": (
+        _of_classes("regions", lambda c: _each_alone(c - 1), **_REGIONS), "regions",
+    ),
     "an empty region": (
         _of_classes("regions", lambda c: [*_each_alone(c - 1), ()], **_REGIONS), "regions",
     ),
@@ -632,6 +642,15 @@ def wrong(draw, *names):
     words = "|".join(f"({WRONG[name][1]})" for name in names)
     voxel = str(arguments.voxel).replace("[", r"\[").replace("]", r"\]")
     return arguments, names, words.replace("{voxel}", f"voxel {voxel}")
+
+
+def refusal(call, errors):
+    """The message of the error that the call must raise. It must be one of ours, in words."""
+    with pytest.raises(errors) as raised:
+        call()
+    message = str(raised.value)
+    assert len(message) > 20 and " " in message, message
+    return message
 
 
 def _misaligned(array):
