@@ -112,8 +112,8 @@ inline constexpr auto kOptions = std::make_tuple(
     Option<bool>{"squared_pred", &Options::squared_pred},                          //
     Option<bool>{"soft_label", &Options::soft_label},                              //
     Option<bool>{"cross_entropy", &Options::cross_entropy, "with_cross_entropy"},  // an output is named cross_entropy
-    Option<double>{"focal_gamma", &Options::focal_gamma, 0, std::numeric_limits<double>::max(),
-                   "finite and at least 0"},
+    Option<double>{"focal_gamma", &Options::focal_gamma, 0, std::numeric_limits<float>::max(),
+                   "from 0 to 3.4e38, the largest float32"},
     Option<double>{"label_smoothing", &Options::label_smoothing, 0, 1, "in [0, 1]"},
     Option<double>{"threshold", &Options::threshold, -std::numeric_limits<double>::infinity(),
                    std::numeric_limits<double>::infinity(), "a number"},

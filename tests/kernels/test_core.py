@@ -625,6 +625,7 @@ Y = np.zeros((2, 4, 5), np.uint8)
         ),
         (dict(data_format="NCHW"), ValueError, r"data_format is 'NCHW'"),
         (dict(focal_gamma=-1.0), ValueError, r"focal_gamma is -1"),
+        (dict(focal_gamma=1e39), ValueError, r"focal_gamma is \d.*from 0 to 3.4e38"),
     ],
 )
 def test_errors_say_what_is_wrong(change, error, says):
