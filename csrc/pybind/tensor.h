@@ -117,6 +117,13 @@ void RequireCompact(const Dims& dims, const Strides& strides, int64_t unit, cons
   }
 }
 
+// The kernels read whole elements, which a compiler takes to lie at multiples of their size.
+inline void RequireAligned(const Tensor& tensor, int64_t size, const char* name) {
+  if (reinterpret_cast<uintptr_t>(tensor.data) % size == 0) return;
+  throw py::value_error(std::string(name) + " does not lie at a multiple of its elements' size in memory; " +
+                        "numpy.array() makes a copy that does");
+}
+
 inline void RefuseMask(const py::handle& object, const char* name) {
   if (!py::isinstance(object, py::module_::import("numpy").attr("ma").attr("MaskedArray"))) return;
   throw py::type_error(std::string(name) + " is a masked array, whose mask would not count: pass its .data, and " +
@@ -138,6 +145,7 @@ inline Tensor FromNumpy(const py::array& array, const char* name) {
   tensor.dims = Dims(array.shape(), array.shape() + array.ndim());
   tensor.dtype = DTypeNamed(py::str(array.dtype().attr("name")), name);
   tensor.owner = std::make_shared<py::array>(array);  // it may be a temporary of ours
+  RequireAligned(tensor, array.itemsize(), name);
   return tensor;
 }
 
@@ -183,6 +191,7 @@ inline Tensor FromDlpack(const py::object& object, const char* name) {
   if (source.code != 6) dtype += std::to_string(source.bits);
   tensor.dtype = DTypeNamed(dtype, name);
   if (source.strides) RequireCompact(tensor.dims, source.strides, 1, name);
+  RequireAligned(tensor, std::max(1, source.bits / 8), name);
   return tensor;
 }
 
@@ -233,6 +242,7 @@ inline Tensor LabelMapOf(const py::object& object, const char* name) {
   RefuseMask(array, name);
   const py::dtype dtype = array.cast<py::array>().dtype();
   if (!dtype.attr("isnative").cast<bool>()) array = array.attr("astype")(dtype.attr("newbyteorder")("="));
+  if (!array.attr("flags").attr("aligned").cast<bool>()) array = array.attr("copy")();
   if (dtype.kind() == 'u' && dtype.itemsize() >= 4) {
     const py::module_ numpy = py::module_::import("numpy");
     constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();  // larger values are not classes either

@@ -633,6 +633,28 @@ def test_errors_say_what_is_wrong(change, error, says):
         core.sums(**{"logits": X, "labels": Y, **change})
 
 
+def misaligned(array):
+    """The same array, one byte behind where its elements should lie."""
+    memory = np.zeros(array.nbytes + 1, np.uint8)[1:]
+    memory[:] = np.frombuffer(array.tobytes(), np.uint8)
+    return np.frombuffer(memory, array.dtype).reshape(array.shape)
+
+
+@pytest.mark.parametrize("name", ["logits", "labels", "voxel_weight"])
+def test_arrays_that_are_not_aligned_are_refused(name):
+    arrays = {"logits": X, "labels": Y.astype(np.int32), "voxel_weight": np.ones(Y.shape)}
+    arrays[name] = misaligned(arrays[name])
+    with pytest.raises(ValueError, match=f"{name} does not lie at a multiple of its elements'"):
+        core.sums(**arrays)
+
+
+def test_scores_of_label_maps_that_are_not_aligned_are_right():
+    labels = np.random.default_rng(0).integers(0, 3, (2, 4, 5))
+    wanted = core.scores(labels, labels[::-1].copy(), classes=3)
+    found = core.scores(misaligned(labels), misaligned(labels[::-1].copy()), classes=3)
+    np.testing.assert_array_equal(found["intersection"], wanted["intersection"])
+
+
 def test_the_first_bad_label_is_named_by_its_coordinates():
     x = np.zeros((2, 30, 40, 50, 4), np.float32)
     y = np.zeros(x.shape[:-1], np.int16)
