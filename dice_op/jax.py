@@ -9,6 +9,7 @@ reverse mode.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import typing
@@ -74,8 +75,11 @@ def _call_sums(text: str, logits: Array, labels: Array, *weight: Array) -> tuple
     """The sums that are asked for."""
     spatial = logits.shape[1:-1] if _text.is_last(text) else logits.shape[2:]
     n, c = logits.shape[0], logits.shape[-1 if _text.is_last(text) else 1]
-    # Nobody knows yet on which platform this will run, so that there is enough for each.
-    sizes = (core.ffi_workspace(p, n, math.prod(spatial), c) for p in core.ffi_targets())
+    # Nobody knows yet on which platform this will run, so that there is enough for each that can.
+    sizes = []
+    for platform in core.ffi_targets():
+        with contextlib.suppress(NotImplementedError):  # A GPU says so itself, if it is to run.
+            sizes.append(core.ffi_workspace(platform, n, math.prod(spatial), c))
     workspace = max(sizes)
     given = logits, labels, *weight
     results = [*_results(text, *given), _struct((workspace,), jnp.uint8, *given)]

@@ -76,6 +76,26 @@ def test_jax_gives_the_same_bits_as_numpy(run_python):
     assert run_python(SETUP + VALUES).splitlines() == ["False"]
 
 
+OTHERS = """
+    class Core:
+        def __getattr__(self, name):
+            return getattr(core, name)
+
+        def ffi_targets(self):
+            return core.ffi_targets() | {"TPU": {}}
+
+    x, y = rng.normal(size=(2, 3, 300)).astype(np.float32), np.zeros((2, 3), np.int32)
+    front_end.core = Core()
+    print(np.array_equal(front_end.dice_sums(x, y).pred_sum, core.sums(x, y)["pred_sum"]))
+"""
+
+
+def test_a_platform_that_cannot_do_a_call_does_not_hinder_another_one(run_python):
+    """A build with CUDA has handlers of a GPU, which takes at most 256 classes; the CPU takes any
+    number. Here a platform without kernels is in place of the GPU."""
+    assert run_python(SETUP + OTHERS).splitlines() == ["True"]
+
+
 ERRORS = """
     x, y = rng.normal(size=(2, 3, 4)).astype(np.float32), np.zeros((2, 3), np.int32)
     d = np.zeros((2, 4), np.float32)
