@@ -10,9 +10,9 @@ pytest := $(python) -m pytest tests --numprocesses auto --maxprocesses 4 --dist 
 pip := $(python) -m pip install --quiet --no-input --disable-pip-version-check
 csrc := $(shell find csrc -type f)
 c++ := $(csrc) $(shell find tests benchmarks -name '*.c' -o -name '*.cc' -o -name '*.h' -o -name '*.cu')
-export DICE_OP_CUDA DICE_OP_CUDA_ARCHS
+export DICE_OP_CUDA DICE_OP_CUDA_ARCHS CLANG
 
-.PHONY: help demo test test-full reliability bench bounds build wheels cuda12 check-wheels docs lint stub format clean FORCE
+.PHONY: help demo test test-full reliability fuzz bench bounds build wheels cuda12 check-wheels docs lint stub format clean FORCE
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1\t/p' Makefile
@@ -28,6 +28,10 @@ test-full: build .venv/peers  ## run the tests that take long or need more packa
 
 reliability: build .venv/peers  ## try hostile input, faults, huge volumes and long runs, hours; RELIABILITY="-k scale" for some
 	$(python) -m pytest tests/reliability -m "" --record docs/reliability.json $(RELIABILITY)
+
+fuzz: build .venv/peers  ## try other random calls than the tests, FUZZ=10000 of each sort, and libFuzzer for SECONDS=600
+	@sh build_tools/check_fuzzer.sh
+	DICE_OP_FUZZ=$(or $(FUZZ),10000) DICE_OP_FUZZ_SECONDS=$(or $(SECONDS),600) $(python) -m pytest -s -m 'not full' $(addprefix tests/reliability/test_,fuzz.py raw_calls.py entry_points.py)
 
 bench: build .venv/peers  ## compare time and memory with other libraries, half an hour; BENCH="--only '160³ × 4'" for some
 	$(python) -m benchmarks $(BENCH)

@@ -231,7 +231,7 @@ def shapes(draw, most=12_000, least=0):
 
 @st.composite
 def legal(draw, most=12_000, least=0):
-    """A legal call. most: the number of logits; least: that of samples, and of voxels on an axis."""
+    """A legal call. most: of logits in all; least: of samples, and of voxels on an axis."""
     n, spatial, c = draw(shapes(most, least))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     kind = draw(st.sampled_from(["index"] * 4 + ["one-hot", "soft"]))
