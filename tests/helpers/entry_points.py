@@ -21,7 +21,7 @@ SOURCE = TESTS / "reliability" / "fuzz_entry_points.cc"
 FOLDER = BUILD / "fuzz"
 CLANG = os.environ.get("CLANG", "clang++")
 SANITIZERS = "address,undefined,float-cast-overflow"
-COMMON = ["-std=c++17", "-gline-tables-only", "-O1", "-fno-sanitize-recover=all", f"-I{CSRC}"]
+COMMON = ["-std=c++17", "-g1", "-O1", "-fno-sanitize-recover=all", f"-I{CSRC}"]
 COMMON += ["-Wno-psabi", "-Wno-ignored-attributes", "-DDICE_OP_X86_LEVELS"]
 SMALL = ["core/options.cc", "core/problem.cc", "cpu/dice_op_cpu.cc", "cpu/label_maps.cc"]
 SMALL += ["cpu/pool.cc"]

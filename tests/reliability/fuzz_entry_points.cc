@@ -23,8 +23,8 @@
 namespace dice_op {
 namespace {
 
-constexpr int64_t kMostElements = 1 << 18;  // of an array
-constexpr int64_t kMostOnce = 1 << 11;      // of most of them, for speed
+// The most elements of an array: of most of them, of some, and of few, for speed.
+constexpr int64_t kMostOnce = 1 << 9, kMostOften = 1 << 12, kMostElements = 1 << 18;
 
 #define CHECK(condition)                                                           \
   do {                                                                             \
@@ -525,10 +525,11 @@ void Call(Bytes& bytes) {
   const Error error = MakeProblem(shapes.logits, shapes.labels, shapes.weight, &problem);
   CHECK(static_cast<bool>(error) == !error.message.empty());
   if (error) return;
-  const int64_t most = bytes.OneIn(48) ? kMostElements : kMostOnce;
+  const int64_t most = bytes.OneIn(64) ? kMostElements : bytes.OneIn(8) ? kMostOften : kMostOnce;
   const auto fits = [&](const Dims& dims) { return CountOf(dims, most) >= 0; };
   if (!fits(shapes.logits) || !fits(shapes.labels) || (shapes.weight && !fits(*shapes.weight))) return;
-  if (!fits({problem.batch, problem.classes}) || !fits({problem.batch, problem.voxels})) return;
+  if (!fits({problem.batch}) || !fits({problem.batch, problem.classes}) || !fits({problem.batch, problem.voxels}))
+    return;
   Compute(bytes, problem);
 }
 
