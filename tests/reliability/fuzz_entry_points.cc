@@ -24,7 +24,7 @@ namespace dice_op {
 namespace {
 
 // The most elements of an array: of most of them, of some, and of few, for speed.
-constexpr int64_t kMostOnce = 1 << 9, kMostOften = 1 << 12, kMostElements = 1 << 18;
+constexpr int64_t kMostOnce = 1 << 11, kMostOften = 1 << 13, kMostElements = 1 << 18;
 
 #define CHECK(condition)                                                           \
   do {                                                                             \
@@ -106,7 +106,8 @@ Error Read(T* option, Make&& make) {
 Error OptionsOf(Bytes& bytes, int64_t classes, Options* options) {
   const int c = static_cast<int>(std::clamp<int64_t>(classes, 1, 300));
   const std::string activation =
-      bytes.OneOf<const char*>({"softmax", "softmax", "sigmoid", "none", "argmax", "threshold", "tanh", ""});
+      bytes.OneIn(32) ? "tanh"
+                      : bytes.OneOf<const char*>({"softmax", "softmax", "sigmoid", "none", "argmax", "threshold"});
   const std::string data_format =
       bytes.OneIn(32) ? "NCHW" : bytes.OneOf<const char*>({"channels_last", "channels_first"});
   DICE_OP_RETURN_IF_ERROR(Read(&options->activation, [&](auto* o) { return FromAttribute(activation, o); }));
@@ -156,6 +157,11 @@ Error OptionsOf(Bytes& bytes, int64_t classes, Options* options) {
     const std::vector<float> values = FloatsOf(bytes, bytes.OneIn(8) ? 2 * bytes.Below(150) : c);
     DICE_OP_RETURN_IF_ERROR(Read(&options->focal_gammas, [&](auto* o) { return FromAttribute(values, o); }));
   }
+  if (bytes.OneIn(8)) return {};
+  // Most calls are legal.
+  if (options->regions.labels) options->activation = bytes.OneOf({Activation::kSigmoid, Activation::kThreshold});
+  if (options->dist_matrix.classes) options->activation = bytes.OneOf({Activation::kSoftmax, Activation::kNone});
+  if (options->activation > Activation::kNone) options->cross_entropy = false;
   return {};
 }
 
@@ -164,7 +170,7 @@ Error OptionsOf(Bytes& bytes, int64_t classes, Options* options) {
 int64_t SizeOf(Bytes& bytes) {
   if (bytes.OneIn(64)) return bytes.OneOf<int64_t>({-1, -1, int64_t{1} << 20, int64_t{1} << 40});
   const int kind = bytes.Below(8);
-  return kind == 0 ? bytes.Below(3) : kind == 1 ? bytes.Byte() : 1 + bytes.Below(kind < 5 ? 9 : 40);
+  return kind == 0 ? bytes.Below(3) : kind == 1 ? bytes.Byte() : 1 + bytes.Below(kind < 6 ? 7 : 40);
 }
 int64_t ClassesOf(Bytes& bytes) {
   if (bytes.OneIn(32)) return SizeOf(bytes);
@@ -187,10 +193,11 @@ struct Shapes {
   Dims logits, labels;
   std::optional<Dims> weight;
 };
-Shapes ShapesOf(Bytes& bytes, int64_t classes, DataFormat data_format) {
+Shapes ShapesOf(Bytes& bytes, int64_t classes, const Options& options) {
+  const DataFormat data_format = options.data_format;
   Dims spatial(bytes.OneIn(8) ? 0 : 1 + bytes.Below(3));
   for (int64_t& size : spatial) size = SizeOf(bytes);
-  const int64_t batch = bytes.OneIn(16) ? SizeOf(bytes) : bytes.Below(4);
+  const int64_t batch = bytes.OneIn(16) ? SizeOf(bytes) : 1 + bytes.Below(3);
   const auto with = [&](std::optional<int64_t> channels) {
     Dims dims = spatial;
     const bool last = data_format == DataFormat::kChannelsLast;
@@ -201,7 +208,9 @@ Shapes ShapesOf(Bytes& bytes, int64_t classes, DataFormat data_format) {
   const std::optional<int64_t> none, one = 1;
   Shapes shapes;
   shapes.logits = with(classes);
-  const int kind = bytes.Below(8);
+  const bool needs_indices =
+      options.ignore_label.given || options.regions.labels || options.label_sets.labels || options.dist_matrix.classes;
+  const int kind = bytes.Below(needs_indices && !bytes.OneIn(8) ? 5 : 8);
   shapes.labels = kind < 4 ? with(none) : kind == 4 ? with(one) : with(classes);
   if (bytes.OneIn(3)) shapes.weight = bytes.OneIn(4) ? with(one) : with(none);
   if (bytes.OneIn(32)) Disturb(bytes, &shapes.logits);
@@ -514,7 +523,7 @@ void Call(Bytes& bytes) {
   problem.labels_dtype = static_cast<DType>(bytes.Below(11));
   problem.weight_dtype = static_cast<DType>(bytes.Below(11));
   problem.single_counts = bytes.OneIn(8);
-  const Shapes shapes = ShapesOf(bytes, classes, problem.options.data_format);
+  const Shapes shapes = ShapesOf(bytes, classes, problem.options);
   if (bytes.OneIn(12)) return Count(bytes, shapes, problem.options, classes);
 
   if (!IsPossible(shapes.logits) || !IsPossible(shapes.labels)) return;
