@@ -193,6 +193,7 @@ def by_handler(pools, changes):
     return results
 
 
+@pytest.mark.full
 @NEEDS_JAX
 @pytest.mark.parametrize("pools", [OF_HANDLER, OF_GRADIENT_HANDLER], ids=["sums", "gradient"])
 def test_the_handlers_refuse_each_wrong_argument(pools):
