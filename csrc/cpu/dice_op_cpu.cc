@@ -5,6 +5,9 @@
 #include <cstring>
 #include <memory>
 
+#if defined(DICE_OP_X86_LEVELS)
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -46,12 +49,20 @@ struct Blocks {
   int64_t Cost(const Problem& problem) const { return voxels * (problem.classes + 1); }
 };
 
+#if defined(DICE_OP_X86_LEVELS)
+// GCC before 11 and Clang 14 know no __builtin_cpu_supports("f16c").
+bool HasF16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 // Whether the processor has every instruction set that the compiler was allowed to use. CMakeLists.txt lists them too,
 // and a test checks that the two lists agree.
 bool Supported(const Kernels& kernels) {
 #if defined(DICE_OP_X86_LEVELS)
   if (&kernels == &kX86V3) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c") &&
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && HasF16c() &&
            __builtin_cpu_supports("fma");
   }
   if (&kernels == &kX86V4) {

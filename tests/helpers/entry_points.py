@@ -4,6 +4,7 @@ With libFuzzer, which comes with clang, the inputs are those that reach new code
 compiler they are random.
 """
 
+import concurrent.futures
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import pathlib
 import shlex
 import shutil
 import subprocess
+import sys
 
 from dice_op import core
 from helpers.emulation import CXX
@@ -52,8 +54,6 @@ def levels():
 
 def runs_here(level):
     code = "from dice_op import core; print(core.build_info()['simd_level'])"
-    import sys
-
     return output_of(sys.executable, "-c", code, DICE_OP_SIMD=level).strip() == level
 
 
@@ -62,9 +62,7 @@ def build(libfuzzer):
     compiler = CLANG if libfuzzer else CXX
     flags = [*COMMON, f"-fsanitize={SANITIZERS}"]
     if libfuzzer:
-        # Clang before 19 does not know all names of what a processor may have. `runs_here` asks.
         flags += ["-fsanitize=fuzzer-no-link", "-DDICE_OP_LIBFUZZER"]
-        flags += ["-D__builtin_cpu_supports(name)=1"]
         flags += ["-mllvm", "-asan-instrumentation-with-call-threshold=0"]
     else:
         flags += ["--param=asan-instrumentation-with-call-threshold=0"]
@@ -79,10 +77,14 @@ def build(libfuzzer):
         stamp = folder / "key"
         if not stamp.exists() or stamp.read_text() != key.hexdigest():
             stamp.unlink(missing_ok=True)
-            objects = []
-            for number, (source, more) in enumerate(sources):
-                objects.append(folder / f"{number}_{source.stem}.o")
-                output_of(compiler, *flags, *more, "-c", source, "-o", objects[-1])
+            objects = [folder / f"{n}_{source.stem}.o" for n, (source, _) in enumerate(sources)]
+            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+                tasks = [
+                    pool.submit(output_of, compiler, *flags, *more, "-c", source, "-o", made)
+                    for made, (source, more) in zip(objects, sources, strict=True)
+                ]
+                for done in tasks:
+                    done.result()
             link = [f"-fsanitize={SANITIZERS}{',fuzzer' if libfuzzer else ''}", "-pthread"]
             output_of(compiler, *link, *objects, "-o", program)
             stamp.write_text(key.hexdigest())

@@ -68,7 +68,9 @@ def test_the_processor_is_asked_for_every_instruction_set_that_the_compiler_may_
     flags = {w[2:] for w in shlex.split(command) if w.startswith("-m") and "=" not in w}
     source = (CSRC / "cpu" / "dice_op_cpu.cc").read_text()
     questions = {
-        table: set(re.findall(r'__builtin_cpu_supports\("(\w+)"\)', body))
+        table: {
+            name.lower() for name in re.findall(r'(?:__builtin_cpu_supports\("|\bHas)(\w+)', body)
+        }
         for table, body in re.findall(r"if \(&kernels == &(\w+)\) \{(.*?);\n", source, re.DOTALL)
     }
     asked = questions["kX86V3"]

@@ -18,15 +18,21 @@ def level_or_skip(level):
         pytest.skip(f"this processor has no {level}")
 
 
-@pytest.mark.full
+@pytest.mark.parametrize(
+    ("count", "seed"),
+    [
+        pytest.param(100_000, 1, marks=pytest.mark.full),
+        pytest.param(2_000_000, 2, marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("level", LEVELS)
-def test_random_inputs_find_nothing(level, seen):
+def test_random_inputs_find_nothing(level, count, seed, seen):
     level_or_skip(level)
     program = entry_points.build(libfuzzer=False)
-    fine, said = entry_points.run_program(program, level, 20_000, 1)
+    fine, said = entry_points.run_program(program, level, count, seed)
     assert fine, said[-5000:]
-    assert f"20000 inputs at {level}" in said
-    seen("fuzzing", f"random inputs of the entry points, {level}", 20_000)
+    assert f"{count} inputs at {level}" in said
+    seen("fuzzing", f"random inputs of the entry points, {level}", count)
 
 
 @pytest.mark.long
