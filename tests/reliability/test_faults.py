@@ -150,9 +150,8 @@ for name, call in CALLS.items():
         # Some are borne: where no thread can start, or none more, fewer work.
         assert raised < refused if "threads" in name else raised > 0, (name, refused, raised)
         seen("faults", f"requests refused: core, {name}", refused)
-    seen(
-        "faults", "blocks of memory that refused calls of core have left", 0
-    )  # as refuse() asserts
+    # As refuse() asserts:
+    seen("faults", "blocks of memory that refused calls of core have left", 0)
 
 
 @pytest.mark.full
