@@ -255,7 +255,8 @@ DICE_OP_INLINE Pack<float, W> ExpByTable(Pack<float, W> x) {
   const F n = shifted - 12582912.0f / W;
   const F r = x.v - n * kLog2;
   const I root = BitCast<I>(LookUp(BitCast<F>(roots), BitCast<Bits>(shifted)));
-  const F power = BitCast<F>(root + (BitCast<I>(shifted) << kShift));
+  using U = typename VectorOf<uint32_t, W>::type;  // may overflow, as it does where the result is taken for 0
+  const F power = BitCast<F>(BitCast<U>(root) + (BitCast<U>(shifted) << kShift));
   const F p = (r * (1.0f / 6) + (0.5f + 0.0345178f * kLargestRest * kLargestRest)) * r + 1.0f;
   return Pack<float, W>(x.v < kLogOfSmallest ? F{} : (power * r) * p + power);
 }
