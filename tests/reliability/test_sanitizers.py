@@ -35,8 +35,6 @@ OPTIONS = {
 }
 REPORT = re.compile("AddressSanitizer|runtime error:|ThreadSanitizer")
 
-pytestmark = pytest.mark.full
-
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
@@ -101,6 +99,7 @@ def pytest_in(kind, package, file, *options):
 # --- addresses and undefined behaviour ------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_the_sanitizer_of_addresses_is_at_work(package):
     """The sanitizer stops a read of an array whose memory is freed."""
     code = """
@@ -115,12 +114,14 @@ def test_the_sanitizer_of_addresses_is_at_work(package):
     assert "AddressSanitizer: heap-use-after-free" in done.stderr, done.stderr[-3000:]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("file", ["test_core.py", "test_scores.py"])
 def test_nothing_is_read_or_written_that_is_not_there(file, package, seen):
     passed = pytest_in("address", package, f"kernels/{file}")
     seen("sanitizers", f"tests of {file} under address and undefined, no report", passed)
 
 
+@pytest.mark.long
 def test_the_tensorflow_op_reads_and_writes_nothing_that_is_not_there(package, seen):
     """The kernels and the pool under it are compiled with the sanitizers, the op and TensorFlow are
     not. The memory is TensorFlow's, and each of our kernels' reads and writes is checked."""
@@ -174,6 +175,7 @@ print(len(callers) * (4 * len(cases) + len(volumes)))
 """
 
 
+@pytest.mark.full
 def test_the_sanitizer_of_threads_is_at_work(package):
     """The sanitizer reports two calls that write to the same array."""
     code = """
@@ -192,6 +194,7 @@ def test_the_sanitizer_of_threads_is_at_work(package):
     assert "ThreadSanitizer: data race" in done.stderr, done.stderr[-3000:]
 
 
+@pytest.mark.full
 def test_no_two_threads_meet_in_the_kernels(package, seen):
     """Calls from several threads at a time, each with threads of its own, the first ones too."""
     done = sanitized("thread", package, "-c", CALLS_ON_THREADS)
@@ -200,6 +203,7 @@ def test_no_two_threads_meet_in_the_kernels(package, seen):
     seen("sanitizers", "calls on several threads under thread, no report", int(done.stdout))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("pool", ["inline", "threads", "late", "staggered"])
 def test_no_two_threads_meet_in_xlas_handlers(pool, seen):
     """Those of a pool may start while the call runs or after it, and end before it does."""
