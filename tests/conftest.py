@@ -1,5 +1,3 @@
-import datetime
-import json
 import os
 import pathlib
 import sys
@@ -9,8 +7,8 @@ import pytest
 
 # An assertion in there then shows its values when it fails.
 pytest.register_assert_rewrite("helpers")
-from helpers.paths import ROOT  # noqa: E402
-from helpers.processes import alone_in, output_of, run  # noqa: E402
+from helpers import record  # noqa: E402
+from helpers.processes import output_of  # noqa: E402
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -29,19 +27,8 @@ def seen(request):
     file = request.config.getoption("--record")
 
     def write(part, what, value):
-        if file is None:
-            return
-        commit = run("git", "rev-parse", "--short", "HEAD", cwd=ROOT).stdout.strip()
-        entry = {
-            "value": value,
-            "test": request.node.nodeid.partition("[")[0],
-            "date": datetime.date.today().isoformat(),
-            "commit": commit,
-        }
-        with alone_in(ROOT / "build" / "record"):
-            record = json.loads(file.read_text()) if file.exists() else {}
-            record.setdefault(part, {})[what] = entry
-            file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        if file is not None:
+            record.write(file, part, what, value, request.node.nodeid.partition("[")[0])
 
     return write
 
