@@ -6,6 +6,7 @@ test_simd.py runs this file once more for each instruction set that the processo
 import mmap
 import pathlib
 import re
+import types
 
 import ml_dtypes
 import numpy as np
@@ -602,6 +603,13 @@ Y = np.zeros((2, 4, 5), np.uint8)
             ValueError,
             r"value 0.5, but must be whole numbers in \[0, 3\).*soft",
         ),
+        (dict(logits=X.astype(">f4")), ValueError, r"logits is not in this machine's byte order"),
+        (
+            dict(regions=[(1,), (2,)], activation="sigmoid"),
+            ValueError,
+            r"2 regions, but.*3 classes",
+        ),
+        (dict(regions=[(1,), (2,), (0,)]), ValueError, r"is 'softmax'.*regions overlap: use 'sigm"),
         (dict(labels=Y + np.float16("nan")), ValueError, r"value nan, but must be whole"),
         (dict(labels=Y + 3e9), ValueError, r"value 3000000000, but must be in \[0, 3\)"),
         (dict(labels=Y.astype(np.uint32)), TypeError, r"labels.*uint32.*must be"),
@@ -674,6 +682,13 @@ def test_errors_of_the_gradient_say_what_is_wrong():
         core.gradient(X, Y, d_intersection=ones, d_pred_sum=ones[:1])
     with pytest.raises(ValueError, match="out must have"):
         core.gradient(X, Y, d_intersection=ones, d_pred_sum=ones, out=X[0])
+    given = {"d_intersection": ones, "d_pred_sum": ones}
+    with pytest.raises(ValueError, match="cross_entropy=True needs d_cross_entropy"):
+        core.gradient(X, Y, **given, cross_entropy=True)
+    with pytest.raises(ValueError, match="binary cross-entropy needs d_cross_entropy and d_neg"):
+        core.gradient(X, Y, **given, activation="sigmoid", d_cross_entropy=ones)
+    with pytest.raises(ValueError, match="d_negative_cross_entropy is only for activation='sig"):
+        core.gradient(X, Y, **given, d_cross_entropy=ones, d_negative_cross_entropy=ones)
 
 
 # --- what is no array, or none that is read where it is -------------------------------------------
@@ -780,6 +795,52 @@ def test_what_cannot_be_written_to_or_converted_is_refused_in_words():
             TypeError, match=r"is a masked array.*ignore_label or as a voxel_weight"
         ):
             call()
+
+
+class Dlpack:
+    """It shares an array's memory by DLPack alone, as tensors of PyTorch do."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self):
+        return self.array.__dlpack__()
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def test_arrays_that_come_by_dlpack_are_used_where_they_are():
+    x, y, _ = make((2, 700, 3))
+    wanted = core.sums(x, y)
+    for name, value in core.sums(Dlpack(x), Dlpack(y)).items():
+        np.testing.assert_array_equal(value, wanted[name])
+    ones = np.ones((2, 3), np.float32)
+    given = {"d_intersection": ones, "d_pred_sum": -ones}
+    out = np.zeros_like(x)
+    core.gradient(Dlpack(x), Dlpack(y), **given, out=Dlpack(out))
+    assert np.any(out != 0)
+    np.testing.assert_array_equal(out, core.gradient(x, y, **given))
+    with pytest.raises(ValueError, match="logits is not contiguous in C order"):
+        core.sums(Dlpack(X[:, ::2]), Y[:, ::2].copy())
+    with pytest.raises(TypeError, match="labels.*uint32"):
+        core.sums(X, Dlpack(Y.astype(np.uint32)))
+
+
+def test_arrays_on_a_device_are_not_taken_for_those_of_the_host():
+    def on_device(array, strides=None):
+        about = {**array.__array_interface__, "strides": strides}
+        return types.SimpleNamespace(__cuda_array_interface__=about)
+
+    with pytest.raises(ValueError, match="labels is on a CUDA device, but logits are in host mem"):
+        core.sums(X, on_device(Y))
+    with pytest.raises(ValueError, match="labels is not contiguous in C order"):
+        core.sums(X, on_device(Y, (400, 100, 8)))
+    with pytest.raises(ValueError, match="must be in host memory: scores are counted there"):
+        core.scores(on_device(Y), Y, classes=3)
+    if core.build_info()["cuda"] is None:
+        with pytest.raises(ValueError, match="on a CUDA device, but this build.*no CUDA kernels"):
+            core.sums(on_device(X), on_device(Y))
 
 
 # --- predictions that are no probabilities --------------------------------------------------------
