@@ -12,7 +12,7 @@ csrc := $(shell find csrc -type f)
 c++ := $(csrc) $(shell find tests benchmarks -name '*.c' -o -name '*.cc' -o -name '*.h' -o -name '*.cu')
 export DICE_OP_CUDA DICE_OP_CUDA_ARCHS CLANG
 
-.PHONY: help demo test test-full reliability fuzz bench bounds build wheels cuda12 check-wheels docs lint stub format clean FORCE
+.PHONY: help demo test test-full reliability fuzz coverage bench bounds build wheels cuda12 check-wheels docs lint stub format clean FORCE
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1\t/p' Makefile
@@ -32,6 +32,9 @@ reliability: build .venv/peers  ## try hostile input, faults, huge volumes and l
 fuzz: build .venv/peers  ## try other random calls than the tests, FUZZ=10000 of each sort, and libFuzzer for SECONDS=600
 	@sh build_tools/check_fuzzer.sh
 	DICE_OP_FUZZ=$(or $(FUZZ),10000) DICE_OP_FUZZ_SECONDS=$(or $(SECONDS),600) $(python) -m pytest -s -m 'not full' $(addprefix tests/reliability/test_,fuzz.py raw_calls.py entry_points.py)
+
+coverage: build .venv/peers .venv/coverage  ## say which lines the tests reach, an hour; RECORD=docs/reliability.json writes it
+	PYTHONPATH=tests $(python) build_tools/measure_coverage.py $(if $(RECORD),--record $(RECORD))
 
 bench: build .venv/peers  ## compare time and memory with other libraries, half an hour; BENCH="--only '160³ × 4'" for some
 	$(python) -m benchmarks $(BENCH)
@@ -78,6 +81,10 @@ clean:  ## remove what was built, but keep .venv
 .venv/peers: .venv/ready
 	$(pip) --group jax --group peers
 	$(pip) --no-deps --group legacy_keras
+	@touch $@
+
+.venv/coverage: .venv/ready
+	$(pip) --group coverage
 	@touch $@
 
 .venv/docs: .venv/ready
