@@ -36,7 +36,8 @@ def asked_sums(*, activation: str = 'softmax', data_format: str = 'channels_last
 def build_info() -> dict:
     """
     Describe this build: its version, the tensorflow and cuda versions it was built for (None if it was built
-    without), its cuda_archs, the simd_levels it contains, the simd_level used here, and its compiler.
+    without), its cuda_archs, the version of XLA's foreign function interface (ffi) that its handlers were
+    compiled with, the simd_levels it contains, the simd_level used here, and its compiler.
     """
 def ffi_targets() -> dict:
     """

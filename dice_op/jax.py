@@ -12,10 +12,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import pathlib
+import re
 import typing
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
@@ -32,6 +35,30 @@ if not hasattr(core, "ffi_targets"):
         "this build of dice_op does not serve JAX, because it was made without XLA's header: "
         "install jaxlib and build again, or build without --no-build-isolation"
     )
+
+
+def _refusal() -> str | None:
+    """Why the running JAX refuses the handlers, or None.
+
+    JAX itself would not say so before its first computation, and then compute nothing at all.
+    """
+    header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h")
+    text = header.read_text() if header.exists() else ""
+    running = re.findall(r"#define XLA_FFI_API_M(?:AJ|IN)OR (\d+)", text)
+    built = core.build_info()["ffi"]
+    if not running or [int(n) for n in built.split(".")] <= [int(n) for n in running]:
+        return None
+    return (
+        f"this build of dice_op does not serve JAX {jax.__version__}: its handlers were compiled "
+        f"with version {built} of XLA's foreign function interface, but jaxlib "
+        f"{jaxlib.__version__} has version {'.'.join(running)}, and refuses later ones. Install a "
+        "later JAX, or build dice_op where jaxlib==0.5.* is installed"
+    )
+
+
+_problem = _refusal()
+if _problem:
+    raise ImportError(_problem)
 for _platform, _handlers in core.ffi_targets().items():
     for _name, _handler in _handlers.items():
         jax.ffi.register_ffi_target(_name, _handler, platform=_platform)

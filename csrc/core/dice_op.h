@@ -260,6 +260,10 @@ struct Handler {
 // There are two handlers for each platform that this build supports.
 const std::vector<Handler>& Handlers();
 
+// The version of XLA's interface that the handlers were compiled with, such as "0.1". A runtime that has an older one
+// refuses them.
+std::string Version();
+
 // The number of bytes that the workspace has on this platform.
 Error DiceSumsWorkspace(const Problem& problem, const std::string& platform, size_t* bytes);
 

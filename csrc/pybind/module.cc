@@ -430,6 +430,11 @@ py::dict BuildInfo() {
   info["cuda"] = py::none();
   info["cuda_archs"] = py::list();
 #endif
+#ifdef DICE_OP_WITH_FFI
+  info["ffi"] = ffi::Version();
+#else
+  info["ffi"] = py::none();
+#endif
   info["simd_levels"] = py::str(levels).attr("split")(",");
   info["simd_level"] = cpu::SimdLevel();
   info["compiler"] = DICE_OP_COMPILER;
@@ -588,7 +593,8 @@ PYBIND11_MODULE(core, m) {
   m.attr("PROBABILITY_EPSILON") = kProbabilityEpsilon;
   m.def("build_info", &BuildInfo,
         "Describe this build: its version, the tensorflow and cuda versions it was built for (None if it was built\n"
-        "without), its cuda_archs, the simd_levels it contains, the simd_level used here, and its compiler.");
+        "without), its cuda_archs, the version of XLA's foreign function interface (ffi) that its handlers were\n"
+        "compiled with, the simd_levels it contains, the simd_level used here, and its compiler.");
   DefineCalls(m, kOptions);
   m.def(
       "scores", &ScoresOf, arg("prediction"), arg("labels"), py::kw_only(), arg("classes") = py::none(),

@@ -44,6 +44,7 @@ std::string TakeMessage(const XLA_FFI_Api* api, XLA_FFI_Error* error) {
 }
 
 // Registers the handlers with XLA's runtime. Returns the reasons if the runtime refuses some, else an empty string.
+// The versions are among them, whatever XLA says: a runtime takes no handlers of a later version than its own.
 std::string RegisterHandlers() {
   const XLA_FFI_Api* const api = xla::ffi::GetXlaFfiApi();
   std::string refusals;
@@ -58,7 +59,11 @@ std::string RegisterHandlers() {
       refusals += (refusals.empty() ? "" : "; ") + TakeMessage(api, error);
     }
   }
-  return refusals;
+  if (refusals.empty()) return "";
+  const XLA_FFI_Api_Version& has = api->api_version;
+  return "this TensorFlow's XLA does not take dice_op's handlers, which were compiled with version " + ffi::Version() +
+         " of its foreign function interface, while it has version " + std::to_string(has.major_version) + "." +
+         std::to_string(has.minor_version) + ": " + refusals;
 }
 
 const std::string refusal = RegisterHandlers();
@@ -72,9 +77,8 @@ class DiceXlaKernel : public XlaOpKernel {
         platform_(context->device_type() == tensorflow::DeviceType("XLA_GPU_JIT") ? "CUDA" : "Host") {
     static constexpr char kMend[] = "train without XLA, with model.compile(..., jit_compile=False)";
     OP_REQUIRES_OK(context, ReadAttributes(context, &attributes_));
-    OP_REQUIRES(
-        context, refusal.empty(),
-        absl::UnimplementedError("this TensorFlow's XLA does not take dice_op's handlers (" + refusal + "): " + kMend));
+    OP_REQUIRES(context, refusal.empty(),
+                absl::UnimplementedError(refusal + "; build dice_op again for this TensorFlow, or " + kMend));
     const auto& handlers = ffi::Handlers();
     const bool served = std::any_of(handlers.begin(), handlers.end(),
                                     [&](const ffi::Handler& handler) { return platform_ == handler.platform; });

@@ -343,6 +343,8 @@ const std::vector<Handler>& Handlers() {
   return *handlers;
 }
 
+std::string Version() { return std::to_string(XLA_FFI_API_MAJOR) + "." + std::to_string(XLA_FFI_API_MINOR); }
+
 Error DiceSumsWorkspace(const Problem& problem, const std::string& platform, size_t* bytes) {
   if (platform == Host::kName) {
     *bytes = cpu::DiceSumsWorkspace(problem);

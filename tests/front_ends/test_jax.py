@@ -96,6 +96,30 @@ def test_a_platform_that_cannot_do_a_call_does_not_hinder_another_one(run_python
     assert run_python(SETUP + OTHERS).splitlines() == ["True"]
 
 
+def test_a_jax_that_is_older_than_the_handlers_is_refused_in_words(tmp_path, run_python):
+    """And it goes on working. It would not, once it had been given such handlers."""
+    header = tmp_path / "xla" / "ffi" / "api" / "c_api.h"
+    header.parent.mkdir(parents=True)
+    header.write_text("#define XLA_FFI_API_MAJOR 0\n\n#define XLA_FFI_API_MINOR 0\n")
+    code = """
+        import sys
+        import jax, jaxlib
+        from dice_op import core
+        jax.ffi.include_dir = lambda: sys.argv[1]
+        try:
+            import dice_op.jax
+        except ImportError as error:
+            print(error)
+        print(jax.__version__, jaxlib.__version__, core.build_info()["ffi"])
+        print(jax.numpy.ones(3).sum())
+    """
+    said, versions, total = run_python(code, tmp_path, JAX_PLATFORMS="cpu").splitlines()
+    jax, jaxlib, built = versions.split()
+    assert f"does not serve JAX {jax}: its handlers were compiled with version {built} of" in said
+    assert f"jaxlib {jaxlib} has version 0.0" in said and "Install a later JAX, or build" in said
+    assert total == "3.0"
+
+
 ERRORS = """
     x, y = rng.normal(size=(2, 3, 4)).astype(np.float32), np.zeros((2, 3), np.int32)
     d = np.zeros((2, 4), np.float32)

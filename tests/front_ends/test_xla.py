@@ -1,6 +1,7 @@
 """The ops give the same numbers in programs that XLA compiles, wherever the loss stands."""
 
 import concurrent.futures
+import pathlib
 import re
 import shutil
 
@@ -642,14 +643,72 @@ USE = """
 """
 
 
+# From then on TensorFlow's XLA says that it has an earlier version, and refuses all handlers.
+OLDER = """
+#include <sys/mman.h>
+#include <string>
+#include "xla/ffi/api/c_api.h"
+namespace xla::ffi {
+const XLA_FFI_Api* GetXlaFfiApi();
+XLA_FFI_Error* Refuse(XLA_FFI_Handler_Register_Args* args) {
+  XLA_FFI_Metadata metadata = {XLA_FFI_Metadata_STRUCT_SIZE};
+  XLA_FFI_Metadata_Extension extension = {};
+  extension.extension_base.struct_size = XLA_FFI_Metadata_Extension_STRUCT_SIZE;
+  extension.extension_base.type = XLA_FFI_Extension_Metadata;
+  extension.metadata = &metadata;
+  XLA_FFI_CallFrame frame = {};
+  frame.struct_size = XLA_FFI_CallFrame_STRUCT_SIZE;
+  frame.extension_start = &extension.extension_base;
+  args->bundle.execute(&frame);
+  const XLA_FFI_Api_Version& its = metadata.api_version;
+  const std::string text = std::string(args->name.ptr, args->name.len) + " has version " +
+                           std::to_string(its.major_version) + "." +
+                           std::to_string(its.minor_version);
+  XLA_FFI_Error_Create_Args error = {XLA_FFI_Error_Create_Args_STRUCT_SIZE};
+  error.message = text.c_str();
+  error.errc = XLA_FFI_Error_Code_INVALID_ARGUMENT;
+  return GetXlaFfiApi()->XLA_FFI_Error_Create(&error);
+}
+const bool is_older = [] {
+  auto* const api = const_cast<XLA_FFI_Api*>(GetXlaFfiApi());
+  const auto page = reinterpret_cast<size_t>(api) / 4096 * 4096;
+  mprotect(reinterpret_cast<void*>(page), 2 * 4096, PROT_READ | PROT_WRITE);
+  api->api_version.minor_version = 0;
+  api->XLA_FFI_Handler_Register = Refuse;
+  return true;
+}();
+}  // namespace xla::ffi
+"""
+
+
 def test_handlers_that_xla_refuses_cause_a_warning_and_an_error(tmp_path, run_python):
-    """A TensorFlow with another version of the interface would refuse them. That must never go
-    unsaid."""
     compile_library(tmp_path / "occupy.cc", OCCUPY)
     warning, value, error = run_python(USE, tmp_path / "occupy.so").splitlines()
     assert "pass jit_compile=False" in warning and "dice_op_sums" in warning
     assert float(value) == pytest.approx(2 / 3, rel=1e-4)
     assert "does not take dice_op's handlers" in error and "jit_compile=False" in error
+
+
+def test_the_refusal_of_an_older_xla_names_both_versions(tmp_path, run_python):
+    """It would be a TensorFlow that is older than the header that the handlers were compiled
+    with."""
+    compile_library(tmp_path / "older.cc", OLDER)
+    warning, value, error = run_python(USE, tmp_path / "older.so").splitlines()
+    assert float(value) == pytest.approx(2 / 3, rel=1e-4)
+    built = core.build_info()["ffi"]
+    for said in (warning, error):
+        assert f"compiled with version {built} of its foreign function interface" in said
+        assert "it has version 0.0" in said and "jit_compile=False" in said
+        # What XLA has asked the handlers is what build_info() says of them.
+        assert f"dice_op_sums has version {built}" in said
+    assert "build dice_op again for this TensorFlow" in error
+
+
+def test_the_handlers_are_no_later_than_the_header_of_this_tensorflow():
+    header = pathlib.Path(tf.sysconfig.get_include(), "xla", "ffi", "api", "c_api.h").read_text()
+    has = re.findall(r"#define XLA_FFI_API_M(?:AJ|IN)OR (\d+)", header)
+    built = core.build_info()["ffi"].split(".")
+    assert [int(n) for n in built] <= [int(n) for n in has]
 
 
 def test_a_missing_library_causes_a_warning(run_python):

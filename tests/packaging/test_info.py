@@ -24,6 +24,7 @@ def test_info_tells_of_the_build():
     assert report["op"].startswith("loaded from ")
     assert report["xla"] == f"loaded from {PACKAGE / 'dice_op_xla.so'}"
     assert report["simd_level"] == info["simd_level"]
+    assert re.fullmatch(r"\d+\.\d+", info["ffi"]) and report["build_ffi"] == info["ffi"]
     for framework in ("torch", "jax"):
         installed = importlib.util.find_spec(framework)
         wanted = metadata.version(framework) if installed else None
