@@ -140,13 +140,16 @@ def tensorflow_extras():
 def other_extras():
     """What dice_op.torch and dice_op.jax need. Any later version will do.
 
-    XLA's handlers need a JAX that is not older than the header they were compiled with. JAX's own
-    Pythons begin with 3.11.
+    XLA's handlers need a JAX that is not older than the header they were compiled with, the oldest
+    that was there: jaxlib's, or TensorFlow's. JAX's own Pythons begin with 3.11.
     """
     extras = {"torch": ["torch>=2.6"]}
-    header = "0.8.1" if with_tensorflow() else version_of("jaxlib")
-    if header:
-        oldest = "0.7" if header.startswith(("0.5.", "0.6.")) else header
+    header = version_of("jaxlib")
+    tensorflow = with_tensorflow() and tensorflow_version()
+    if header or tensorflow:
+        oldest = "0.8.1" if tensorflow else header
+        if (header or "").startswith(("0.5.", "0.6.")) or (tensorflow or "").startswith("2.20."):
+            oldest = "0.7"
         extras["jax"] = [f"jax>={oldest}; python_version >= '3.11'"]
     return extras
 

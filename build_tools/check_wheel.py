@@ -6,8 +6,9 @@
 First, it checks the file: its size, contents, tag and licences, and what its libraries need and
 export. Second, it installs the wheel with its TensorFlow, and nothing else, into a new virtual
 environment. A wheel with CUDA gets two environments: one with tensorflow, one with tensorflow-cpu.
-A wheel without TensorFlow gets one with torch alone, and one with jax and keras alone. There, in an
-empty folder, it measures how long the import takes, compares values and gradients with double
+A wheel without TensorFlow gets one with torch alone. Every wheel gets one with the newest jax, and
+one with the oldest that it serves, both with keras and without TensorFlow. There, in an empty
+folder, it measures how long the import takes, compares values and gradients with double
 precision, trains a Keras model with and without XLA, and runs `python -m dice_op info`. Third, it
 installs the wheels for other versions of TensorFlow, and checks that their error messages name both
 versions.
@@ -98,7 +99,11 @@ import numpy as np
 import dice_op.jax
 
 def of(x, y, **options):
-    value, gradient = jax.jit(jax.value_and_grad(dice_op.jax.DiceLoss(**options)))(x, y)
+    loss = jax.value_and_grad(dice_op.jax.DiceLoss(**options))
+    value, gradient = jax.jit(loss)(x, y)
+    values, gradients = jax.vmap(loss)(np.stack([x, x[::-1]]), np.stack([y, y[::-1]]))
+    np.testing.assert_allclose(values, value, rtol=1e-6)
+    assert np.abs(gradients[1] - gradient[::-1]).max() < 1e-6 * np.abs(gradient).max()
     return float(value), np.asarray(gradient)
 """
 
@@ -163,17 +168,24 @@ class Trial(typing.NamedTuple):
     imports: tuple[str, ...]  # what of ours is imported, and the frameworks before it
     packages: tuple[str, ...] = ()  # what is installed besides
     environment: dict[str, str] = {}
+    extra: str | None = None  # what installs the framework, if it has another name than the trial
 
 
 IN_KERAS = Trial(
     (IN_TENSORFLOW + VALUES + NUMERIC, TRAIN), ("dice_op.losses", "tensorflow", "keras")
 )
+IN_JAX_ALONE = Trial(
+    (IN_JAX + VALUES, TRAIN), ("dice_op.jax", "jax"), ("keras",), {"KERAS_BACKEND": "jax"}, "jax"
+)
+# XLA's handlers need a runtime that is not older than the header that they were compiled with.
+OLDEST_JAX = "0.7.0"
 TRIALS = {  # by the extra that installs the framework
     "tensorflow": IN_KERAS,
     "tensorflow-cpu": IN_KERAS,
     "torch": Trial((IN_TORCH + VALUES,), ("dice_op.torch", "torch")),
-    "jax": Trial(
-        (IN_JAX + VALUES, TRAIN), ("dice_op.jax", "jax"), ("keras",), {"KERAS_BACKEND": "jax"}
+    "jax": IN_JAX_ALONE,
+    f"jax {OLDEST_JAX}": IN_JAX_ALONE._replace(
+        packages=("keras", f"jax=={OLDEST_JAX}", f"jaxlib=={OLDEST_JAX}")
     ),
 }
 
@@ -181,9 +193,12 @@ TRIALS = {  # by the extra that installs the framework
 def trials(tensorflow, variant, python):
     """The names of a wheel's trials."""
     if tensorflow == "core":
-        return ("torch",) if python == "3.10" else ("torch", "jax")  # JAX 0.7 has left 3.10 behind.
-    # A CUDA build must run with both: tensorflow exports symbols of CUDA, tensorflow-cpu none.
-    return ("tensorflow-cpu",) if variant == "cpu" else ("tensorflow", "tensorflow-cpu")
+        first = ("torch",)
+    else:
+        # A CUDA build must run with both: tensorflow exports symbols of CUDA, tensorflow-cpu none.
+        first = ("tensorflow-cpu",) if variant == "cpu" else ("tensorflow", "tensorflow-cpu")
+    with_jax = python != "3.10"  # which JAX 0.7 has left behind
+    return (*first, *(name for name in TRIALS if with_jax and name.startswith("jax")))
 
 
 class WheelError(Exception):
@@ -266,15 +281,16 @@ def check_library(library, variant):
 def check_installed(wheel, name, tensorflow, variant, python, folder):
     """Makes one of TRIALS with the wheel, in a new environment.
 
-    Returns the first words of an install command of its pip, a function that runs code there, and
-    the seconds that an import takes.
+    Returns the first words of an install command of its pip, a function that runs code there, the
+    framework with its version, and the seconds that an import takes.
     """
     require(interpreter(python), f"this machine has no Python {python} to try it with")
     run([interpreter(python), "-m", "venv", folder / "venv"])
     inside = folder / "venv" / "bin" / "python"
     pip = [inside, *PIP, "install"]
     trial = TRIALS[name]
-    run([*pip, f"dice-op[{name}] @ {wheel.resolve().as_uri()}", *trial.packages])
+    extra = trial.extra or name
+    run([*pip, f"dice-op[{extra}] @ {wheel.resolve().as_uri()}", *trial.packages])
     empty = folder / "empty"
     empty.mkdir()
 
@@ -283,9 +299,11 @@ def check_installed(wheel, name, tensorflow, variant, python, folder):
         return run([inside, "-c", code, *arguments], cwd=empty, env=variables)
 
     report = json.loads(run([inside, "-m", "dice_op", "info", "--json"], cwd=empty))
-    if tensorflow == "core":
+    require(report["build_ffi"] == "0.1", f"info: {report}")  # of the group xla_header
+    if extra in ("torch", "jax"):
         require(report["tensorflow"] is None, f"info: {report}")
-        require(re.match(r"\d", report[name]), f"{name} is {report[name]}")
+        wanted = name.removeprefix(extra).strip()  # or any version
+        require(re.match(wanted or r"\d", report[extra]), f"{extra} is {report[extra]}")
     else:
         require(report["op"].startswith("loaded"), f"the op is {report['op']}")
         require(report["xla"].startswith("loaded"), f"the op in XLA is {report['xla']}")
@@ -298,7 +316,8 @@ def check_installed(wheel, name, tensorflow, variant, python, folder):
     for program in trial.programs:
         ask(program)
     seconds = [float(ask(IMPORT_TIME, *trial.imports)) for _ in range(5)]
-    return pip, ask, statistics.median(seconds)
+    version = report[extra.removesuffix("-cpu")]
+    return pip, ask, f"{extra} {version}", statistics.median(seconds)
 
 
 def check_mismatch(others, pip, ask, tensorflow):
@@ -340,12 +359,13 @@ def main():
         packages = trials(tensorflow, variant, python)
         try:
             check_file(wheel, tensorflow, variant)
-            imports = []
+            imports, frameworks = [], []
             for package in packages:
                 with tempfile.TemporaryDirectory(dir=WORK) as folder:
-                    pip, ask, seconds = check_installed(
+                    pip, ask, framework, seconds = check_installed(
                         wheel, package, tensorflow, variant, python, Path(folder)
                     )
+                    frameworks.append(framework)
                     imports.append(f"{1000 * seconds:.0f} ms")
                     require(seconds < MOST_IMPORT_SECONDS, f"its import takes {imports[-1]}")
                     if package == packages[0]:
@@ -355,8 +375,8 @@ def main():
             print(f"{wheel.name}: {failure}", flush=True)
             continue
         print(
-            f"{wheel.name}: good with {' and '.join(packages)}; "
-            f"{wheel.stat().st_size / 1e6:.2f} MB, import {' and '.join(imports)}, "
+            f"{wheel.name}: good with {', '.join(frameworks)}; "
+            f"{wheel.stat().st_size / 1e6:.2f} MB, import {', '.join(imports)}; "
             f"refused by {len(others)} other TensorFlow version(s)",
             flush=True,
         )

@@ -114,6 +114,8 @@ def environment(python, tensorflow):
     inside, ready = folder / "bin" / "python", folder / "ready"
     build_requirements = requirements.GROUPS["build"]
     needed = requirements.of_tensorflow("none" if tensorflow == "core" else tensorflow)
+    # TensorFlow's own header may be later, but so each wheel serves the JAX that the oldest does.
+    needed += [header for header in requirements.GROUPS["xla_header"] if header not in needed]
     packages = [*needed, *build_requirements, *TOOLS]
     if not ready.exists() or ready.read_text() != repr(packages):
         run([interpreter(python), "-m", "venv", "--clear", folder])

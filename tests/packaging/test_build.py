@@ -1,6 +1,8 @@
 """Building from source, and what is said where something is missing."""
 
 import importlib
+import json
+import re
 import shutil
 import sys
 
@@ -23,6 +25,54 @@ def test_cmake_needs_tensorflow_only_where_it_is_asked_for(tmp_path):
     assert status != 0
     assert "pip install tensorflow-cpu" in message
     assert "-DDICE_OP_WITH_TENSORFLOW=OFF" in message
+
+
+@pytest.mark.parametrize(
+    ("of_tensorflow", "of_jax", "chosen"),
+    [
+        ("0.2", "0.1", "jaxlib"),
+        ("0.2", "0.3", "tensorflow"),
+        ("0.2", None, "tensorflow"),
+        ("0.1, without ffi.h", "0.1", "jaxlib"),  # as TensorFlow 2.19
+        ("0.1, without ffi.h", "0.3", None),
+        ("0.1, without ffi.h", None, None),
+    ],
+)
+def test_xlas_earliest_header_is_taken(of_tensorflow, of_jax, chosen, tmp_path):
+    """A runtime refuses handlers that a later header than its own was compiled into."""
+    folders = {"tensorflow": tmp_path / "tensorflow", "jaxlib": tmp_path / "jaxlib"}
+    for folder, version in zip(folders.values(), (of_tensorflow, of_jax), strict=True):
+        headers = folder / "include" / "xla" / "ffi" / "api"
+        headers.mkdir(parents=True)
+        (folder / "__init__.py").write_text("")
+        if version:
+            major, minor = version[:3].split(".")
+            define = "#define XLA_FFI_API_MAJOR {}\n\n#define XLA_FFI_API_MINOR {}\n"
+            (headers / "c_api.h").write_text(define.format(major, minor))
+        if version and "without" not in version:
+            (headers / "ffi.h").write_text("")
+    folder = folders["tensorflow"]
+    (folder / "__init__.py").write_text(
+        f"""
+__version__ = "2.99.0"
+class sysconfig:
+    get_compile_flags = list
+    get_include = lambda: "{folder / "include"}"
+    get_lib = lambda: "{folder}"
+    get_link_flags = lambda: ["-l:libtensorflow_framework.so.2"]
+"""
+    )
+    build, path = tmp_path / "build", {"PYTHONPATH": str(tmp_path)}
+    status, message = configure(build, "-DDICE_OP_WITH_PYTHON=OFF", "-DDICE_OP_CUDA=off", **path)
+    if chosen is None:
+        assert status != 0 and "TensorFlow 2.99.0" in message
+        assert "pip install 'jaxlib==" in message
+        assert not of_jax or ("version 0.1" in message and "has version 0.3" in message)
+        return
+    assert status == 0, message
+    commands = json.loads((build / "compile_commands.json").read_text())
+    (command,) = [c["command"] for c in commands if c["file"].endswith("handlers.cc")]
+    assert re.findall(r"-isystem (\S+)", command) == [str(folders[chosen] / "include")]
 
 
 def setup(*before, **variables):
