@@ -143,23 +143,28 @@ def _axes(text: str, ndim: int) -> list[str]:
     return ["n", *spatial, "c"] if _text.is_last(text) else ["n", "c", *spatial]
 
 
-def _axes_of(array: typing.Any, text: str, logits_ndim: int) -> list[str]:
+# Coverage is not measured where XLA calls a function on a thread of its own.
+def _axes_of(  # pragma: no cover - on XLA's threads
+    array: typing.Any, text: str, logits_ndim: int
+) -> list[str]:
     axes = _axes(text, logits_ndim)
     return axes if len(array.shape) == logits_ndim else [a for a in axes if a != "c"]
 
 
-def _specs(text: str, logits: typing.Any) -> dict[str, typing.Any]:
+def _specs(  # pragma: no cover - on XLA's threads
+    text: str, logits: typing.Any
+) -> dict[str, typing.Any]:
     """The mesh axes over which each axis of the logits is sharded."""
     axes = _axes(text, len(logits.shape))
     spec = [*logits.sharding.spec, *[None] * len(axes)]
     return {a: None if a == "c" else spec[i] for i, a in enumerate(axes)}
 
 
-def _flat(spec: typing.Any) -> tuple[str, ...]:
+def _flat(spec: typing.Any) -> tuple[str, ...]:  # pragma: no cover - on XLA's threads
     return () if spec is None else (spec,) if isinstance(spec, str) else tuple(spec)
 
 
-def _partition(
+def _partition(  # pragma: no cover - on XLA's threads
     text: str, mesh: typing.Any, arguments: typing.Any, result: typing.Any, is_gradient: bool
 ) -> typing.Any:
     call = _call_gradient if is_gradient else _call_sums
