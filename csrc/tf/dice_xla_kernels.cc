@@ -31,11 +31,18 @@ using tensorflow::XlaOpKernelContext;
 XLA_FFI_ByteSpan SpanOf(const char* text) { return {text, std::string_view(text).size()}; }
 
 std::string TakeMessage(const XLA_FFI_Api* api, XLA_FFI_Error* error) {
-  XLA_FFI_Error_GetMessage_Args message = {};
-  message.struct_size = XLA_FFI_Error_GetMessage_Args_STRUCT_SIZE;
-  message.error = error;
-  api->XLA_FFI_Error_GetMessage(&message);
-  const std::string text = message.message;
+#if XLA_FFI_API_MAJOR > 0 || XLA_FFI_API_MINOR >= 4  // from here on it tells a code as well
+  XLA_FFI_Error_GetDetails_Args details = {};
+  details.struct_size = XLA_FFI_Error_GetDetails_Args_STRUCT_SIZE;
+  details.error = error;
+  api->XLA_FFI_Error_GetDetails(&details);
+#else
+  XLA_FFI_Error_GetMessage_Args details = {};
+  details.struct_size = XLA_FFI_Error_GetMessage_Args_STRUCT_SIZE;
+  details.error = error;
+  api->XLA_FFI_Error_GetMessage(&details);
+#endif
+  const std::string text = details.message;
   XLA_FFI_Error_Destroy_Args destroy = {};
   destroy.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE;
   destroy.error = error;
