@@ -4,6 +4,7 @@ Three builds of the very kernel sources: plain, with the address and undefined-b
 with the thread sanitizer. No GPU and no CUDA toolkit is needed, only the C++ compiler.
 """
 
+import collections
 import concurrent.futures
 import functools
 import hashlib
@@ -16,6 +17,7 @@ import numpy as np
 from dice_op import core
 from helpers.paths import BUILD, CSRC, TESTS
 from helpers.processes import alone_in, output_of
+from helpers.processes import run as run_program
 
 EMULATOR = TESTS / "kernels" / "cuda_emulator"
 CXX = os.environ.get("CXX", "c++")
@@ -34,6 +36,8 @@ SANITIZER_OPTIONS = {
     "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
     "ASAN_OPTIONS": "detect_leaks=0",
 }
+# A GPU that holds more blocks than any there is.
+DEVICE = {"CUDA_EMULATOR_SMS": "200", "CUDA_EMULATOR_HELD": "32"}
 # These are in the order of the enumerations in csrc/core/dice_op.h and csrc/core/options.h.
 DTYPES = "bool uint8 int8 uint16 int16 int32 int64 float16 bfloat16 float32 float64".split()
 TABLES = ("regions", "label_sets", "focal_gammas", "dist_matrix")
@@ -111,6 +115,13 @@ def rebuild(kind, csrc, folder):
     return program
 
 
+def plant(source, old, new):
+    """Replaces a line of a source, which must stand there once."""
+    text = source.read_text()
+    assert text.count(old) == 1, f"{source.name}: {old!r} stands there {text.count(old)} times"
+    source.write_text(text.replace(old, new))
+
+
 def _build_plans():
     """run_plans.cc over all kernels, which it does not run."""
     kernels = build("plain").parent
@@ -124,6 +135,26 @@ def _build_plans():
 
     folders = [CSRC / name for name in ("core", "cuda")]
     return _made(folder, _key("plain", *folders, EMULATOR), make) / "run_plans"
+
+
+def build_extents(few=False, csrc=None, folder=None):
+    """run_extents.cc over all kernels or few; or, in a folder, over the few of another source
+    tree."""
+    objects = build("plain", few=few).parent
+    changed = csrc is not None
+    folder = folder or BUILD / "cuda_emulator" / ("few_extents" if few else "extents")
+    flags = _flags("plain", csrc or CSRC)
+    own = [folder / "run_extents.o"] + [folder / "kernels.o"] * changed
+    others = ("engine", "options", "problem", *([] if changed else ["kernels"]))
+
+    def make():
+        _compile(EMULATOR / "run_extents.cc", own[0], flags)
+        if changed:
+            _compile(EMULATOR / "few_kernels.cc", own[1], flags)
+        _link("plain", [*own, *(objects / f"{o}.o" for o in others)], folder / "run_extents")
+
+    key = _key("plain", *((csrc or CSRC) / name for name in ("core", "cuda")), EMULATOR)
+    return _made(folder, key, make) / "run_extents"
 
 
 def build_faults():
@@ -224,20 +255,36 @@ class Launch(NamedTuple):
     problem: str  # the first with this launch
 
 
+def _symbols(program):
+    """The names of what a program holds, by their distance from its start."""
+    symbols = [line.split() for line in output_of("nm", program).splitlines() if line[0] != " "]
+    (start,) = (int(at, 16) for at, _, name in symbols if name == "__executable_start")
+    return {int(at, 16) - start: name for at, _, name in symbols}
+
+
 @functools.cache
 def plans():
     """All different launches for problems of every sort (the table is in run_plans.cc), on a GPU
     that holds more blocks than any there is. No kernel runs."""
     program = _build_plans()
-    symbols = [line.split() for line in output_of("nm", program).splitlines() if line[0] != " "]
-    (start,) = (int(at, 16) for at, _, name in symbols if name == "__executable_start")
-    names = {int(at, 16) - start: name for at, _, name in symbols}
-    device = {"CUDA_EMULATOR_SMS": "200", "CUDA_EMULATOR_HELD": "32"}
+    names = _symbols(program)
     launches = []
-    for line in output_of(program, **device).splitlines():
+    for line in output_of(program, **DEVICE).splitlines():
         kernel, *numbers, problem = line.split(" ", len(Launch._fields) - 1)
         launches.append(Launch(names[int(kernel)], *map(int, numbers), problem))
     return launches
+
+
+def run_extents(program, *arguments):
+    """The kernels that run_extents.cc has run, each with how often, and what was wrong."""
+    done = run_program(program, *arguments, **DEVICE)
+    names = _symbols(program)
+    lines = done.stdout.splitlines()
+    wrong = [line for line in lines if line.startswith("WRONG")]
+    if done.returncode not in (0, 1):  # A wrong index may end the program.
+        wrong.append(f"exit {done.returncode} after {lines[-1:]} {done.stderr[-1000:]}")
+    runs = (line.split(" ", 1)[0] for line in lines)
+    return collections.Counter(names[int(run)] for run in runs if run.isdigit()), wrong
 
 
 class Failed(Exception):  # noqa: N818

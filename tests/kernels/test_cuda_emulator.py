@@ -12,15 +12,10 @@ import pytest
 
 from helpers import emulation
 from helpers.cuda_cases import bits, few_cases
+from helpers.emulation import plant
 from helpers.paths import CSRC
 
 ORDERS = ("forward", "reverse", "random")
-
-
-def plant(source, old, new):
-    text = source.read_text()
-    assert text.count(old) == 1, f"{source.name}: {old!r} stands there {text.count(old)} times"
-    source.write_text(text.replace(old, new))
 
 
 # --- the emulator's own kernels: each of its features ---------------------------------------------

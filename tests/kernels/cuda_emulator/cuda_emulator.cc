@@ -41,6 +41,7 @@ dim3 blockDim, gridDim;
 namespace cuda_emulator {
 
 Observer* observer = nullptr;
+const std::vector<unsigned>* chosen = nullptr;
 
 namespace internal {
 namespace {
@@ -480,8 +481,10 @@ void Run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const s
   generator.seed(static_cast<unsigned>(Environment("CUDA_EMULATOR_SEED", 1)));
   size_t resident = order == Order::kRandom ? std::max(1L, Environment("CUDA_EMULATOR_RESIDENT", 4)) : 1;
   if (tsan) resident = std::max<size_t>(1, std::min<size_t>(resident, kMaxTsanFibers / threads));
-  std::vector<unsigned> numbers(blocks);
-  for (unsigned i = 0; i < blocks; ++i) numbers[i] = i;
+  std::vector<unsigned> numbers(chosen ? 0 : blocks);
+  for (unsigned i = 0; i < numbers.size(); ++i) numbers[i] = i;
+  if (chosen) numbers = *chosen;
+  if (std::any_of(numbers.begin(), numbers.end(), [=](unsigned i) { return i >= blocks; })) FailLaunch("no such block");
   if (order == Order::kReverse) std::reverse(numbers.begin(), numbers.end());
   if (order == Order::kRandom) std::shuffle(numbers.begin(), numbers.end(), generator);
 
@@ -496,8 +499,8 @@ void Run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const s
     __tsan_release(&state.start_token);
   }
   scheduler.started = true;
-  for (size_t next = 0; next < blocks || !state.live.empty();) {
-    while (next < blocks && state.live.size() < resident) {
+  for (size_t next = 0; next < numbers.size() || !state.live.empty();) {
+    while (next < numbers.size() && state.live.size() < resident) {
       state.live.push_back(NewBlock(numbers[next++], static_cast<unsigned>(threads)));
     }
     if (!RunThreads()) FailDeadlock();

@@ -30,6 +30,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -89,6 +90,10 @@ class Observer {
   virtual void Launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes) = 0;
 };
 extern Observer* observer;
+
+// If `chosen` is set, a launch runs only these of its blocks, in their order: block (x, y, z) has the number
+// x + y * gridDim.x + z * gridDim.x * gridDim.y. So a test can look at single blocks of a launch that has millions.
+extern const std::vector<unsigned>* chosen;
 
 // The engine's side (cuda_emulator.cc, compiled without sanitizers). Whatever touches the memory of a kernel is
 // inline in this header instead, for the sanitizers to see it.

@@ -17,12 +17,12 @@ namespace cuda {
 
 Variant FindPlain(const Problem& problem, const void* d_logits) {
   if (problem.logits_dtype == DType::kBFloat16) {
-    if (!IsPlain<BFloat16>(problem, d_logits) || problem.classes != 5) return {};
+    if (!IsPlain<BFloat16>(problem, d_logits) || problem.classes != 5 || !problem.channels_last()) return {};
     return Of<Rows<AnyFloat16, 5>>(problem, d_logits);
   }
   if (problem.logits_dtype != DType::kFloat) return {};
   if (problem.masked()) {
-    if (!IsPlain<float>(problem, d_logits, true)) return {};
+    if (!IsPlain<float>(problem, d_logits, true) || !problem.channels_last()) return {};
     if (problem.classes == 3) return Of<Rows<float, 3, true>>(problem, d_logits);
     return problem.classes == 6 ? Of<Staged<float, 8, 1, 4, true>>(problem, d_logits) : Variant{};
   }
@@ -39,6 +39,7 @@ Variant FindPlain(const Problem& problem, const void* d_logits) {
 
 Variant FindGeneral(const Problem& problem, const void* d_logits) {
   using PerClass = General<float, true, 4, 1>;
+  if (problem.in_double()) return {};
   if (problem.hard()) return Of<PerClass, Argmax>(problem, d_logits);
   if (problem.options.activation == Activation::kSigmoid) return Of<PerClass, Sigmoid>(problem, d_logits);
   if (problem.labels_per_class()) return Of<PerClass>(problem, d_logits);
