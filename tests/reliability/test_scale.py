@@ -17,9 +17,9 @@ from helpers.kernel_inputs import coefficients_by_name, make
 pytestmark = pytest.mark.long
 
 EPSILON = {"float16": 2**-11, "bfloat16": 2**-8}
-BLOCK = 1_048_573  # voxels
 # The number of classes, and the sides of a volume of a few percent more than 2^31 elements.
 SIDES = {1: (1301, 1301, 1301), 2: (1031, 1031, 1031), 4: (821, 821, 821), 104: (277, 277, 277)}
+BLOCK = {1: 1_048_573, 2: 524_287, 4: 262_139, 104: 16_381}  # voxels
 
 
 class Vast:
@@ -40,19 +40,19 @@ class Vast:
         )
         labels = np.empty(self.voxels, np.uint8)
         self.wanted = {}
-        border = 2**31 // classes
+        border, block = 2**31 // classes, BLOCK[classes]
         for part, (begin, end) in enumerate([(0, border), (border, self.voxels)]):
-            x, y, _ = make((1, BLOCK, classes), "uint8", self.activation, seed=part)
+            x, y, _ = make((1, block, classes), "uint8", self.activation, seed=part)
             x, y = x[0], y[0]
             if part:  # Other frequencies, so that the sums show which voxels were read.
                 x[:, 0] += 2
                 y[::3] = 0
             x = x.astype(kind)
-            for at in range(begin, end, BLOCK):
-                count = min(BLOCK, end - at)
+            for at in range(begin, end, block):
+                count = min(block, end - at)
                 self.put(at, x[:count])
                 labels[at : at + count] = y[:count]
-            for times, count in (((end - begin) // BLOCK, BLOCK), (1, (end - begin) % BLOCK)):
+            for times, count in (((end - begin) // block, block), (1, (end - begin) % block)):
                 t = reference.one_hot(y[None, :count], classes)
                 sums = reference.sums(x[None, :count], t, activation=self.activation)
                 for name, value in sums.items():
