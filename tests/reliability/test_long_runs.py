@@ -71,7 +71,7 @@ EAGER = """
         x = tf.constant(X[i])
         with tf.GradientTape() as tape:
             tape.watch(x)
-            sums = dice_op.dice_sums(x, Y[i], activation="softmax")
+            sums = dice_op.dice_sums(Y[i], x, activation="softmax")
             value = tf.reduce_sum(sums.intersection / sums.pred_sum)
         tape.gradient(value, x)
 """
@@ -190,7 +190,7 @@ def of_tensorflow(x, y):
     x = tf.constant(x)
     with tf.GradientTape() as tape:
         tape.watch(x)
-        sums = dice_op.dice_sums(x, y, activation="softmax")
+        sums = dice_op.dice_sums(y, x, activation="softmax")
         value = tf.reduce_sum(sums.intersection) - tf.reduce_sum(sums.pred_sum)
     return sums.intersection.numpy(), tape.gradient(value, x).numpy()
 

@@ -137,7 +137,7 @@ def of_tensorflow(vast, jit=False):
     def run(x, y):
         with tf.GradientTape() as tape:
             tape.watch(x)
-            sums = dice_op.dice_sums(x, y, **vast.options)
+            sums = dice_op.dice_sums(y, x, **vast.options)
             names = ("intersection", "pred_sum", "cross_entropy", "negative_cross_entropy")
             loss = tf.add_n(
                 [
