@@ -148,8 +148,8 @@ def test_10000_steps_take_no_more_memory_than_1000(front_end, run_python, seen):
 
 @pytest.mark.full
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_1000_steps_take_no_more_memory_than_300(front_end, run_python):
-    memory, objects = growth(front_end, 300, 900, run_python)
+def test_1800_steps_take_no_more_memory_than_800(front_end, run_python):
+    memory, objects = growth(front_end, 800, 1000, run_python)
     assert memory <= MOST_GROWTH and objects <= 200, (memory, objects)
 
 

@@ -222,7 +222,8 @@ def measure(case):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "shape": " x ".join(map(str, vast.x.shape)), "dtype": vast.dtype,
-        "largest error of a sum": float(f"{max(errors):.3g}"), "peak of memory, GB": peak // 10**8 / 10,
+        "largest error of a sum": float(f"{max(errors):.3g}"),
+        "peak of memory, GB": peak // 10**8 / 10,
     }  # fmt: skip
 
 
