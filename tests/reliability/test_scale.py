@@ -41,9 +41,8 @@ class Vast:
         }  # fmt: skip
         kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
         assert self.voxels * classes > 2**31 and self.voxels * classes * 2 > 2**32
-        self.flat = np.empty(
-            (classes, self.voxels) if self.planar else (self.voxels, classes), kind
-        )
+        self.flat_shape = (classes, self.voxels) if self.planar else (self.voxels, classes)
+        self.flat = np.empty(self.flat_shape, kind)
         labels = np.empty(self.voxels, np.uint8)
         self.wanted = {}
         border, block = 2**31 // classes, BLOCK[classes]
