@@ -277,7 +277,7 @@ def plans():
 
 def run_extents(program, *arguments):
     """The kernels that run_extents.cc has run, each with how often, and what was wrong."""
-    done = run_program(program, *arguments, **DEVICE)
+    done = run_program(program, *arguments, timeout=3000, **DEVICE)
     names = _symbols(program)
     lines = done.stdout.splitlines()
     wrong = [line for line in lines if line.startswith("WRONG")]

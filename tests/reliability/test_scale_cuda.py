@@ -40,8 +40,8 @@ BUGS = {
     ),
     "direct: the last voxels": (
         "direct.h",
-        "for (int64_t v = tile * static_cast<int64_t>(kTile) + Lane(); v",
-        "for (unsigned v = tile * static_cast<unsigned>(kTile) + Lane(); v",
+        "          One<kStore>(v, voxel);",
+        "          One<kStore>(static_cast<uint32_t>(v), voxel);",
     ),
     "direct: a sample": (
         "direct.h",
@@ -61,8 +61,8 @@ BUGS = {
     "rows: a tile's weights": ("rows.h", "tile * int64_t{kTile}", "tile * kTile"),
     "rows: the last voxels": (
         "rows.h",
-        "for (int64_t v = whole_ * static_cast<int64_t>(kTile) + Lane();",
-        "for (int64_t v = whole_ * kTile + Lane();",
+        "            Last<kStore>(v, voxel);",
+        "            Last<kStore>(static_cast<uint32_t>(v), voxel);",
     ),
     "staged: the step in bytes": (
         "staged.h",
@@ -101,8 +101,8 @@ BUGS = {
     ),
     "searched: a voxel": (
         "dice_op_cuda.cu",
-        "for (int64_t at = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;",
-        "for (uint32_t at = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;",
+        "static_cast<unsigned long long>(2 * at + (good_label ? 1 : 0))",
+        "static_cast<unsigned>(2 * at + (good_label ? 1 : 0))",
     ),
 }
 
