@@ -7,6 +7,7 @@ test these need up to 11 GB of memory.
 """
 
 import json
+import os
 import resource
 import sys
 
@@ -232,7 +233,11 @@ def measure(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_more_than_2_to_31_elements_are_right(case, seen):
-    """Each in a process of its own, which gives its memory back even if it fails."""
+    """Each in a process of its own, which gives its memory back even if it fails. Under JAX it took
+    more than 14 GB when the system ended it."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if CASES[case][0] is of_jax and available < 24 << 30:
+        pytest.skip("JAX needs more memory than there is")
     printed = output_of(sys.executable, __file__, case, PYTHONPATH=str(TESTS))
     seen("scale", case, json.loads(printed.splitlines()[-1]))
 
