@@ -271,8 +271,9 @@ DICE_OP_INLINE Pack<float, W> ExpOfNegative(Pack<float, W> x) {
   if constexpr (W >= 8) return ExpByTable(x);
 #endif
   using F = typename Pack<float, W>::Vector;
+  using U = typename VectorOf<uint32_t, W>::type;  // may overflow, as it does where x is NaN
   const Exponent<W> e(Max(Pack<float, W>(kLogOfSmallest), x).v);
-  return Pack<float, W>(x.v < kLogOfSmallest ? F{} : e.p * BitCast<F>((e.bits << 23) + 0x3f800000));
+  return Pack<float, W>(x.v < kLogOfSmallest ? F{} : e.p * BitCast<F>((BitCast<U>(e.bits) << 23) + 0x3f800000));
 }
 
 // Computes the logarithm of numbers >= 0, with an error below 2 units in the last place (Cephes). 0 and numbers below

@@ -667,6 +667,6 @@ MEMORY = {
     "misaligned": (_misaligned, "multiple of its elements' size|byte order"),
     "masked": (np.ma.masked_array, "masked"),
     "of objects": (lambda a: a.astype(object), "dtype object"),
-    "of text": (lambda a: a.astype(str), "dtype"),
+    "of text": (lambda a: a.astype(float).astype(str), "dtype"),
     "of dates": (lambda a: a.astype("int64").astype("M8[s]"), "dtype"),
 }

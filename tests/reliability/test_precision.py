@@ -85,4 +85,4 @@ def test_errors_of_the_cuda_kernels_are_bounded(tmp_path, seen):
 
 @pytest.mark.full
 def test_errors_of_the_cuda_kernels_are_bounded_in_small_volumes(tmp_path):
-    check(on_emulator(tmp_path, 10**5), "CUDA, emulated", lambda *_: None)
+    check(on_emulator(tmp_path, 10**4), "CUDA, emulated", lambda *_: None)
