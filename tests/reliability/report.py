@@ -55,7 +55,7 @@ def numbers(entries):
     """A row for each number, with the test that saw it."""
     rows = [
         [what, shown(e["value"]), f"`{e['test']}`", f"{e['date']}, {e['commit']}"]
-        for what, e in entries.items()
+        for what, e in sorted(entries.items())
     ]
     return table(["what", "seen", "by", "when, commit"], rows)
 
