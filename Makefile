@@ -27,8 +27,8 @@ test-full: build .venv/peers  ## run the tests that take long or need more packa
 	$(pytest) -m full
 
 reliability: build .venv/peers  ## try hostile input, faults, huge volumes and long runs, hours; RELIABILITY="-k scale" for some
-	$(python) -m pytest tests/reliability -m "" --record docs/reliability.json $(RELIABILITY)
-	$(python) tests/reliability/report.py
+	$(python) -m pytest tests/reliability -m "" --record docs/reliability.json $(RELIABILITY); \
+	  status=$$?; $(python) tests/reliability/report.py && exit $$status
 
 fuzz: build .venv/peers  ## try other random calls than the tests, FUZZ=10000 of each sort, and libFuzzer for SECONDS=600
 	@sh build_tools/check_fuzzer.sh

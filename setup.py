@@ -78,7 +78,7 @@ def check_requirements():
 
 def existing(folder):
     """The folder, or else the one that it will be made in."""
-    return next(f for f in (folder, *folder.parents) if f.exists())
+    return next(f for f in (folder, *folder.parents) if os.path.exists(f))
 
 
 class CMakeBuild(build_ext):

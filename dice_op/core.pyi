@@ -59,6 +59,7 @@ def gradient(logits: typing.Any, labels: typing.Any, *, d_intersection: typing.A
         'sigmoid', give both cross-entropies or neither; the same array twice counts both the same.
       d_distance_sum: the same, needed with dist_matrix.
       out: the array to write to, with the logits' dtype and shape; not a list, but it may be the logits array.
+        After a MemoryError it may hold a part of the gradient.
       The other arguments are those of `sums`. A label that is not a class belongs to no class.
     
     Returns: an array of the logits' dtype and shape.

@@ -42,8 +42,10 @@ def _refusal() -> str | None:
 
     JAX itself would not say so before its first computation, and then compute nothing at all.
     """
+    if jax.__version_info__ < (0, 7):
+        return f"dice_op.jax needs JAX 0.7 or later, but JAX {jax.__version__} is installed"
     header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h")
-    text = header.read_text() if header.exists() else ""
+    text = header.read_text(encoding="utf-8") if header.exists() else ""
     running = re.findall(r"#define XLA_FFI_API_M(?:AJ|IN)OR (\d+)", text)
     built = core.build_info()["ffi"]
     if not running or [int(n) for n in built.split(".")] <= [int(n) for n in running]:

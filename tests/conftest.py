@@ -8,10 +8,12 @@ import pytest
 # An assertion in there then shows its values when it fails.
 pytest.register_assert_rewrite("helpers")
 from helpers import record  # noqa: E402
+from helpers.paths import BUILD  # noqa: E402
 from helpers.processes import output_of  # noqa: E402
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(BUILD / "hypothesis"))
 
 
 def pytest_addoption(parser):

@@ -5,7 +5,6 @@
 #include <exception>
 #include <memory>
 #include <mutex>
-#include <new>
 
 #include "core/dice_op.h"
 
@@ -75,7 +74,7 @@ void PoolParallelFor::Run(int64_t count, int64_t cost, Body body, void* context)
         if (--work->helping == 0) work->idle.notify_one();
       });
     }
-  } catch (const std::bad_alloc&) {  // no memory to ask for more help
+  } catch (const std::exception&) {  // no memory to ask for more help, or no thread
     if (!work) return body(context, 0, count);
   }
   work->Help();

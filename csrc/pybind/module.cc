@@ -479,6 +479,7 @@ constexpr char kGradientDoc[] =
     "    'sigmoid', give both cross-entropies or neither; the same array twice counts both the same.\n"
     "  d_distance_sum: the same, needed with dist_matrix.\n"
     "  out: the array to write to, with the logits' dtype and shape; not a list, but it may be the logits array.\n"
+    "    After a MemoryError it may hold a part of the gradient.\n"
     "  The other arguments are those of `sums`. A label that is not a class belongs to no class.\n\n"
     "Returns: an array of the logits' dtype and shape.";
 

@@ -119,7 +119,8 @@ void RequireCompact(const Dims& dims, const Strides& strides, int64_t unit, cons
 
 // The kernels read whole elements, which a compiler takes to lie at multiples of their size.
 inline void RequireAligned(const Tensor& tensor, int64_t size, const char* name) {
-  if (reinterpret_cast<uintptr_t>(tensor.data) % size == 0) return;
+  const bool empty = std::find(tensor.dims.begin(), tensor.dims.end(), 0) != tensor.dims.end();
+  if (empty || reinterpret_cast<uintptr_t>(tensor.data) % size == 0) return;
   throw py::value_error(std::string(name) + " does not lie at a multiple of its elements' size in memory; " +
                         "numpy.array() makes a copy that does");
 }
@@ -161,6 +162,7 @@ inline Tensor FromCudaArrayInterface(const py::object& object, const char* name)
   if (about.contains("strides") && !about["strides"].is_none()) {
     RequireCompact(tensor.dims, about["strides"].cast<std::vector<int64_t>>(), dtype.itemsize(), name);
   }
+  RequireAligned(tensor, dtype.itemsize(), name);
   return tensor;
 }
 

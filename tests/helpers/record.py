@@ -17,6 +17,8 @@ def write(file, part, what, value, test):
       test: what has seen it, a test or a command.
     """
     commit = run("git", "rev-parse", "--short", "HEAD", cwd=ROOT).stdout.strip()
+    if run("git", "status", "--porcelain", "csrc", "dice_op", "tests", cwd=ROOT).stdout:
+        commit += " with changes"
     entry = {
         "value": value,
         "test": test,

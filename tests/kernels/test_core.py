@@ -651,7 +651,12 @@ def misaligned(array):
 @pytest.mark.parametrize("name", ["logits", "labels", "voxel_weight"])
 def test_arrays_that_are_not_aligned_are_refused(name):
     arrays = {"logits": X, "labels": Y.astype(np.int32), "voxel_weight": np.ones(Y.shape)}
-    arrays[name] = misaligned(arrays[name])
+    right, arrays[name] = arrays[name], misaligned(arrays[name])
+    with pytest.raises(ValueError, match=f"{name} does not lie at a multiple of its elements'"):
+        core.sums(**arrays)
+    core.sums(**{key: array[:0] for key, array in arrays.items()})  # There are no elements.
+    about = {**right.__array_interface__, "data": (arrays[name].ctypes.data, False)}
+    arrays[name] = types.SimpleNamespace(__cuda_array_interface__=about)
     with pytest.raises(ValueError, match=f"{name} does not lie at a multiple of its elements'"):
         core.sums(**arrays)
 

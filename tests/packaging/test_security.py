@@ -32,18 +32,30 @@ def test_the_environment_is_read_only_for_the_variables_that_are_listed():
     read = set()
     for path in CSRC.rglob("*.*"):
         read |= set(re.findall(r"getenv\(([^)]*)\)", path.read_text()))
-    for tree in SOURCES.values():
+    for path, tree in SOURCES.items():
+        uses = understood = 0
         for node in ast.walk(tree):
             match node:
+                case (
+                    ast.Attribute(attr="environ" | "getenv") | ast.alias(name="environ" | "getenv")
+                ):
+                    uses += 1
                 case ast.Call(
                     func=ast.Attribute(value=ast.Attribute(attr="environ"), attr="get"),
-                    args=[name, *_],
+                    args=[ast.Constant(value=name), *_],
                 ):
-                    read.add(ast.unparse(name).replace("'", '"'))
-                case ast.Subscript(value=ast.Attribute(attr="environ"), ctx=ast.Load()):
-                    read.add(ast.unparse(node.slice))
-                case ast.Attribute(attr="getenv"):
-                    read.add(ast.unparse(node))
+                    understood += 1
+                    read.add(name)
+                case ast.Call(  # This one is written.
+                    func=ast.Attribute(value=ast.Attribute(attr="environ"), attr="setdefault"),
+                    args=[ast.Constant(value="TF_CPP_MIN_LOG_LEVEL"), _],
+                ):
+                    understood += 1
+                case ast.keyword(  # A process of our own gets the whole.
+                    arg="env", value=ast.Dict(keys=[None, None], values=[ast.Attribute(), _])
+                ):
+                    understood += 1
+        assert uses == understood, path
     assert {name.strip('"') for name in read} == listed
 
 

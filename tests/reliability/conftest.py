@@ -20,6 +20,7 @@ MANY = pytest.param(10, marks=pytest.mark.full, id="many")
 COMMON = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
 ALWAYS_THE_SAME = hypothesis.settings(derandomize=True, **COMMON)
 FRESH = hypothesis.settings(
+    derandomize=False,
     database=hypothesis.database.DirectoryBasedExampleDatabase(BUILD / "hypothesis"),
     print_blob=True,
     **COMMON,

@@ -98,7 +98,12 @@ def of_numpy(arguments):
 
 @pytest.mark.parametrize("name", calls.WRONG)
 def test_each_way_to_be_wrong_is_refused_in_words(name):
-    @hypothesis.settings(derandomize=True, deadline=None, max_examples=3)
+    @hypothesis.settings(
+        derandomize=True,
+        deadline=None,
+        max_examples=3,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
     @hypothesis.given(calls.wrong(name))
     def one(drawn):
         arguments, _, words = drawn
