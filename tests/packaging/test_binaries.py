@@ -54,7 +54,8 @@ def test_build_info_tells_how_the_library_was_built():
         f'version = "{info["version"].partition("+")[0]}"' in (ROOT / "pyproject.toml").read_text()
     )
     assert set(info) == {
-        "version", "tensorflow", "cuda", "cuda_archs", "simd_levels", "simd_level", "compiler"
+        "version", "tensorflow", "cuda", "cuda_archs", "ffi", "simd_levels", "simd_level",
+        "compiler",
     }  # fmt: skip
     assert info["tensorflow"] == tf.__version__
     assert info["simd_level"] in info["simd_levels"]
