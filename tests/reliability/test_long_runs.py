@@ -145,7 +145,7 @@ def sizes(front_end, steps, warm, windows, run_python):
 @pytest.mark.long
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_10000_steps_take_no_memory_after_a_warm_up(front_end, run_python, seen):
-    first, *_, last = sizes(front_end, 1000, 2, 10, run_python)
+    first, *_, last = sizes(front_end, 1000, 4, 10, run_python)
     memory, objects = last - first
     assert memory <= MOST_GROWTH and objects <= 200, (memory, objects)
     seen("long runs", f"{front_end}: bytes that 10000 steps have left", int(memory))
