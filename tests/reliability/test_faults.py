@@ -464,6 +464,8 @@ def test_an_interrupt_waits_for_the_end_of_a_call(run_python):
             lambda threads: core.scores(maps, maps, classes=4, threads=threads),
         )
         handled = []
+        # A shell may have had it ignored, as for what it runs in the background.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGUSR1, lambda *_: handled.append(threading.current_thread()))
         wanted = [call(1) for call in calls]
         # Python now takes the turn from no thread that does not give it up.
@@ -522,6 +524,8 @@ def test_a_training_can_be_interrupted_and_go_on(jit_compile, run_python):
         import keras
         import dice_op
 
+        # A shell may have had it ignored, as for what it runs in the background.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         keras.utils.set_random_seed(0)
         x = np.random.default_rng(0).normal(size=(64, 48, 48, 1)).astype("float32")
         y = (x[..., 0] > 0).astype("uint8")
