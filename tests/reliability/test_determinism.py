@@ -121,7 +121,7 @@ def test_the_bits_are_the_same_in_every_run():
 
 
 def digest():
-    """Of the bits of all calls."""
+    """Returns one hash of the bits that all calls give."""
     found = hashlib.sha256()
     for x, y, options, _ in calls():
         for value in results(x, y, options).values():

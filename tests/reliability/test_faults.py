@@ -262,57 +262,7 @@ tf.config.threading.set_inter_op_parallelism_threads(1)
 x, y = volume()
 x, y = tf.constant(x), tf.constant(y)
 
-def step():
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        sums = dice_sums(y, x, activation="softmax", cross_entropy=True)
-        loss = tf.reduce_sum(sums.intersection) + tf.reduce_sum(sums.cross_entropy)
-    return [loss.numpy(), tape.gradient(loss, x).numpy()]
-"""
-
-
-def counts_of(out):
-    return tuple(map(int, out.splitlines()[-1].split(",")))
-
-
-@pytest.mark.full
-def test_memory_that_is_refused_to_the_tensorflow_op_is_exhausted(run_refusing, seen):
-    out = run_refusing(
-        TENSORFLOW_CALLS
-        + """
-step()
-assert shim.refuse_watch(FOLDER) > 0
-print(*refuse(step, tf.errors.ResourceExhaustedError, "no memory"), sep=",")
-"""
-    )
-    refused, raised = counts_of(out)
-    assert refused >= 20 and raised > 0
-    seen("faults", "requests refused: the TensorFlow op", refused)
-
-
-@pytest.mark.full
-def test_tensorflows_own_allocator_may_refuse(run_refusing, seen):
-    """Where the op asks it for its outputs and its scratch memory."""
-    out = run_refusing(
-        TENSORFLOW_CALLS
-        + """
-step()
-assert shim.refuse_watch(FOLDER) > 0
-print(*refuse(step, tf.errors.ResourceExhaustedError, aligned_within=True), sep=",")
-"""
-    )
-    refused, raised = counts_of(out)
-    assert refused >= 10 and raised > 0
-    seen("faults", "requests refused: TensorFlow's allocator around the op", refused)
-
-
-@pytest.mark.full
-def test_memory_that_is_refused_to_xlas_handlers_is_exhausted(run_refusing, seen):
-    out = run_refusing(
-        TENSORFLOW_CALLS
-        + """
-@tf.function(jit_compile=True)
-def gradient_of():
+def loss_and_gradient():
     with tf.GradientTape() as tape:
         tape.watch(x)
         sums = dice_sums(y, x, activation="softmax", cross_entropy=True)
@@ -320,23 +270,57 @@ def gradient_of():
     return loss, tape.gradient(loss, x)
 
 def step():
-    return [part.numpy() for part in gradient_of()]
+    return [part.numpy() for part in loss_and_gradient()]
+"""
 
+
+def requests_refused(run_refusing, code, arguments, least):
+    """Refuses each request of `step`, which the code defines, in turn. Returns how many there are.
+
+    Args:
+      arguments: those of `refuse` that follow the call.
+      least: how many requests there must be.
+    """
+    out = run_refusing(
+        code
+        + f"""
 step()
 assert shim.refuse_watch(FOLDER) > 0
-print(*refuse(step, tf.errors.ResourceExhaustedError, "no memory"), sep=",")
+print(*refuse(step, {arguments}), sep=",")
 """
     )
-    refused, raised = counts_of(out)
-    assert refused >= 20 and raised > 0
-    seen("faults", "requests refused: XLA's handlers in TensorFlow", refused)
+    refused, raised = map(int, out.splitlines()[-1].split(","))
+    assert refused >= least and raised > 0
+    return refused
+
+
+EXHAUSTED = "tf.errors.ResourceExhaustedError"
 
 
 @pytest.mark.full
-@NEEDS_JAX
-def test_memory_that_is_refused_to_jax_is_exhausted(run_refusing, seen):
-    out = run_refusing(
-        """
+def test_memory_that_is_refused_to_the_tensorflow_op_is_exhausted(run_refusing, seen):
+    arguments = f"{EXHAUSTED}, 'no memory'"
+    refused = requests_refused(run_refusing, TENSORFLOW_CALLS, arguments, 20)
+    seen("faults", "requests refused: the TensorFlow op", refused)
+
+
+@pytest.mark.full
+def test_tensorflows_own_allocator_may_refuse(run_refusing, seen):
+    """Where the op asks it for its outputs and its scratch memory."""
+    arguments = f"{EXHAUSTED}, aligned_within=True"
+    refused = requests_refused(run_refusing, TENSORFLOW_CALLS, arguments, 10)
+    seen("faults", "requests refused: TensorFlow's allocator around the op", refused)
+
+
+@pytest.mark.full
+def test_memory_that_is_refused_to_xlas_handlers_is_exhausted(run_refusing, seen):
+    compiled = "loss_and_gradient = tf.function(loss_and_gradient, jit_compile=True)"
+    code, arguments = TENSORFLOW_CALLS + compiled, f"{EXHAUSTED}, 'no memory'"
+    refused = requests_refused(run_refusing, code, arguments, 20)
+    seen("faults", "requests refused: XLA's handlers in TensorFlow", refused)
+
+
+JAX_CALLS = """
 import jax
 import dice_op.jax as dice
 
@@ -347,14 +331,14 @@ both = jax.jit(jax.value_and_grad(lambda x: loss(x, y)))
 def step():
     value, gradient = both(x)
     return [np.asarray(value), np.asarray(gradient)]
-
-step()
-assert shim.refuse_watch(FOLDER) > 0
-print(*refuse(step, (jax.errors.JaxRuntimeError, ValueError), "RESOURCE_EXHAUSTED"), sep=",")
 """
-    )
-    refused, raised = counts_of(out)
-    assert refused >= 20 and raised > 0
+
+
+@pytest.mark.full
+@NEEDS_JAX
+def test_memory_that_is_refused_to_jax_is_exhausted(run_refusing, seen):
+    arguments = "(jax.errors.JaxRuntimeError, ValueError), 'RESOURCE_EXHAUSTED'"
+    refused = requests_refused(run_refusing, JAX_CALLS, arguments, 20)
     seen("faults", "requests refused: XLA's handlers in JAX", refused)
 
 
