@@ -10,13 +10,11 @@ import json
 import os
 import pathlib
 import shlex
-import shutil
-import subprocess
 import sys
 
 from dice_op import core
 from helpers.emulation import CXX
-from helpers.paths import BUILD, CSRC, TESTS
+from helpers.paths import BUILD, BUILD_TOOLS, CSRC, TESTS
 from helpers.processes import alone_in, output_of, run
 
 SOURCE = TESTS / "reliability" / "fuzz_entry_points.cc"
@@ -31,11 +29,7 @@ SMALL += ["cpu/pool.cc"]
 
 def has_libfuzzer():
     """Whether there is a clang that can link with libFuzzer."""
-    if shutil.which(CLANG) is None:
-        return False
-    program = 'extern "C" int LLVMFuzzerTestOneInput(const char*, long) { return 0; }'
-    command = [CLANG, "-x", "c++", "-", "-fsanitize=fuzzer", "-o", os.devnull]
-    return subprocess.run(command, input=program.encode(), capture_output=True).returncode == 0
+    return run("sh", BUILD_TOOLS / "check_fuzzer.sh", CLANG=CLANG).returncode == 0
 
 
 def levels():
