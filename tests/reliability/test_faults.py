@@ -4,18 +4,15 @@ Memory that is refused, threads that cannot start, CUDA's errors, interrupts, pr
 several interpreters, disks that are full.
 """
 
-import importlib.util
 import shutil
 import sys
 
 import pytest
 
 from helpers import emulation
+from helpers.installed import needs
 from helpers.paths import BUILD, PACKAGE, ROOT, TESTS
 from helpers.processes import output_of, run
-
-NEEDS_TORCH = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="needs PyTorch")
-NEEDS_JAX = pytest.mark.skipif(not importlib.util.find_spec("jax"), reason="needs JAX")
 
 # --- memory and threads ---------------------------------------------------------------------------
 
@@ -335,7 +332,7 @@ def step():
 
 
 @pytest.mark.full
-@NEEDS_JAX
+@needs("jax")
 def test_memory_that_is_refused_to_jax_is_exhausted(run_refusing, seen):
     arguments = "(jax.errors.JaxRuntimeError, ValueError), 'RESOURCE_EXHAUSTED'"
     refused = requests_refused(run_refusing, JAX_CALLS, arguments, 20)
@@ -609,7 +606,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.full
-@NEEDS_TORCH
+@needs("torch")
 def test_the_workers_of_a_data_loader_score(tmp_path):
     (tmp_path / "loader.py").write_text(
         VOLUME

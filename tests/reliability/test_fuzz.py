@@ -1,7 +1,6 @@
 """Calls drawn at random are right, or refused in words, from every front end."""
 
 import functools
-import importlib.util
 import re
 
 import hypothesis
@@ -14,13 +13,8 @@ from dice_op import core
 from helpers import calls, emulation, reference
 from helpers.calls import refusal
 from helpers.each_loss import EACH
+from helpers.installed import needs
 from helpers.kernel_inputs import read_label_sets
-
-
-def needs(module):
-    missing = importlib.util.find_spec(module) is None
-    return pytest.mark.skipif(missing, reason=f"{module} is not installed: make test-full")
-
 
 # --- NumPy ----------------------------------------------------------------------------------------
 

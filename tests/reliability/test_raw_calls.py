@@ -1,13 +1,12 @@
 """The raw ops of TensorFlow and the raw handlers of XLA refuse in words what the front ends would
 never pass: each wrong argument by itself, and several at once, drawn at random."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
 from dice_op import core
+from helpers.installed import needs
 
 N, V, C = 2, 5, 3
 X = np.random.default_rng(0).normal(size=(N, V, C)).astype(np.float32)
@@ -134,8 +133,7 @@ def test_the_ops_refuse_several_wrong_arguments(pools, fuzz):
 
 # --- XLA ------------------------------------------------------------------------------------------
 
-HAS_JAX = importlib.util.find_spec("jax") is not None
-NEEDS_JAX = pytest.mark.skipif(not HAS_JAX, reason="JAX is not installed: make test-full")
+NEEDS_JAX = needs("jax")
 SUM = ((N, C), np.float32)
 EMPTY = ((N, 0), np.float32)
 BYTES = ((10_000,), np.uint8)
