@@ -4,21 +4,17 @@
 losses/test_conformance.py the values of its losses.
 """
 
-import importlib.util
 import os
 
 import numpy as np
 import pytest
 
 from dice_op import _family, core
+from helpers.installed import has, needs
 from helpers.kernel_inputs import distances_of, make
 
-HAS_JAX = importlib.util.find_spec("jax") is not None
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.skipif(not HAS_JAX, reason="JAX is not installed: make test-full"),
-]
-if HAS_JAX:
+pytestmark = [pytest.mark.full, needs("jax")]
+if has("jax"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
     import jax.numpy as jnp

@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import shlex
-import sys
 
 from dice_op import core
 from helpers.emulation import CXX
@@ -44,11 +43,6 @@ def levels():
         found[level] = flags
     assert sorted(found) == sorted(core.build_info()["simd_levels"])
     return found
-
-
-def runs_here(level):
-    code = "from dice_op import core; print(core.build_info()['simd_level'])"
-    return output_of(sys.executable, "-c", code, DICE_OP_SIMD=level).strip() == level
 
 
 def build(libfuzzer):

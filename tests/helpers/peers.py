@@ -6,21 +6,19 @@ and the marginal loss the published formulas stand here. The others compute in d
 the very float32 logits that ours get.
 """
 
-import importlib.util
-
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from helpers.installed import has
 from helpers.tape import value_and_gradient
 
-HAS_PEERS = all(importlib.util.find_spec(name) for name in ("monai", "torch"))
+HAS_PEERS = has("monai") and has("torch")
 NEEDS_PEERS = [
     pytest.mark.full,
     pytest.mark.skipif(not HAS_PEERS, reason="MONAI and PyTorch are not installed: make test-full"),
 ]
-HAS_JAX = importlib.util.find_spec("jax") is not None
 if HAS_PEERS:
     import torch
 
@@ -95,7 +93,7 @@ def in_other_front_ends(name, options, x, y):
         value = getattr(dice_op.torch, name)(**options)(logits, torch.tensor(y))
         value.backward()
         yield value.item(), logits.grad.numpy()
-    if HAS_JAX:
+    if has("jax"):
         import jax
 
         import dice_op.jax

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from dice_op import core
+from helpers.installed import has_level
 from helpers.paths import BUILD, CSRC, TESTS
 from helpers.processes import output_of, run
 
@@ -24,8 +25,7 @@ def run_at(level, *arguments):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_kernels_are_right_at_each_level(level):
-    code = "from dice_op import core; print(core.build_info()['simd_level'])"
-    if run_at(level, "-c", code).stdout.strip() != level:
+    if not has_level(level):
         pytest.skip(f"this processor has no {level}")
     if level == core.build_info()["simd_level"]:
         pytest.skip("test_core.py ran at this level already")

@@ -8,13 +8,14 @@ import pytest
 
 from dice_op import core
 from helpers import entry_points
+from helpers.installed import has_level
 
 LEVELS = core.build_info()["simd_levels"]
 SECONDS = int(os.environ.get("DICE_OP_FUZZ_SECONDS", 600))
 
 
 def level_or_skip(level):
-    if not entry_points.runs_here(level):
+    if not has_level(level):
         pytest.skip(f"this processor has no {level}")
 
 
