@@ -13,6 +13,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_tools"))
+import find_ffi_header  # noqa: E402
+
 LITTLE_SPACE = 100  # MB: if a build fails with less than this left, it has filled the disk
 PACKAGES = ("tensorflow-cpu", "tensorflow")  # the same TensorFlow: either will do
 # What `make wheels` adds to a wheel's version, such as +tf2.21.cpu.
@@ -140,18 +143,13 @@ def tensorflow_extras():
 def other_extras():
     """What dice_op.torch and dice_op.jax need. Any later version will do.
 
-    XLA's handlers need a JAX that is not older than the header they were compiled with, the oldest
-    that was there: jaxlib's, or TensorFlow's. JAX's own Pythons begin with 3.11.
+    XLA's handlers need a JAX that is not older than the header they are compiled with. JAX's own
+    Pythons begin with 3.11.
     """
-    extras = {"torch": ["torch>=2.6"]}
-    header = version_of("jaxlib")
-    tensorflow = with_tensorflow() and tensorflow_version()
-    if header or tensorflow:
-        oldest = "0.8.1" if tensorflow else header
-        if (header or "").startswith(("0.5.", "0.6.")) or (tensorflow or "").startswith("2.20."):
-            oldest = "0.7"
-        extras["jax"] = [f"jax>={oldest}; python_version >= '3.11'"]
-    return extras
+    packages = find_ffi_header.PACKAGES if with_tensorflow() else ["jaxlib"]
+    oldest = find_ffi_header.oldest_jax(packages)
+    jax = {"jax": [f"jax>={oldest}; python_version >= '3.11'"]} if oldest else {}
+    return {"torch": ["torch>=2.6"], **jax}
 
 
 options = {"build": {"build_base": "build/wheel"}}  # CMake has build/ to itself

@@ -7,7 +7,6 @@
 
 set(_ffi_header xla/ffi/api/ffi.h)
 set(tensorflow_version "")
-set(ffi_include "")
 if(DICE_OP_WITH_TENSORFLOW)
   # TensorFlow knows best where it is and how to compile against it.
   execute_process(
@@ -21,28 +20,16 @@ if(DICE_OP_WITH_TENSORFLOW)
   list(POP_FRONT tensorflow_flags tensorflow_version tensorflow_include tensorflow_library xla_library)
 endif()
 
-# _version_of(FOLDER VARIABLE) reads which version of the interface the headers in a folder have, such as 0.1.
-function(_version_of folder variable)
-  set(_numbers "")
-  if(EXISTS "${folder}/xla/ffi/api/c_api.h")
-    file(STRINGS "${folder}/xla/ffi/api/c_api.h" _lines REGEX "^#define XLA_FFI_API_(MAJOR|MINOR) ")
-    string(REGEX MATCHALL "[0-9]+" _numbers "${_lines}")
-  endif()
-  list(JOIN _numbers "." _numbers)
-  set(${variable} "${_numbers}" PARENT_SCOPE)
-endfunction()
-
-# A runtime takes handlers of its own version of the interface and of earlier ones. So the earliest header that there is
-# serves the most, be it TensorFlow's or JAX's. (TensorFlow 2.19 has none.)
-execute_process(COMMAND ${Python_EXECUTABLE} -c "import jaxlib; print(jaxlib.__path__[0] + '/include', end='')"
-                OUTPUT_VARIABLE _jax_include ERROR_QUIET)
-foreach(_folder ${tensorflow_include} ${_jax_include})
-  _version_of(${_folder} _version)
-  if(EXISTS "${_folder}/${_ffi_header}" AND (ffi_include STREQUAL "" OR _version VERSION_LESS _ffi_version))
-    set(ffi_include ${_folder})
-    set(_ffi_version ${_version})
-  endif()
-endforeach()
+# A runtime takes handlers of its own version of the interface and of earlier ones.
+set(_packages jaxlib)
+if(DICE_OP_WITH_TENSORFLOW)
+  list(APPEND _packages tensorflow)
+endif()
+execute_process(COMMAND ${Python_EXECUTABLE} ${CMAKE_CURRENT_LIST_DIR}/find_ffi_header.py ${_packages}
+                OUTPUT_VARIABLE _found OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+list(GET _found 0 ffi_include)
+list(GET _found 1 _ffi_version)
+list(GET _found 2 _own_version)
 
 if(DICE_OP_WITH_TENSORFLOW)
   read_pyproject(xla_header _jaxlib)
@@ -50,11 +37,10 @@ if(DICE_OP_WITH_TENSORFLOW)
   if(NOT ffi_include)
     message(FATAL_ERROR "TensorFlow ${tensorflow_version} lacks the header ${_ffi_header}, ${_mend}")
   endif()
-  _version_of(${tensorflow_include} _version)
-  if(_version AND _version VERSION_LESS _ffi_version)
-    message(FATAL_ERROR "TensorFlow ${tensorflow_version} takes handlers of version ${_version} of XLA's interface, but "
-                        "${ffi_include} has version ${_ffi_version}: it needs the header ${_ffi_header} of ${_version}, "
-                        "${_mend}")
+  if(_own_version AND _own_version VERSION_LESS _ffi_version)
+    message(FATAL_ERROR "TensorFlow ${tensorflow_version} takes handlers of version ${_own_version} of XLA's interface, "
+                        "but ${ffi_include} has version ${_ffi_version}: it needs the header ${_ffi_header} of "
+                        "${_own_version}, ${_mend}")
   endif()
   # It also lacks some headers of LLVM, in place of which a few lines of ours suffice.
   if(NOT EXISTS "${tensorflow_include}/${_ffi_header}")
