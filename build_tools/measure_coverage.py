@@ -105,6 +105,7 @@ def run_tests(chosen):
     where = {"cwd": WORK, "PYTHONPATH": str(PACKAGE)}
     pytest = (sys.executable, "-m", "coverage", "run", f"--rcfile={configuration}", "-m", "pytest")
     options = ("-q", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", f"--rootdir={ROOT}")
+    options += ("--numprocesses", "auto", "--maxprocesses", "4", "--dist", "worksteal")
     statuses = [
         run(*pytest, *options, "-m", marked, *(ROOT / t for t in tests), check=False, **where)
         for marked, tests in chosen

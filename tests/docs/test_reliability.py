@@ -16,7 +16,7 @@ RECORD = json.loads((DOCS / "reliability.json").read_text())
 
 def test_each_table_has_its_part_of_the_record():
     tables = re.findall(r"<!-- (\w[\w ]*) -->", PAGE)
-    assert sorted(tables) == sorted(RECORD) and all(RECORD.values())
+    assert sorted(tables) == sorted([*RECORD, "in numbers"]) and all(RECORD.values())
 
 
 def test_the_tables_are_those_of_the_record():

@@ -445,6 +445,7 @@ BUGS = {
 
 @pytest.mark.full
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_noticed(bug, tmp_path):
+def test_a_planted_bug_is_noticed(bug, tmp_path, seen):
     find, name = BUGS[bug]
     assert find(name, tmp_path), "nobody noticed"
+    seen("planted bugs", bug, True)

@@ -60,10 +60,40 @@ def numbers(entries):
     return table(["what", "seen", "by", "when, commit"], rows)
 
 
+def in_numbers(record):
+    """The tests in numbers: what the other tables say, added up."""
+
+    def values(part, words=""):
+        return [e["value"] for what, e in record[part].items() if re.search(words, what)]
+
+    rows = [
+        ["inputs drawn, or made by a fuzzer", sum(values("fuzzing", "inputs"))],
+        ["of these, crashes, wrong numbers and unclear errors that are not mended", 0],
+        ["tests and calls under sanitizers", sum(values("sanitizers"))],
+        ["reports of sanitizers that are not mended", 0],
+        [
+            "bugs planted in the kernels or their emulator, each noticed",
+            len(record["planted bugs"]),
+        ],
+        ["requests and calls that failed on purpose", sum(values("faults", "^requests|^failing"))],
+        ["voxels in the largest volume", max(values("scale", "voxels in"))],
+        ["steps of each front end in a long run", 10_000],
+        ["bytes that these steps have left, at most", max(values("long runs", "bytes"))],
+        *([f"coverage: {what}", f"{e['value']} %"] for what, e in record["coverage"].items()),
+    ]
+    return table(["", "seen"], [[what, shown(value)] for what, value in rows])
+
+
+def planted(entries):
+    """The bugs in words: a table of them would have the same test in each row."""
+    return "\n".join(f"- {bug}" for bug in sorted(entries))
+
+
 def written(page, record):
     """The page with its tables."""
-    for part, entries in record.items():
-        made = (errors if part == "errors" else numbers)(entries)
+    forms = {"errors": errors, "planted bugs": planted}
+    tables = {part: forms.get(part, numbers)(entries) for part, entries in record.items()}
+    for part, made in {**tables, "in numbers": in_numbers(record)}.items():
         begin, end = f"<!-- {part} -->", f"<!-- /{part} -->"
         page, count = re.subn(
             f"{begin}.*{end}", lambda _, t=f"{begin}\n\n{made}\n\n{end}": t, page, flags=re.DOTALL
