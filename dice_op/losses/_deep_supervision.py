@@ -84,7 +84,8 @@ def deep_supervision(
       outputs: The number of outputs, where the model returns a list; or their names, where it
         returns a dict: `["full", "half", "quarter"]`.
       weights: One weight for each output; or `"nnunet"`: they are halved from one output to the
-        next, the last one is 0, and their sum is 1 (Isensee et al., 2021).
+        next, the last one is 0, and their sum is 1 (Isensee et al., 2021). With two outputs, only
+        the first one learns then.
 
     Returns:
       A dict of `loss` and `loss_weights`, as `compile` takes them.
