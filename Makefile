@@ -10,9 +10,10 @@ pytest := $(python) -m pytest tests --numprocesses auto --maxprocesses 4 --dist 
 pip := $(python) -m pip install --quiet --no-input --disable-pip-version-check
 csrc := $(shell find csrc -type f)
 c++ := $(csrc) $(shell find tests benchmarks -name '*.c' -o -name '*.cc' -o -name '*.h' -o -name '*.cu')
+pages := $(wildcard *.md) $(shell find docs -name '*.md')
 export DICE_OP_CUDA DICE_OP_CUDA_ARCHS CLANG
 
-.PHONY: help demo test test-full reliability fuzz coverage bench bounds build wheels cuda12 check-wheels docs lint stub format clean FORCE
+.PHONY: help demo test test-full reliability fuzz coverage bench bounds build wheels cuda12 check-wheels docs links notebooks lint stub format clean FORCE
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1\t/p' Makefile
@@ -27,7 +28,7 @@ test-full: build .venv/peers  ## run the tests that take long or need more packa
 	$(pytest) -m full
 
 reliability: build .venv/peers  ## try hostile input, faults, huge volumes and long runs, hours; RELIABILITY="-k scale" for some
-	$(python) -m pytest tests/reliability -m "" --record docs/reliability.json $(RELIABILITY); \
+	$(python) -m pytest tests/reliability tests/kernels/test_cuda_emulator.py -m "" --record docs/reliability.json $(RELIABILITY); \
 	  status=$$?; $(python) tests/reliability/report.py && exit $$status
 
 fuzz: build .venv/peers  ## try other random calls than the tests, FUZZ=10000 of each sort, and libFuzzer for SECONDS=600
@@ -52,8 +53,16 @@ cuda12: .venv/ready  ## make a compiler of CUDA 12 for the wheels, from packages
 check-wheels: .venv/ready  ## try each wheel in dist/ in a new environment
 	$(python) build_tools/check_wheel.py
 
-docs: build .venv/docs  ## make the documentation, into build/docs/index.html
+docs: build .venv/docs  ## make the documentation, into build/docs/index.html; check spelling, prose and links
+	$(python) -m codespell_lib $(pages) dice_op csrc examples tests benchmarks build_tools
+	cd docs && ../$(python) -m proselint check $(addprefix ../,$(pages))
 	$(python) -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+
+links: build .venv/docs  ## follow the links of the documentation to other sites
+	$(python) -m sphinx --keep-going --quiet -b linkcheck docs build/links
+
+notebooks: build .venv/notebooks  ## execute the examples, into docs/examples; takes minutes
+	$(python) build_tools/notebooks.py
 
 build: build/ready  ## compile the extension into dice_op/
 
@@ -92,12 +101,16 @@ clean:  ## remove what was built, but keep .venv
 	$(pip) --group docs
 	@touch $@
 
+.venv/notebooks: .venv/ready
+	$(pip) --group notebooks
+	@touch $@
+
 # This file holds the options of the last build. It is written again only if they have changed.
 options = $(DICE_OP_CUDA) $(DICE_OP_CUDA_ARCHS) $(CMAKE_ARGS)
 build/options: FORCE
 	@mkdir -p build; echo '$(options)' | cmp -s - $@ || echo '$(options)' >$@
 
-build/ready: .venv/ready build/options $(csrc) CMakeLists.txt setup.py build_tools/tensorflow_flags.py build_tools/find_nvcc.py build_tools/wheels.toml $(wildcard build_tools/*.cmake build_tools/*.map)
+build/ready: .venv/ready build/options $(csrc) CMakeLists.txt setup.py build_tools/tensorflow_flags.py build_tools/find_nvcc.py build_tools/find_ffi_header.py build_tools/wheels.toml $(wildcard build_tools/*.cmake build_tools/*.map)
 	@sh build_tools/check_compiler.sh
 	$(python) setup.py --quiet build_ext --inplace
 	@touch $@
