@@ -58,6 +58,9 @@ data_file = {WORK / "data" / "python"}
 exclude_also =
     if typing.TYPE_CHECKING:
     @overload
+    raise NotImplementedError
+partial_also =
+    if not typing.TYPE_CHECKING:
 """
 
 

@@ -38,7 +38,7 @@ def _other_copy() -> str | None:
             libraries = {
                 line.split(maxsplit=5)[-1].strip() for line in maps if "dice_op_kernels" in line
             }
-    except OSError:
+    except OSError:  # pragma: no cover - Linux has /proc
         return None
     here = os.path.dirname(os.path.realpath(os.path.join(__path__[0], "dice_op_kernels.so")))
     folders = {os.path.dirname(library) for library in libraries} - {here}
@@ -51,22 +51,22 @@ def _is_second_interpreter() -> bool:
     From 3.12 on, Python itself refuses to import the compiled module there. Before, the import
     would wait forever.
     """
-    if sys.version_info >= (3, 12):
+    if sys.version_info >= (3, 12):  # pragma: no cover - a matter of the Python
         return False
     try:
         interpreters = importlib.import_module("_xxsubinterpreters")
-    except ImportError:
+    except ImportError:  # pragma: no cover - every CPython has it
         return False
     return bool(interpreters.get_current() != interpreters.get_main())
 
 
-if _is_second_interpreter():
+if _is_second_interpreter():  # pragma: no cover - coverage.py is not in there; test_faults.py is
     raise ImportError(
         "dice_op cannot be imported in a second interpreter of a process: start a process instead",
         name=__name__,
     )
 _elsewhere = _other_copy()
-if _elsewhere:
+if _elsewhere:  # pragma: no cover - test_import.py tries it with a copy
     raise ImportError(
         f"dice_op is in this process already, from {_elsewhere}, and cannot be loaded a second "
         f"time, from {__path__[0]}: start a new process, or take one of the two off sys.path",
@@ -74,7 +74,7 @@ if _elsewhere:
     )
 try:
     import dice_op.core as core
-except ImportError as error:
+except ImportError as error:  # pragma: no cover - test_import.py tries it with a copy
     raise ImportError(
         f"dice_op's compiled module cannot be loaded from {__path__[0]} ({error}). In a source "
         "folder run `make build`, or leave the folder to use an installed dice_op",
