@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dice_op import core
-from helpers.kernel_inputs import REGIONS
+from helpers.kernel_inputs import REGIONS, read_label_sets
 
 # The voxels of a sample fit one chunk, exceed one, or exceed one task (of 2^20) and are no multiple
 # of a chunk.
@@ -54,6 +54,29 @@ def test_label_maps_are_counted_as_numpy_counts_them(size, classes, blobs):
     wanted = counted(prediction, labels, [(c,) for c in range(first, first + classes)])
     for threads in (1, 3):
         check(core.scores(prediction, labels, classes=classes, threads=threads), wanted)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_voxel_does_not_count_for_the_classes_that_it_may_belong_to(size):
+    label_sets = {200: (0, 2), 77: (1, 2, 3), 6: (3,)}
+    rng = np.random.default_rng(0)
+    prediction, truth = maps(size, 4, True)
+    names = rng.choice([-1, *label_sets], size=truth.shape, p=[0.4, 0.2, 0.2, 0.2])
+    labels = np.where(names < 0, truth, names)
+    t, unknown = read_label_sets(label_sets, labels, 4)
+    p = (prediction[..., None] == range(4)) & (unknown == 0)
+    axes = tuple(range(1, labels.ndim))
+    sums = (np.sum(p * t, axis=axes), np.sum(p, axis=axes), np.sum(t, axis=axes))
+    wanted = dict(zip(("intersection", "pred_sum", "label_sum"), sums, strict=True))
+    check(core.scores(prediction, labels, classes=4, label_sets=label_sets), wanted)
+
+
+@pytest.mark.parametrize("wrong", [201, 5, -1])
+def test_a_label_that_names_no_class_and_no_set_is_an_error(wrong):
+    labels = np.full((1, 2, 3), 200)
+    labels[0, 1, 2] = wrong
+    with pytest.raises(ValueError, match=rf"at voxel \[0, 1, 2\] have the value {wrong}"):
+        core.scores(np.zeros((1, 2, 3), int), labels, classes=4, label_sets={200: (0, 2)})
 
 
 DTYPES = ("uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "float32", "float64")
