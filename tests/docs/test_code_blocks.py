@@ -48,18 +48,22 @@ def run(page):
         example.evaluate()
 
 
-def pages_with_code():
-    for page, name in zip(PAGES, IDS, strict=True):
-        if code := python_of(page):
+def processes():
+    """The pages that each process runs. A short page takes less time than the imports."""
+    short = [page for page in PAGES if page.parent.name in ("losses", "metrics")]
+    alone = [[page] for page in PAGES if page not in short]
+    for pages in (short[::2], short[1::2], *alone):
+        if code := "\n".join(map(python_of, pages)).strip():
             marks = pytest.mark.full if re.search(MORE, code, re.M) else ()
-            yield pytest.param(page, marks=marks, id=name)
+            name = IDS[PAGES.index(pages[0])] if len(pages) == 1 else f"{len(pages)} short pages"
+            yield pytest.param(pages, marks=marks, id=name)
 
 
-@pytest.mark.parametrize("page", pages_with_code())
-def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize("pages", processes())
+def test_the_code_of_a_page_runs(pages, tmp_path):
     """In a process of its own: a page may choose the backend of Keras, or a dtype policy."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [sys.executable, __file__, str(page)]
+    command = [sys.executable, __file__, *map(str, pages)]
     environment = {**os.environ, "PYTHONPATH": path, "MPLBACKEND": "agg"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
@@ -94,4 +98,5 @@ def test_the_commands_of_a_page_are_there(page):
 if __name__ == "__main__":
     from pathlib import Path
 
-    run(Path(sys.argv[1]))
+    for name in sys.argv[1:]:
+        run(Path(name))
