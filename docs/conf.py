@@ -34,7 +34,7 @@ html_static_path = ["_static"]
 html_show_sourcelink = False
 html_theme_options = {
     "logo": {"text": "dice_op"},
-    # One entry for each version that has its own folder beside this one on the site.
+    # Each version has a folder of its name on the site, and an entry in this file.
     "switcher": {"json_url": "_static/versions.json", "version_match": release},
     "check_switcher": False,
     "navbar_end": ["version-switcher", "theme-switcher"],
