@@ -23,12 +23,12 @@ def test_the_tables_are_those_of_the_record():
     output_of(sys.executable, TESTS / "reliability" / "report.py", "--check")
 
 
-def tests_named():
+def named_tests():
     """Each test that the page names, in the tables too: a file, or a file and a function."""
     return sorted(set(re.findall(r"`(tests/[\w/]+\.py(?:::\w+)?)`", PAGE)))
 
 
-@pytest.mark.parametrize("named", tests_named())
+@pytest.mark.parametrize("named", named_tests())
 def test_a_test_that_is_named_is_there(named):
     file, _, function = named.partition("::")
     tree = ast.parse((ROOT / file).read_text())
