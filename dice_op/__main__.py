@@ -112,6 +112,11 @@ def _run_check(front_end: str | None, as_json: bool) -> int:
         print(json.dumps({"version": core.build_info()["version"], "rows": rows}, indent=2))
     elif failed:
         print("Something failed: please report it with the output of `python -m dice_op info`.")
+    elif not front_end and sum("not_here" not in row for row in rows) < 2:
+        print(
+            "dice_op works on NumPy alone. To train, install PyTorch or JAX; or install "
+            "TensorFlow, and then build dice_op again."
+        )
     return int(failed)
 
 

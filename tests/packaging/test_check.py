@@ -84,8 +84,13 @@ def test_what_is_not_here_is_no_failure(monkeypatch, capsys):
     monkeypatch.setitem(_check.FRONT_ENDS, "JAX", ("no_such_module", None))
     (row,) = _check.check_front_end("JAX")
     assert "not here: no_such_module is not installed" in _check.line(row)
-    monkeypatch.setattr(_check, "check", lambda names: iter([row]))
-    assert main(["check"]) == 0 and "Something failed" not in capsys.readouterr().out
+    here = {"front_end": "NumPy", "device": "CPU", "passed": 1, "cases": 1, "failures": []}
+    for rows, on_numpy_alone in (([here, row], True), ([here, here, row], False)):
+        monkeypatch.setattr(_check, "check", lambda names, rows=rows: iter(rows))
+        assert main(["check"]) == 0
+        out = capsys.readouterr().out
+        assert "Something failed" not in out
+        assert ("To train, install PyTorch or JAX; or install TensorFlow" in out) == on_numpy_alone
 
 
 def test_a_front_end_whose_process_dies_is_a_failure(monkeypatch, capsys):
