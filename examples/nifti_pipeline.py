@@ -1,5 +1,5 @@
 # %% [markdown]
-# # An nnU-Net-like pipeline in Keras
+# # The pipeline as a program
 #
 # This program trains a 3D U-Net on NIfTI files and writes its predictions as NIfTI files. It has
 # the parts that make nnU-Net (Isensee et al., 2021) work: patches of which a third hold foreground,
@@ -53,9 +53,15 @@ parser.add_argument("--images", help="a pattern such as 'folder/*_img.nii.gz'")
 parser.add_argument("--labels", help="a pattern such as 'folder/*_seg.nii.gz'")
 parser.add_argument("--names", nargs="+", help="of the classes, with the background first")
 parser.add_argument("--spacing", type=float, nargs=3, help="resample to this, in mm")
+parser.add_argument(
+    "--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="for CT: clip to this, in HU"
+)
 parser.add_argument("--held-out", type=int, default=2, help="cases that only give scores")
 parser.add_argument("--output", type=Path, default=Path("demo_output/nifti_pipeline"))
 parser.add_argument("--patch", type=int, nargs=3, default=(40, 40, 40))
+parser.add_argument(
+    "--foreground", type=float, default=1 / 3, help="share of the patches drawn around foreground"
+)
 parser.add_argument("--filters", type=int, nargs="+", default=(8, 16, 32, 64))
 parser.add_argument("--batch", type=int, default=2)
 parser.add_argument("--accumulate", type=int, default=1, help="batches for each update")
@@ -74,6 +80,10 @@ options = parser.parse_args([] if "ipykernel" in sys.modules else None)
 
 if bool(options.images) != bool(options.labels):
     parser.error("--images and --labels go together")
+if options.window and not options.window[0] < options.window[1]:
+    parser.error("--window takes the lower end first")
+if not 0 <= options.foreground <= 1:
+    parser.error("--foreground is a share, from 0 to 1")
 
 if options.quick:
     options.epochs, options.steps, options.held_out = 2, 3, 1
@@ -193,23 +203,32 @@ print(f"{len(training)} cases for training, {len(held_out)} held out")
 # normalisation makes noise as large as anatomy where a patch holds nothing else, and a network that
 # sees such patches predicts tissue in the air.
 #
+# This is for MR, where each image is then normalised by its own mean and deviation. CT has a unit,
+# and its air is not 0. With `--window -160 240`, say, an image is clipped to this range of HU and
+# cropped to the box above its lower end. All cases are then normalised by the same mean and
+# deviation, those of the foreground of the training cases. nnU-Net does the same, but takes the
+# window from percentiles of the foreground.
+#
 # Volumes that are smaller than a patch are padded. The label 255 says that these voxels do not
 # count.
 
 # %%
 IGNORED = 255
+OUTSIDE = options.window[0] if options.window else 0  # the value around the body
 PREPARED = options.output / "prepared"
 
 
-def read(path, order):
+def read(path, order, outside=0):
     """Reads a NIfTI file, resampled if `--spacing` is given."""
     image = nib.load(path)
-    return resample_to_output(image, options.spacing, order=order) if options.spacing else image
+    if not options.spacing:
+        return image
+    return resample_to_output(image, options.spacing, order=order, cval=outside)
 
 
 def normalise(image):
-    """Gives an MR image mean 0 and deviation 1. For CT, clip to a window in HU first."""
-    return (image - image.mean()) / max(image.std(), 1e-6)
+    """Gives an MR image mean 0 and deviation 1. CT waits for `normalise_together`."""
+    return image if options.window else (image - image.mean()) / max(image.std(), 1e-6)
 
 
 def read_labels(path):
@@ -223,14 +242,19 @@ def read_labels(path):
 def prepare(name):
     """Writes the arrays of a case. Returns its box in the volume, and the places of its classes."""
     paths, label_path = cases[name]
-    channels = [read(path, order=1).get_fdata(dtype=np.float32) for path in paths]
+    channels = [read(path, 1, OUTSIDE).get_fdata(dtype=np.float32) for path in paths]
+    if options.window:
+        channels = [np.clip(channel, *options.window) for channel in channels]
     labels = read_labels(label_path)
     if any(channel.shape != labels.shape for channel in channels):
         raise SystemExit(f"The images of {name} have another shape than its labels, {labels.shape}")
-    box = ndimage.find_objects(np.any(channels, axis=0).astype(int))[0]
+    inside = np.any([channel != OUTSIDE for channel in channels], axis=0)
+    if not inside.any():
+        raise SystemExit(f"The images of {name} are {OUTSIDE} everywhere, or lie below --window")
+    box = ndimage.find_objects(inside.astype(int))[0]
     channels, labels = [normalise(channel[box]) for channel in channels], labels[box]
     missing = [(0, max(0, p - size)) for p, size in zip(options.patch, labels.shape, strict=True)]
-    image = np.pad(np.stack(channels, -1), [*missing, (0, 0)])
+    image = np.pad(np.stack(channels, -1), [*missing, (0, 0)], constant_values=OUTSIDE)
     labels = np.pad(labels, missing, constant_values=IGNORED)
     np.save(PREPARED / f"{name}_image.npy", image)
     np.save(PREPARED / f"{name}_labels.npy", labels)
@@ -249,10 +273,26 @@ def load(name):
     )
 
 
+def normalise_together():
+    """Gives the foreground of the training cases mean 0 and deviation 1, in each channel."""
+    rng = np.random.default_rng(options.seed)
+    foreground = []
+    for name in training:
+        image, labels = load(name)
+        voxels = image[(labels > 0) & (labels != IGNORED)]
+        foreground.append(rng.permutation(voxels)[:10_000])  # [voxels, channels]
+    foreground = np.concatenate(foreground)
+    for name in cases:
+        image = np.load(PREPARED / f"{name}_image.npy", mmap_mode="r+")
+        image[:] = (image - foreground.mean(0)) / np.maximum(foreground.std(0), 1e-6)
+
+
 PREPARED.mkdir(exist_ok=True)
 boxes, places = {}, {}
 for name in cases:
     boxes[name], places[name] = prepare(name)
+if options.window:
+    normalise_together()
 classes = 1 + max(label for of_case in places.values() for label in of_case)
 names = options.names or ["background", *(f"class {label}" for label in range(1, classes))]
 channels = len(cases[order[0]][0])
@@ -264,11 +304,15 @@ print(f"{channels} channel(s), {classes} classes: {', '.join(names)}")
 # `tf.data` draws patches in parallel with the training. Each patch has a number, and a random
 # generator made of it, so that the same seed gives the same patches however many threads draw them.
 #
-# A third of the patches have a voxel of foreground at their centre, of a class chosen first. So a
-# class of a few voxels is seen as often as a large one.
+# A third of the patches (`--foreground`) have a voxel of foreground at their centre, of a class
+# chosen first. So a class of a few voxels is seen as often as a large one.
+#
+# After each epoch there is a score of the same few patches of the held-out cases. It is a curve,
+# not a result. These patches are drawn by foreground as well, and false alarms in the rest of the
+# volumes do not count in them. So the score may be far above those of whole volumes, most of all
+# for small lesions.
 
 # %%
-FOREGROUND = 1 / 3
 
 
 def window_at(corner):
@@ -279,7 +323,7 @@ def window_at(corner):
 def corner_of_patch(of_case, shape, rng):
     """Chooses where a patch begins."""
     room = np.array(shape) - options.patch
-    if of_case and rng.random() < FOREGROUND:
+    if of_case and rng.random() < options.foreground:
         voxels = of_case[rng.choice(list(of_case))]
         return np.clip(voxels[rng.integers(len(voxels))] - np.array(options.patch) // 2, 0, room)
     return rng.integers(0, room + 1)
@@ -330,7 +374,6 @@ def batches(names, seed, change):
 
 OUTPUTS = ["full", "half", "quarter", "eighth", "sixteenth"][: len(options.filters) - 1]
 patches = batches(training, options.seed, change=True)
-# The same few patches of the held-out cases after each epoch give a curve, not a result.
 checked = batches(held_out, options.seed + 1, change=False).take(2 if options.quick else 16).cache()
 
 # %% [markdown]
@@ -539,7 +582,8 @@ curve.savefig(options.output / "curve.png", dpi=100)
 
 def show(axes, image, labels, title):
     """Draws one slice, and over it the classes in colour."""
-    axes.imshow(image.T, cmap="gray", origin="lower")
+    low, high = options.window or (None, None)
+    axes.imshow(image.T, cmap="gray", origin="lower", vmin=low, vmax=high)
     if labels is not None:
         shown = np.ma.masked_where((labels == 0) | (labels == IGNORED), labels)
         axes.imshow(

@@ -81,6 +81,39 @@ def test_the_pipeline_takes_folders_of_nnunet_with_channels_and_another_spacing(
     np.testing.assert_allclose(prediction.affine, affine)
 
 
+@pytest.mark.full
+def test_the_pipeline_cuts_ct_to_a_window_and_normalises_all_cases_alike(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        labels = np.zeros((28, 28, 28), np.uint8)
+        labels[8:16, 8:16, 8:16] = 1
+        image = np.full(labels.shape, -1000.0, np.float32)
+        image[4:24, 4:24, 4:24] = 0
+        image[20, 20, 20] = 3000  # metal
+        image[labels == 1] = 50 + 20 * number + rng.normal(0, 10, 512)
+        for kind, volume in (("img", image), ("seg", labels)):
+            nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / f"case_{number}_{kind}.nii.gz")
+    _, summary = quick(
+        "nifti_pipeline", tmp_path / "out", "--images", tmp_path / "*_img.nii.gz", "--labels",
+        tmp_path / "*_seg.nii.gz", "--window", "-160", "240", "--foreground", "0.5",
+    )  # fmt: skip
+    images, labels = (
+        {
+            name: np.load(tmp_path / "out" / "prepared" / f"{name}_{what}.npy")
+            for name in (*summary["training"], *summary["held_out"])
+        }
+        for what in ("image", "labels")
+    )
+    assert {image.shape for image in images.values()} == {(20, 20, 20, 1)}
+    foreground = np.concatenate([images[name][labels[name] == 1] for name in summary["training"]])
+    assert abs(foreground.mean()) < 1e-3 and abs(foreground.std() - 1) < 1e-3
+    water, metal = ({float(i[n, n, n, 0]) for i in images.values()} for n in (0, 16))
+    assert len(water) == len(metal) == 1  # The same HU are the same number in each case.
+    assert 10 < 240 / (metal.pop() - water.pop()) < 30
+    (name,) = summary["held_out"]
+    assert nib.load(tmp_path / "out" / "predictions" / f"{name}.nii.gz").shape == (28, 28, 28)
+
+
 def test_the_comparison_of_losses_runs_with_files_of_its_own(tmp_path):
     printed, summary = quick("small_structures", tmp_path)
     assert "held-out Dice" in printed and "amygdala" in printed
