@@ -6,13 +6,17 @@ import math
 import typing
 import warnings
 
-import keras
 from keras import ops
 
 from dice_op import core
 from dice_op._arrays import Array, channel_axis, dtype_name, is_floating, known_shape
 from dice_op._backends import backend
 from dice_op._types import Activation, DataFormat, TensorLike
+
+try:
+    from keras.src.backend.common.masking import get_keras_mask as _mask_of
+except ImportError:  # An older Keras keeps a mask in an attribute alone.
+    _mask_of = None
 
 MANY_CLASSES = 64  # An axis that is longer than this may well be a spatial one.
 
@@ -161,9 +165,8 @@ def split_weights(
 def keras_mask(y_pred: Array) -> Array | None:
     """The mask that Keras' layers have attached to `y_pred`, booleans `[N, ...]`, or None."""
     mask = getattr(y_pred, "_keras_mask", None)
-    if mask is None:  # JAX's arrays take no attributes, so that Keras keeps theirs elsewhere.
-        of_others = getattr(keras.src.backend, "get_keras_mask", None)
-        mask = of_others and of_others(y_pred)
+    if mask is None and _mask_of is not None:  # JAX's arrays take no attributes.
+        mask = _mask_of(y_pred)
     return mask
 
 

@@ -6,6 +6,7 @@ on PyTorch.
 
 import keras
 import pytest
+from keras.src.backend.common.masking import set_keras_mask
 
 BACKEND = keras.config.backend()
 ONLY_TENSORFLOW = pytest.mark.skipif(
@@ -39,5 +40,5 @@ def program(function, compiled=False):
 def with_mask(y_pred, mask):
     """A tensor with the mask that Keras' layers attach to it."""
     y_pred = keras.ops.convert_to_tensor(y_pred)
-    keras.src.backend.set_keras_mask(y_pred, keras.ops.convert_to_tensor(mask))
+    set_keras_mask(y_pred, keras.ops.convert_to_tensor(mask))
     return y_pred
