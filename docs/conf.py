@@ -45,7 +45,7 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
-html_sidebars = {"index": [], "which_loss": []}  # They have no pages below them.
+html_sidebars = {"index": [], "which_loss": []}  # The bar at the top has all.
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"  # the browser's own: MathJax would have to come from another site
 

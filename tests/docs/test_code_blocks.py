@@ -7,9 +7,11 @@ page takes for granted, such as a model or images, it says in a comment that rea
     labels = np.zeros((2, 8, 8, 8), np.uint8)
     -->
 
-Of blocks marked `sh`, each command is looked up. A block of output is marked `text`.
+Of blocks marked `sh`, targets of make, scripts and their options are looked up. A block of output
+is marked `text`.
 """
 
+import json
 import os
 import re
 import shlex
@@ -20,6 +22,7 @@ import pytest
 import sybil
 from sybil.parsers import myst
 
+from dice_op import _check, core
 from helpers.paths import DOCS, ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
@@ -59,7 +62,7 @@ def processes():
             yield pytest.param(pages, marks=marks, id=name)
 
 
-@pytest.mark.parametrize("pages", processes())
+@pytest.mark.parametrize("pages", list(processes()))
 def test_the_code_of_a_page_runs(pages, tmp_path):
     """In a process of its own: a page may choose the backend of Keras, or a dtype policy."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -89,10 +92,22 @@ def test_the_commands_of_a_page_are_there(page):
     for words in commands(page):
         if words[0] == "make":
             assert set(words[1:]) <= set(targets), words
-        scripts = [w for w in words if w.endswith(".py") and "/" in w and not w.startswith("/")]
-        assert all((ROOT / script).exists() for script in scripts), words
+        for script in (w for w in words if w.endswith(".py") and "/" in w and w[0] != "/"):
+            known = (ROOT / script).read_text()
+            assert all(f'"{w}"' in known for w in words if w.startswith("--")), words
         if "dice_op" in words and "-m" in words:
             assert words[words.index("dice_op") + 1] in ("check", "info"), words
+
+
+def test_the_menu_of_versions_has_this_one():
+    versions = [v["version"] for v in json.loads((DOCS / "_static" / "versions.json").read_text())]
+    assert core.build_info()["version"].partition("+")[0] in versions
+
+
+def test_the_first_page_shows_what_check_prints():
+    page = (DOCS / "get_started.md").read_text()
+    counts = set(re.findall(r"(\d+) of (\d+) passed", page))
+    assert counts == {(str(len(_check.CASES)),) * 2}
 
 
 if __name__ == "__main__":

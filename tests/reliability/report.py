@@ -66,18 +66,17 @@ def in_numbers(record):
     def values(part, words=""):
         return [e["value"] for what, e in record[part].items() if re.search(words, what)]
 
+    steps = [int(n) for name in record["long runs"] for n in re.findall(r"that (\d+) steps", name)]
     rows = [
         ["inputs drawn, or made by a fuzzer", sum(values("fuzzing", "inputs"))],
-        ["of these, crashes, wrong numbers and unclear errors that are not mended", 0],
         ["tests and calls under sanitizers", sum(values("sanitizers"))],
-        ["reports of sanitizers that are not mended", 0],
         [
             "bugs planted in the kernels or their emulator, each noticed",
             len(record["planted bugs"]),
         ],
         ["requests and calls that failed on purpose", sum(values("faults", "^requests|^failing"))],
         ["voxels in the largest volume", max(values("scale", "voxels in"))],
-        ["steps of each front end in a long run", 10_000],
+        ["steps of each front end in a long run", min(steps)],
         ["bytes that these steps have left, at most", max(values("long runs", "bytes"))],
         *([f"coverage: {what}", f"{e['value']} %"] for what, e in record["coverage"].items()),
     ]
