@@ -357,6 +357,7 @@ NOISE = {
     "focal CE": (DiceFocalLoss, {"lambda_dice": 0}),
     "generalized Dice": (GeneralizedDiceLoss, {}),
     "both classes": (DiceLoss, {}),
+    "both classes + CE": (DiceCELoss, {}),
 }
 
 
@@ -389,7 +390,7 @@ def noisy_labels():
 def draw_noisy_labels(figure, data):
     left, right = panels(figure)
     lines(left, data["missing"], part(data, "missing:"), labels=False)
-    write_at(left, 0.5, 1, "all with Dice", points=(0, -14))
+    write_at(left, 0.02, 1, "all with Dice", points=(0, -14))
     write_at(left, 0.5, 0, "CE, focal CE")
     axis(left, "share of the lesion not labelled", "Dice against the truth", y=(-0.03, 1.05))
     lines(right, data["flipped"], part(data, "flipped:"))

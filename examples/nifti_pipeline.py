@@ -347,11 +347,8 @@ def draw(seed, number, names, change):
     rng = np.random.default_rng((seed, number))
     name = names[rng.integers(len(names))]
     image, labels = load(name)
-    corner = corner_of_patch(places[name], labels.shape, rng)
-    patch = tuple(
-        slice(start, start + size) for start, size in zip(corner, options.patch, strict=True)
-    )
-    image, labels = image[patch], labels[patch]
+    window = window_at(corner_of_patch(places[name], labels.shape, rng))
+    image, labels = image[window], labels[window]
     if change:
         image, labels = augment(image, labels, rng)
     return np.ascontiguousarray(image, np.float32), np.ascontiguousarray(labels)
@@ -454,7 +451,7 @@ def predict(network, name):
     corners = list(itertools.product(*map(window_starts, labels.shape, options.patch)))
     bar = keras.utils.Progbar(len(corners), unit_name="window", verbose=int(verbose == 1))
     for corner in corners:
-        window = tuple(slice(c, c + size) for c, size in zip(corner, options.patch, strict=True))
+        window = window_at(corner)
         logits[window] += weights * np.float32(
             network.predict_on_batch(image[window][np.newaxis])[0]
         )
@@ -619,7 +616,8 @@ summary = {
     "mixed_precision": options.mixed_precision,
     "untrained_dice": untrained,
     "held_out_dice": trained,
-    "mean_dice": float(np.nanmean([list(row.values()) for row in trained.values()])),
+    # The mean over the cases, then over the classes: each class counts the same.
+    "mean_dice": float(np.nanmean(np.nanmean([[*row.values()] for row in trained.values()], 0))),
     "history": history,
     "seconds": time.perf_counter() - began,
 }

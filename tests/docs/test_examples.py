@@ -23,7 +23,9 @@ def quick(name, folder, *options):
 
 
 def in_range(dice):
-    return all(value is None or 0 <= value <= 1 for value in dice)
+    """Whether these are scores. A class that is in neither map has none, but one at least has."""
+    values = [value for value in dice if value is not None]
+    return values and all(0 <= value <= 1 for value in values)
 
 
 def pictures(folder):

@@ -190,10 +190,12 @@ def test_noisy_labels_fail_where_the_guide_says():
         assert not len(bad[f"flipped: {name}"])
     assert bad["flipped: Dice"].min() == pytest.approx(0.1)
     assert bad["flipped: Dice + CE"].min() == pytest.approx(0.425)
+    assert bad["missing: both classes + CE"].min() == pytest.approx(0.95)
     failing = {name for name, levels in bad.items() if len(levels)}
     assert failing == {
         "missing: cross-entropy",
         "missing: focal CE",
+        "missing: both classes + CE",
         "flipped: Dice",
         "flipped: Dice + CE",
     }
