@@ -10,7 +10,7 @@ import pytest
 from helpers.installed import needs
 from helpers.paths import ROOT
 
-SHAPE = (2, 8, 8, 8)
+SHAPE = (2, 16, 16, 16)
 LABELS = np.random.default_rng(0).integers(0, 3, SHAPE).astype(np.uint8)
 LOGITS = np.random.default_rng(1).normal(size=(*SHAPE, 3)).astype(np.float32)
 
