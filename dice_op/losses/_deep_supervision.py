@@ -76,7 +76,8 @@ def deep_supervision(
 ) -> dict[str, typing.Any]:
     """Losses and weights for a network that predicts at several resolutions, the finest first.
 
-    >>> model.compile("adam", **dice_op.losses.deep_supervision(DiceCELoss(), outputs=4))
+    >>> loss = dice_op.losses.DiceCELoss()
+    >>> model.compile("adam", **dice_op.losses.deep_supervision(loss, outputs=4))
     >>> model.fit(images, [labels] * 4)
 
     Args:
