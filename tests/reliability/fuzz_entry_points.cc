@@ -494,6 +494,8 @@ void Count(Bytes& bytes, const Shapes& shapes, Options options, int64_t classes)
   const Error error = MakeProblem(logits, shapes.labels, {}, &problem);
   CHECK(static_cast<bool>(error) == !error.message.empty());
   if (error || CountOf(logits, kMostElements) < 0) return;
+  // Samples without a voxel have counts all the same.
+  if (CountOf({problem.batch, problem.classes}, kMostElements) < 0) return;
   problem.dense_labels = false;
   const uint8_t manner = bytes.Byte();
   Random random(bytes.Raw<uint16_t>() + 1);
