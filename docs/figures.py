@@ -456,6 +456,86 @@ def draw_many_classes(figure, data):
     axis(right, "organs in the patch, of 104", 'gradient, of that of "skip"', y=(0, 1.05))
 
 
+def regions():
+    """A tumour of edema (1), core (2) and enhancing part (3), of whose core a share is taken for
+    edema. Otherwise all is found."""
+    share = np.linspace(0, 1, 26)
+    labels, found = np.array([0, 1, 2, 2, 3]), np.array([0, 1, 2, 1, 3])
+    one = np.ones_like(share)
+    counts = np.stack([20_000 * one, 500 * one, 300 * (1 - share), 300 * share, 200 * one], 1)
+    of_classes = 20.0 * np.eye(4)[found]
+    of_regions = 20.0 * np.stack([found >= 1, found >= 2, found >= 3], -1) - 10
+    ways = {"activation": "sigmoid", "regions": [(1, 2, 3), (2, 3), (3,)]}
+    data = {"share": share}
+    data["loss classes"], _ = evaluate(make(DiceLoss, NO_BACKGROUND), labels, of_classes, counts)
+    data["loss regions"], _ = evaluate(make(DiceLoss, ways), labels, of_regions, counts)
+    apart = make(DiceLoss, {"average": "none", **ways})
+    losses, _ = evaluate(apart, labels, of_regions, counts)
+    for name, loss in zip(("whole tumour", "core", "enhancing"), losses.T, strict=True):
+        data[f"score {name}"] = 1 - loss
+    return data
+
+
+def draw_regions(figure, data):
+    left, right = panels(figure, labelled=0.4)
+    lines(left, data["share"], part(data, "loss"))
+    axis(left, "share of the core called edema", "loss", y=(0, 0.7))
+    lines(right, data["share"], part(data, "score"))
+    axis(right, "share of the core called edema", "1 − loss of each region", y=(0, 1.05))
+
+
+def partial_labels():
+    """A voxel of the spleen in a data set where only the liver is annotated, against the network's
+    probability of spleen. Liver and background share the rest."""
+    probability = np.linspace(0.02, 0.98, 49)
+    rest = (1 - probability) / 2
+    logits = np.log(np.stack([rest, rest, probability], -1))[:, np.newaxis]
+    data = {"probability": probability}
+    ways = {"as background": (0, {}), "label_sets": (200, {"label_sets": {200: (0, 2)}})}
+    for name, (label, options) in ways.items():
+        loss = make(DiceCELoss, {"lambda_dice": 0, **options})
+        value, gradient = evaluate(loss, [label], logits, np.ones((len(probability), 1)))
+        data[f"loss {name}"], data[f"pull {name}"] = value, np.abs(gradient[:, 0, 2])
+    return data
+
+
+def draw_partial_labels(figure, data):
+    left, right = panels(figure)
+    lines(left, data["probability"], part(data, "loss"), labels=False)
+    axis(left, "probability of spleen", "cross-entropy of a spleen voxel", y=(0, 4))
+    names = {"as background": "background: away", "label_sets": "label_sets: to it"}
+    lines(right, data["probability"], part(data, "pull"), names=names)
+    axis(right, "probability of spleen", "gradient of the spleen's logit", y=(0, 1.05))
+
+
+def several_gpus():
+    """One patch on each GPU. One of them has a lesion of 100 voxels, of which 80 are found, and
+    each has 20 false positives."""
+    gpus = np.arange(1, 17)
+    data = {"GPUs": gpus}
+    ways = {"each GPU": NO_BACKGROUND, "batch=True": {"batch": True, **NO_BACKGROUND}}
+    for name, options in ways.items():
+        values = []
+        for count in gpus:
+            counts = np.zeros((count, 4))
+            counts[:, 2:] = 20, 900
+            counts[0, :2] = 80, 20
+            logits = two_classes([1 - 1e-9, 1e-9, 1 - 1e-9, 1e-9])
+            value, _ = evaluate(make(DiceLoss, options), [1, 1, 0, 0], logits, counts)
+            values.append(value.mean())
+        data[f"loss {name}"] = np.array(values)
+    return data
+
+
+def draw_several_gpus(figure, data):
+    left, right = panels(figure)
+    lines(left, data["GPUs"], part(data, "loss"), labels=False)
+    axis(left, "GPUs, one of which has a lesion", "loss", y=(0, 1))
+    rest = {k: v - v[0] for k, v in part(data, "loss").items()}
+    lines(right, data["GPUs"], rest)
+    axis(right, "GPUs, one of which has a lesion", "of that, by the other GPUs", y=(-0.02, 1))
+
+
 # --- a figure for each loss -----------------------------------------------------------------------
 
 
@@ -815,6 +895,9 @@ FIGURES = {
     "noisy_labels": (noisy_labels, draw_noisy_labels),
     "wrong_voxel": (wrong_voxel, draw_wrong_voxel),
     "many_classes": (many_classes, draw_many_classes),
+    "regions": (regions, draw_regions),
+    "partial_labels": (partial_labels, draw_partial_labels),
+    "several_gpus": (several_gpus, draw_several_gpus),
     "loss_dice": (loss_dice, draw_loss_dice),
     "loss_tversky": (loss_tversky, draw_loss_tversky),
     "loss_generalized_dice": (loss_generalized_dice, draw_loss_generalized_dice),
