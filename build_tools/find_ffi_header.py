@@ -35,28 +35,26 @@ def version_in(folder):
     return tuple(int(part[1]) for part in parts)
 
 
-def headers(packages=PACKAGES):
-    """(version, folder) of each package that has the header. TensorFlow 2.19 lacks a part of it."""
+def earliest(packages=PACKAGES):
+    """The version and the folder of the header, of the first package if several have this version;
+    or None. TensorFlow 2.19 lacks a part of it."""
     folders = filter(None, map(include_folder, packages))
-    return [
-        (version_in(folder), folder)
-        for folder in folders
-        if (folder / "xla" / "ffi" / "api" / "ffi.h").exists()
-    ]
+    whole = [f for f in folders if (f / "xla" / "ffi" / "api" / "ffi.h").exists()]
+    return min(((version_in(f), f) for f in whole), key=lambda found: found[0], default=None)
 
 
 def oldest_jax(packages=PACKAGES):
     """The first version of JAX that takes handlers of a build here; None if there is no header."""
-    found = headers(packages)
+    found = earliest(packages)
     if not found:
         return None
-    version, folder = min(found)
+    version, folder = found
     return JAX.get(version) or (metadata.version("jaxlib") if "jaxlib" in folder.parts else None)
 
 
 def main():
     packages = sys.argv[1:] or PACKAGES
-    version, folder = min(headers(packages), default=((), ""))
+    version, folder = earliest(packages) or ((), "")
     tensorflow = include_folder("tensorflow") if "tensorflow" in packages else None
     own = tensorflow and version_in(tensorflow)
     print(folder, *(".".join(map(str, v or ())) for v in (version, own)), sep=";")

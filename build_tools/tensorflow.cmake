@@ -23,7 +23,7 @@ endif()
 # A runtime takes handlers of its own version of the interface and of earlier ones.
 set(_packages jaxlib)
 if(DICE_OP_WITH_TENSORFLOW)
-  list(APPEND _packages tensorflow)
+  list(PREPEND _packages tensorflow)
 endif()
 execute_process(COMMAND ${Python_EXECUTABLE} ${CMAKE_CURRENT_LIST_DIR}/find_ffi_header.py ${_packages}
                 OUTPUT_VARIABLE _found OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)

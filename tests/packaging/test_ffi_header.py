@@ -45,6 +45,7 @@ def printed(capsys, monkeypatch, *packages):
     [
         ({"tensorflow": (0, 2), "jaxlib": (0, 3)}, "tensorflow", "0.2", "0.2", "0.8.1"),
         ({"tensorflow": (0, 2), "jaxlib": (0, 1)}, "jaxlib", "0.1", "0.2", "0.7"),
+        ({"tensorflow": (0, 1), "jaxlib": (0, 1)}, "tensorflow", "0.1", "0.1", "0.7"),
         ({"tensorflow": (0, 1), "jaxlib": (0, 3), "whole": False}, "jaxlib", "0.3", "0.1", "0.9.1"),
         ({"jaxlib": (0, 77)}, "jaxlib", "0.77", "", "9.9.1"),  # not in the table yet
     ],
