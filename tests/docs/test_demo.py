@@ -1,11 +1,11 @@
 """`make demo` in small: every part of it runs for a few steps and writes what it promises."""
 
-import importlib.util
 import json
 import sys
 
 import pytest
 
+from helpers.installed import needs
 from helpers.paths import EXAMPLES
 from helpers.processes import output_of
 
@@ -16,7 +16,7 @@ def quick_demo(folder, **environment):
 
 
 @pytest.mark.full
-@pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="needs PyTorch: make test-full")
+@needs("torch")
 def test_the_quick_demo_runs_on_another_backend(tmp_path):
     """On JAX it takes several minutes, most of them to compile for tiles of four sizes."""
     assert "dice_op.torch" in quick_demo(tmp_path, KERAS_BACKEND="torch")

@@ -7,7 +7,6 @@ last test here runs both of its cells, as they are written, with the other libra
 import ast
 import functools
 import importlib
-import importlib.util
 import inspect
 import re
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 
 from dice_op import core, losses, metrics
+from helpers.installed import needs
 from helpers.paths import DOCS, PACKAGE
 from helpers.peers import CLASSES, NEEDS_PEERS, volume
 
@@ -244,8 +244,7 @@ def evaluated(library, theirs, ours, name):
     return of_monai(eval(code_of(theirs), vars(monai) | names), p, y, classes), found
 
 
-HAS_SKLEARN = importlib.util.find_spec("sklearn") is not None
-NEEDS = [*NEEDS_PEERS, pytest.mark.skipif(not HAS_SKLEARN, reason="scikit-learn is not installed")]
+NEEDS = [*NEEDS_PEERS, needs("sklearn")]
 
 
 def needs_peers(test):
