@@ -4,16 +4,11 @@ This proves that they need no TensorFlow, and so work on a GPU machine that has 
 test-full` installs JAX.
 """
 
-import importlib.util
-
 import pytest
 
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.skipif(
-        importlib.util.find_spec("jax") is None, reason="JAX is not installed: make test-full"
-    ),
-]
+from helpers.installed import needs
+
+pytestmark = [pytest.mark.full, needs("jax")]
 
 SETUP = """
     import os, sys

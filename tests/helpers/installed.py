@@ -12,10 +12,10 @@ def has(module):
     return importlib.util.find_spec(module) is not None
 
 
-def needs(module):
-    """A mark that skips a test where the module is not installed."""
-    reason = f"{module} is not installed: make test-full"
-    return pytest.mark.skipif(not has(module), reason=reason)
+def needs(*modules):
+    """A mark that skips a test where one of the modules is not installed."""
+    lacking = [module for module in modules if not has(module)]
+    return pytest.mark.skipif(bool(lacking), reason=f"not installed: {lacking}; make test-full")
 
 
 def has_level(level):

@@ -3,7 +3,6 @@
 `make test-full` installs both. A process has one backend, so that each has a process of its own.
 """
 
-import importlib.util
 import json
 import sys
 from concurrent import futures
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from dice_op import losses, metrics
+from helpers.installed import needs
 from helpers.paths import ROOT
 from helpers.processes import output_of
 
@@ -20,11 +20,7 @@ OTHERS = ("jax", "torch")
 
 
 def full(*packages):
-    lacking = [name for name in packages if not importlib.util.find_spec(name)]
-    return [
-        pytest.mark.full,
-        pytest.mark.skipif(bool(lacking), reason=f"{lacking} are not installed: make test-full"),
-    ]
+    return [pytest.mark.full, needs(*packages)]
 
 
 # JAX has four devices, as a machine with four GPUs.
@@ -60,7 +56,7 @@ TRAIN = """
 
 
 @pytest.mark.full
-@pytest.mark.skipif(not importlib.util.find_spec("jax"), reason="Keras on NumPy needs JAX")
+@needs("jax")  # Keras on NumPy needs it
 def test_a_backend_that_cannot_train_is_refused_in_words(run_python):
     out = run_python(
         """

@@ -1,6 +1,5 @@
 """`python -m dice_op check`: it passes here, and notices what is wrong."""
 
-import importlib.util
 import json
 import sys
 
@@ -9,6 +8,7 @@ import pytest
 
 from dice_op import _check, core
 from dice_op.__main__ import main
+from helpers.installed import has
 from helpers.processes import output_of
 
 
@@ -27,7 +27,7 @@ def test_the_command_tries_every_front_end():
     assert report["version"] == core.build_info()["version"]
     for name, (module, _) in _check.FRONT_ENDS.items():
         rows = [row for row in report["rows"] if row["front_end"].startswith(name)]
-        there = importlib.util.find_spec(module) is not None
+        there = has(module)
         assert rows and all(("not_here" in row) != there for row in rows)
         assert all(row["passed"] == row["cases"] for row in rows if there)
 

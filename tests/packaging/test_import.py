@@ -1,11 +1,11 @@
 """Importing: without TensorFlow, a second time, beside another copy, beside Keras 2."""
 
-import importlib.util
 import re
 import shutil
 
 import pytest
 
+from helpers.installed import needs
 from helpers.paths import PACKAGE
 
 
@@ -183,7 +183,7 @@ def test_the_setting_for_keras_2_is_refused_at_import(run_python):
 
 
 @pytest.mark.full
-@pytest.mark.skipif(not importlib.util.find_spec("tf_keras"), reason="needs tf_keras")
+@needs("tf_keras")
 def test_models_of_keras_2_are_refused_and_others_in_the_same_process_are_not(run_python):
     run_python(
         """

@@ -7,7 +7,6 @@ kernels/test_cuda.py; numbers of threads are in kernels/test_core.py and front_e
 """
 
 import hashlib
-import importlib.util
 import json
 import sys
 
@@ -17,6 +16,7 @@ import pytest
 
 from dice_op import core
 from helpers import reference, worst_cases
+from helpers.installed import needs
 from helpers.kernel_inputs import coefficients_by_name, in_format, make
 from helpers.paths import TESTS
 from helpers.processes import output_of
@@ -274,10 +274,10 @@ def test_eager_and_compiled_tensorflow_give_the_bits_of_core(run_python):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["tensorflow", "jit", "torch", "jax"])
+@pytest.mark.parametrize(
+    "name", ["tensorflow", "jit", *(pytest.param(n, marks=needs(n)) for n in ("torch", "jax"))]
+)
 def test_every_front_end_gives_the_bits_of_core_at_any_number_of_threads(name, run_python):
-    if importlib.util.find_spec("tensorflow" if name == "jit" else name) is None:
-        pytest.skip(f"{name} is not installed: make test-full")
     (wanted,) = of_front_end(run_python, "core", 1)
     for threads in (1, 3):
         one = "--xla_cpu_multi_thread_eigen=false" if threads == 1 else ""

@@ -1,6 +1,5 @@
 """Thousands of steps take no more memory than a few, and threads do not disturb each other."""
 
-import importlib.util
 import json
 import threading
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 
 from dice_op import core
+from helpers.installed import needs
 from helpers.kernel_inputs import make
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -110,18 +110,19 @@ FIT = """
     model.fit(x, y, batch_size=1, epochs=warm + windows, verbose=0, callbacks=[Watch()])
     print(json.dumps(seen[warm - 1 :]))
 """
-# The code, the packages that it needs, and what the environment says.
+# The code, and the package that it needs, which is also the backend of Keras.
 FRONT_ENDS = {
-    "core": (CORE + MEASURE, []),
-    "TensorFlow, tf.function": (TENSORFLOW + MEASURE, []),
-    "TensorFlow, eager": (EAGER + MEASURE, []),
-    "TensorFlow, jit_compile": (JIT + MEASURE, []),
-    "PyTorch": (TORCH + MEASURE, ["torch"]),
-    "JAX": (JAX + MEASURE, ["jax"]),
-    "Keras on TensorFlow": (FIT, ["tensorflow"]),
-    "Keras on JAX": (FIT, ["jax"]),
-    "Keras on PyTorch": (FIT, ["torch"]),
+    "core": (CORE + MEASURE, "tensorflow"),
+    "TensorFlow, tf.function": (TENSORFLOW + MEASURE, "tensorflow"),
+    "TensorFlow, eager": (EAGER + MEASURE, "tensorflow"),
+    "TensorFlow, jit_compile": (JIT + MEASURE, "tensorflow"),
+    "PyTorch": (TORCH + MEASURE, "torch"),
+    "JAX": (JAX + MEASURE, "jax"),
+    "Keras on TensorFlow": (FIT, "tensorflow"),
+    "Keras on JAX": (FIT, "jax"),
+    "Keras on PyTorch": (FIT, "torch"),
 }
+EACH = [pytest.param(name, marks=needs(package)) for name, (_, package) in FRONT_ENDS.items()]
 MOST_GROWTH = 2 << 20  # bytes
 
 
@@ -132,10 +133,7 @@ def sizes(front_end, steps, warm, windows, run_python):
       steps: the number of steps in a window.
       warm: the number of windows that are for warming up.
     """
-    code, packages = FRONT_ENDS[front_end]
-    if any(importlib.util.find_spec(name) is None for name in packages):
-        pytest.skip(f"{packages} are not installed: make test-full")
-    backend = packages[0] if packages else "tensorflow"
+    code, backend = FRONT_ENDS[front_end]
     # One arena, so that the threads' shares of it do not count as growth.
     environment = {"KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu", "MALLOC_ARENA_MAX": "1"}
     printed = run_python(INPUTS + code, *map(str, (steps, warm, windows)), **environment)
@@ -143,7 +141,7 @@ def sizes(front_end, steps, warm, windows, run_python):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
+@pytest.mark.parametrize("front_end", EACH)
 def test_10000_steps_take_no_memory_after_a_warm_up(front_end, run_python, seen):
     first, *_, last = sizes(front_end, 1000, 4, 10, run_python)
     memory, objects = last - first
@@ -152,7 +150,7 @@ def test_10000_steps_take_no_memory_after_a_warm_up(front_end, run_python, seen)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
+@pytest.mark.parametrize("front_end", EACH)
 def test_no_front_end_leaks_in_each_step(front_end, run_python):
     """A framework may take memory in some steps that it uses later, but not in all 500 and 500."""
     grown = np.diff(sizes(front_end, 500, 2, 3, run_python), axis=0)
