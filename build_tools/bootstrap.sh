@@ -97,6 +97,9 @@ install() {
 install --quiet 'pip>=25.1' # pip from the venv module may not know dependency groups
 [ "$TENSORFLOW" ] || TENSORFLOW=--group=tensorflow
 install ${keep:+--quiet} "$TENSORFLOW" --group=dev $(toolkit)
+case $(.venv/bin/python build_tools/find_ffi_header.py tensorflow) in
+  \;*) install --group=xla_header ;; # TensorFlow 2.19 lacks it
+esac
 
 # This makes Python find dice_op/ in this folder, as an editable install does. `make build` then needs no pip.
 echo "$PWD" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dice_op.pth"
