@@ -74,9 +74,13 @@ def check_requirements():
             f"{sys.executable} -m pip install tensorflow (or tensorflow-cpu) in another version"
         )
     if not with_tensorflow():
-        say("a build without the TensorFlow op: it serves PyTorch, JAX and NumPy")
-        if not importlib.util.find_spec("jaxlib"):
-            say("but not JAX, as there is no jaxlib, whose header that needs")
+        if importlib.util.find_spec("jaxlib"):
+            say("a build without the TensorFlow op: it serves PyTorch, JAX and NumPy")
+        else:
+            say(
+                "a build without the TensorFlow op, and without handlers for JAX, because their "
+                "header is that of jaxlib, which is not here: it serves PyTorch and NumPy"
+            )
 
 
 def existing(folder):

@@ -75,13 +75,18 @@ class sysconfig:
     assert re.findall(r"-isystem (\S+)", command) == [str(folders[chosen] / "include")]
 
 
-def setup(*before, **variables):
-    """The one line that `setup.py build_ext` says where it cannot even begin."""
+def said_by_setup(*before, **variables):
+    """The lines that `setup.py build_ext` says where it ends before it compiles."""
     code = "; ".join((*before, "import runpy, sys", "sys.argv[1:] = ['--quiet', 'build_ext']"))
     code += "; runpy.run_path('setup.py', run_name='__main__')"
     done = run(sys.executable, "-c", code, cwd=ROOT, **variables)
     assert done.returncode == 1
-    (line,) = [line for line in done.stderr.splitlines() if "dice_op:" in line]
+    return [line for line in done.stderr.splitlines() if "dice_op:" in line]
+
+
+def setup(*before, **variables):
+    """The one line that it says."""
+    (line,) = said_by_setup(*before, **variables)
     return line
 
 
@@ -97,6 +102,17 @@ def test_a_build_names_what_is_missing():
     assert "pip install cmake ninja" in setup(without("cmake", "ninja"))
     asked_for = setup(without("tensorflow"), DICE_OP_TENSORFLOW="2.21")
     assert "DICE_OP_TENSORFLOW is 2.21" in asked_for and "pip install tensorflow" in asked_for
+
+
+def test_a_build_without_tensorflow_says_what_it_serves(tmp_path):
+    ends = {"DICE_OP_TENSORFLOW": "none", "DICE_OP_BUILD": "/proc/none"}
+    without_jax, _ = said_by_setup(without("jaxlib"), **ends)
+    assert "jaxlib, which is not here" in without_jax
+    assert without_jax.endswith("it serves PyTorch and NumPy")
+    (tmp_path / "jaxlib").mkdir()
+    (tmp_path / "jaxlib" / "__init__.py").touch()
+    with_jax, _ = said_by_setup(PYTHONPATH=str(tmp_path), **ends)
+    assert with_jax.endswith("it serves PyTorch, JAX and NumPy")
 
 
 def test_the_tensorflow_of_this_environment_is_found(monkeypatch):
