@@ -13,6 +13,7 @@ import tensorflow as tf
 import dice_op
 from dice_op import core
 from helpers import emulation, reference
+from helpers.ffi_header import finder
 from helpers.kernel_inputs import FORMATS
 from helpers.paths import EXAMPLES
 from helpers.processes import output_of, run
@@ -27,6 +28,7 @@ def compile_library(source, text):
         f"{include}/external/{p}" for p in ("highwayhash", "farmhash_archive/src")
     ]
     compiler = ["c++", "-std=c++17", "-w", "-shared", "-fPIC", *(f"-I{f}" for f in folders)]
+    compiler += ["-idirafter", finder.earliest()[1]]  # TensorFlow 2.19 lacks a header
     libraries = [f"-L{tf.sysconfig.get_lib()}", *tf.sysconfig.get_link_flags()[1:]]
     libraries += ["-l:libtensorflow_cc.so.2", "-o", source.with_suffix(".so")]
     output_of(*compiler, source, *libraries)
@@ -415,7 +417,7 @@ def test_lowering_for_a_gpu_emits_our_calls_or_says_why_not(tmp_path, run_python
 def run_handlers():
     """Runs cuda_emulator/run_handlers.cc under the address sanitizer; returns the lines it
     prints."""
-    program = emulation.build_handlers(tf.sysconfig.get_include())
+    program = emulation.build_handlers()
 
     def run(*arguments, **environment):
         environment = {"ASAN_OPTIONS": "detect_leaks=0", **environment}

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dice_op import core
+from helpers.ffi_header import finder
 from helpers.paths import BUILD, CSRC, TESTS
 from helpers.processes import alone_in, output_of
 from helpers.processes import run as run_program
@@ -175,7 +176,7 @@ def build_faults():
     return _made(folder, _key("address", *folders, EMULATOR), make) / "run_faults"
 
 
-def build_handlers(include, kind="address"):
+def build_handlers(kind="address"):
     """XLA's handlers over the same few kernels, called by an XLA that is a stand-in."""
     kernels = build(kind, few=True).parent
     folder = BUILD / "cuda_emulator" / f"handlers_{kind}"
@@ -184,6 +185,7 @@ def build_handlers(include, kind="address"):
     others = ("engine", "options", "problem", "kernels", "dice_op_cuda")
 
     def make():
+        _, include = finder.earliest()
         flags = [*_flags(kind, CSRC), "-isystem", include, "-DDICE_OP_WITH_CUDA"]
         for source, output in zip(sources, own, strict=True):
             _compile(source, output, flags)

@@ -335,7 +335,7 @@ def kernels(program):
 # XLA's compiler for CPUs stands in for the one for GPUs. It makes a kernel of each result, and of
 # what two results have in common, where the one for GPUs puts several of them into a kernel.
 MOST = {"DiceLoss": 8, "DiceCELoss": 8}
-MOST_OF_OTHERS = 12
+MOST_OF_OTHERS = 16 if tf.__version__.startswith("2.19.") else 12  # that XLA joins fewer
 
 
 @pytest.mark.parametrize("weighted", [False, pytest.param(True, marks=pytest.mark.full)])

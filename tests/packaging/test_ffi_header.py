@@ -1,15 +1,11 @@
 """build_tools/find_ffi_header.py finds the header that serves the most versions of JAX."""
 
-import importlib.util
 import re
 
 import pytest
 
-from helpers.paths import BUILD_TOOLS, DOCS
-
-_spec = importlib.util.spec_from_file_location("finder", BUILD_TOOLS / "find_ffi_header.py")
-finder = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(finder)
+from helpers.ffi_header import finder
+from helpers.paths import DOCS
 
 
 @pytest.fixture

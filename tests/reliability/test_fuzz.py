@@ -350,7 +350,7 @@ def test_cuda_kernels_agree_with_float64(fuzz, kind, few, tmp_path):
     def one(call):
         if few and not has_few_kernels(call):
             return
-        call.coefficients = [np.float64(k) for k in call.coefficients]
+        call.coefficients = [k.astype(np.float64) for k in call.coefficients]
         drawn.append(call)
 
     fuzz(one, calls.legal(3000), examples=120, cost=10)
