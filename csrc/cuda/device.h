@@ -44,6 +44,7 @@ DICE_OP_DEVICE float ReadEither(T value, bool is_half) {
     return Read<float>(value);
   }
 }
+
 // Reads element `at` of an array whose type is known only at run time.
 template <class R>
 DICE_OP_DEVICE R ReadNumber(const void* from, DType dtype, int64_t at) {

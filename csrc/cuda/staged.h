@@ -125,8 +125,8 @@ class Staged {
         [&](int e) { reinterpret_cast<T*>(to)[e] = reinterpret_cast<const T*>(Stage(stage))[e]; });
   }
   // Lane l reads the label of voxel l of the tile, if there is one. Returns the class, the thread that holds it, and
-  // its place among the classes of that thread. A voxel whose label is no class belongs to no thread.
-  // Neither does one without weight.
+  // its place among the classes of that thread. A voxel without weight, or whose label is no class, belongs to no
+  // thread.
   DICE_OP_DEVICE uint32_t FetchPlace(int64_t at, int voxels, float* weight) {
     *weight = 0;
     if (Lane() >= voxels) return kNoPlace;
