@@ -39,12 +39,13 @@ Variant FindPlain(const Problem& problem, const void* d_logits) {
 
 Variant FindGeneral(const Problem& problem, const void* d_logits) {
   using PerClass = General<float, true, 4, 1>;
+  const bool sigmoid = problem.options.activation == Activation::kSigmoid, few = problem.classes <= 4;
   if (problem.in_double()) return {};
+  if (!few && (problem.hard() || sigmoid || problem.labels_per_class())) return {};
   if (problem.hard()) return Of<PerClass, Argmax>(problem, d_logits);
-  if (problem.options.activation == Activation::kSigmoid) return Of<PerClass, Sigmoid>(problem, d_logits);
+  if (sigmoid) return Of<PerClass, Sigmoid>(problem, d_logits);
   if (problem.labels_per_class()) return Of<PerClass>(problem, d_logits);
-  return problem.classes <= 4 ? Of<General<float, false, 4, 1>>(problem, d_logits)
-                              : Of<General<float, false, 8, 32>>(problem, d_logits);
+  return few ? Of<General<float, false, 4, 1>>(problem, d_logits) : Of<General<float, false, 8, 32>>(problem, d_logits);
 }
 
 }  // namespace cuda

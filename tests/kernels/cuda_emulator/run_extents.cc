@@ -246,8 +246,9 @@ void Compare(const Problem& like, const Volume& volume, bool grad, const std::st
   Expect(written == count, name + ": " + std::to_string(written) + " of " + std::to_string(count) + " voxels written");
 }
 
-// What differs in a kernel at run time: the kernel, the types of logits and labels, the layout, and the weights.
-using Kind = std::tuple<const void*, DType, DType, bool, bool, bool>;
+// What differs in a kernel at run time: the types of logits and labels, the layout, the weights, and whether there is
+// one class or several.
+using Kind = std::tuple<const void*, DType, DType, bool, bool, bool, bool>;
 
 // Which voxels a batch has: one sample, a few large ones, or as many as a call may have.
 Volume Shape(int sort, const Problem& like, int64_t tile) {
@@ -259,10 +260,11 @@ Volume Shape(int sort, const Problem& like, int64_t tile) {
   return {batch, (k32 / batch / 64 + 1) * 64};
 }
 
-// brief: one problem for each kernel and layout, and not one for each type and layout that it reads.
+// A kernel that serves several numbers of classes runs with the largest, and with a single class.
+// brief: not each type that a kernel reads.
 void CompareAll(bool brief) {
   std::set<std::pair<int, Kind>> done;
-  for (int classes = 1; classes <= kMaxClasses; ++classes) {
+  for (int classes = kMaxClasses; classes > 0; --classes) {
     ForEachProblem({1, 4096}, classes, [&](const Problem& like, const char* setting) {
       for (int grad = 0; grad < (like.hard() ? 1 : 2); ++grad) {
         const void* const d_logits = grad ? like.logits : nullptr;
@@ -271,10 +273,10 @@ void CompareAll(bool brief) {
         if (!variant.plain && !variant.general) continue;  // few_kernels.cc has none for it
         const void* const kernel = variant.plain ? reinterpret_cast<const void*>(variant.plain)
                                                  : reinterpret_cast<const void*>(variant.general);
-        const bool channels_last = like.channels_last();
-        const Kind layout = {kernel, {}, {}, {}, channels_last, {}},
-                   kind = {kernel,        like.logits_dtype,           like.labels_dtype, like.dense_labels,
-                           channels_last, like.voxel_weight != nullptr};
+        const bool channels_last = like.channels_last(), weighted = like.voxel_weight != nullptr, one = classes == 1;
+        const Kind layout = {kernel, {}, {}, {}, channels_last, weighted, one},
+                   kind = {kernel, like.logits_dtype, like.labels_dtype, like.dense_labels, channels_last, weighted,
+                           one};
         for (int sort = 0; sort < 3; ++sort) {
           if (!done.insert({sort, brief || sort > 0 ? layout : kind}).second) continue;
           const Volume volume = Shape(sort, like, variant.tile);
