@@ -109,7 +109,7 @@ BUGS = {
 
 @pytest.mark.long
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_number_of_too_few_bits_is_noticed(bug, tmp_path):
+def test_a_number_of_too_few_bits_is_noticed(bug, tmp_path, seen):
     file, old, new = BUGS[bug]
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
@@ -117,3 +117,4 @@ def test_a_number_of_too_few_bits_is_noticed(bug, tmp_path):
     program = emulation.build_extents(few=True, csrc=csrc, folder=tmp_path)
     _, wrong = emulation.run_extents(program, "brief")
     assert wrong != [], "nobody noticed"
+    seen("planted bugs", f"too few bits in {bug}", True)
