@@ -3,11 +3,12 @@
 A volume is one block of voxels again and again, and from element 2^31 on another block with other
 frequencies and logits. So the reference needs each block once, and an index that wraps reads other
 voxels: the length of a block is a prime number, and no power of two is a multiple of it. Test by
-test these need up to 11 GB of memory.
+test these need up to 12 GB of memory, and JAX up to 18.
 """
 
 import json
-import os
+import pathlib
+import re
 import resource
 import sys
 
@@ -231,13 +232,17 @@ def measure(case):
     }  # fmt: skip
 
 
+def available_memory():
+    """Bytes that programs can take before the system has to end one."""
+    (kilobytes,) = re.findall(r"MemAvailable: +(\d+)", pathlib.Path("/proc/meminfo").read_text())
+    return int(kilobytes) * 1024
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_more_than_2_to_31_elements_are_right(case, seen):
-    """Each in a process of its own, which gives its memory back even if it fails. Under JAX it took
-    more than 14 GB when the system ended it."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if CASES[case][0] is of_jax and available < 24 << 30:
-        pytest.skip("JAX needs more memory than there is")
+    """Each in a process of its own, which gives its memory back even if it fails."""
+    if CASES[case][0] is of_jax and available_memory() < 18e9:
+        pytest.skip("JAX takes up to 18 GB")
     printed = output_of(sys.executable, __file__, case, PYTHONPATH=str(TESTS))
     seen("scale", case, json.loads(printed.splitlines()[-1]))
 
