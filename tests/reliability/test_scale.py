@@ -310,7 +310,9 @@ def test_more_than_2_to_32_voxels_are_right(samples, seen):
         value = reference.gradient(logits, t, coefficients[:, n : n + 1], activation="sigmoid")
         found = x[n : n + 1, start : start + count].astype(np.float64)
         assert reference.gradient_error(found, value) <= 2 * EPSILON["float16"] + 5e-6, (n, start)
-    seen("scale", f"core, sigmoid, voxels in {samples} samples", voxels * samples)
+    seen(
+        "scale", f"core, sigmoid, voxels in {samples} sample{'s' * (samples > 1)}", voxels * samples
+    )
 
 
 if __name__ == "__main__":
