@@ -18,6 +18,7 @@ import find_ffi_header  # noqa: E402
 
 LITTLE_SPACE = 100  # MB: if a build fails with less than this left, it has filled the disk
 PACKAGES = ("tensorflow-cpu", "tensorflow")  # the same TensorFlow: either will do
+NIGHTLIES = ("tf-nightly-cpu", "tf-nightly")  # that of one night, under other names
 # What `make wheels` adds to a wheel's version, such as +tf2.21.cpu.
 LOCAL_VERSION = os.environ.get("DICE_OP_LOCAL_VERSION", "")
 
@@ -46,7 +47,7 @@ def version_of(package):
 
 def tensorflow_version():
     """The version of the TensorFlow that is installed here, or None."""
-    return next(filter(None, map(version_of, PACKAGES)), None)
+    return next(filter(None, map(version_of, PACKAGES + NIGHTLIES)), None)
 
 
 def is_wanted(found, wanted):

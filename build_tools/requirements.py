@@ -27,13 +27,17 @@ def of_tensorflow(wanted):
 
 
 def tensorflow_beside():
-    """The minor version of the TensorFlow that pip would put dice_op beside; "none" without one.
+    """The minor version of the TensorFlow that pip would put dice_op beside, or the requirement of
+    a nightly build; "none" without one.
 
     A build in isolation does not see the packages of that environment, but it has its Python.
     """
     folders = [sysconfig.get_path(kind) for kind in ("purelib", "platlib")]
     folders.append(site.getusersitepackages())
     for package in metadata.distributions(path=list(dict.fromkeys(folders))):
-        if re.sub(r"[-_.]+", "-", package.name).lower() in ("tensorflow", "tensorflow-cpu"):
+        name = re.sub(r"[-_.]+", "-", package.name).lower()
+        if name in ("tensorflow", "tensorflow-cpu"):
             return ".".join(package.version.split(".")[:2])
+        if name in ("tf-nightly", "tf-nightly-cpu"):
+            return f"{name}=={package.version}"
     return "none"

@@ -118,7 +118,9 @@ def test_a_build_without_tensorflow_says_what_it_serves(tmp_path):
 def test_the_tensorflow_of_this_environment_is_found(monkeypatch):
     monkeypatch.syspath_prepend(BUILD_TOOLS)
     requirements = importlib.import_module("requirements")
-    assert core.build_info()["tensorflow"].startswith(requirements.tensorflow_beside() + ".")
+    beside = requirements.tensorflow_beside().rpartition("==")[2]  # of a nightly build, all of it
+    built = core.build_info()["tensorflow"].replace("-dev", ".dev")
+    assert f"{built}.".startswith(f"{beside}.")
 
 
 def test_another_tensorflow_than_was_asked_for_is_named():
@@ -126,22 +128,29 @@ def test_another_tensorflow_than_was_asked_for_is_named():
     assert "DICE_OP_TENSORFLOW is 1.15" in line and "TensorFlow 2." in line
 
 
-@pytest.mark.parametrize("installed", ["2.20.1", "none"])
-def test_a_build_is_for_the_tensorflow_that_is_installed(installed, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "version", "beside", "needed"),
+    [
+        # Its own package writes the name so.
+        ("tensorflow_cpu", "2.20.1", "2.20", "tensorflow-cpu==2.20.*"),
+        ("tf_nightly", "2.23.0.dev1", "tf-nightly==2.23.0.dev1", "tf-nightly==2.23.0.dev1"),
+        ("numpy", "2.0.0", "none", "jaxlib=="),
+    ],
+)
+def test_a_build_is_for_the_tensorflow_that_is_installed(
+    name, version, beside, needed, monkeypatch, tmp_path
+):
     """This holds in isolation too, where pip hides the packages of the environment."""
     monkeypatch.syspath_prepend(BUILD_TOOLS)
     requirements = importlib.import_module("requirements")
-    if installed != "none":
-        package = tmp_path / f"tensorflow_cpu-{installed}.dist-info"
-        package.mkdir()
-        # Its own package writes the name so.
-        (package / "METADATA").write_text(f"Name: tensorflow_cpu\nVersion: {installed}\n")
+    package = tmp_path / f"{name}-{version}.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
     monkeypatch.setattr(requirements.sysconfig, "get_path", lambda kind: str(tmp_path))
     monkeypatch.setattr(requirements.site, "getusersitepackages", lambda: str(tmp_path / "user"))
-    beside = requirements.tensorflow_beside()
-    assert beside == ("none" if installed == "none" else "2.20")
-    (needed,) = requirements.of_tensorflow(beside)
-    assert needed.startswith("jaxlib" if installed == "none" else "tensorflow-cpu==2.20.")
+    assert requirements.tensorflow_beside() == beside
+    (found,) = requirements.of_tensorflow(beside)
+    assert found.startswith(needed)
 
 
 @pytest.mark.parametrize(
