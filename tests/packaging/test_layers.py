@@ -59,7 +59,7 @@ def test_only_the_op_is_compiled_with_tensorflow():
     includes = {
         pathlib.Path(c["file"]).parent.name
         for c in commands
-        if re.search(r"-(I|isystem) ?\S*/(tensorflow|jaxlib)/", c["command"])
+        if re.search(r"-(I|isystem) ?\S*(tensorflow|jaxlib)", c["command"])
     }
     assert includes == {"tf", "xla"}
     assert with_tensorflow - {"xla"} == {"tf", "pybind"}
