@@ -26,7 +26,7 @@ from benchmarks import report
 from benchmarks.cases import CASES
 from benchmarks.contenders import CONTENDERS
 from benchmarks.cpu import compare
-from benchmarks.machine import Machine
+from benchmarks.machine import Machine, available_memory
 from benchmarks.measuring import ROOT, in_new_process
 
 RECORD = ROOT / "benchmarks" / "results" / "cpu.json"
@@ -62,8 +62,7 @@ def machine():
 
 def fits(case):
     """Whether logits, gradient and a copy while they are made fit into the free memory."""
-    free = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-    return 3.5 * case.logits_bytes < 1024 * int(free[1])
+    return 3.5 * case.logits_bytes < available_memory()
 
 
 def main():

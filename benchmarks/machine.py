@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import re
 import statistics
 import subprocess
 import sysconfig
@@ -18,6 +19,12 @@ UNDISTURBED = 0.93
 CALIBRATION = 3.0  # seconds
 ATTEMPTS = 4
 PATIENCE = 5.0  # how many seconds each attempt waits for a quiet moment
+
+
+def available_memory():
+    """Bytes that programs can take before the system has to end one."""
+    found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    return 1024 * int(found[1])
 
 
 @functools.cache

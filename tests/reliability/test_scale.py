@@ -7,8 +7,6 @@ test these need up to 12 GB of memory, and JAX up to 18.
 """
 
 import json
-import pathlib
-import re
 import resource
 import sys
 
@@ -232,15 +230,11 @@ def measure(case):
     }  # fmt: skip
 
 
-def available_memory():
-    """Bytes that programs can take before the system has to end one."""
-    (kilobytes,) = re.findall(r"MemAvailable: +(\d+)", pathlib.Path("/proc/meminfo").read_text())
-    return int(kilobytes) * 1024
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_more_than_2_to_31_elements_are_right(case, seen):
     """Each in a process of its own, which gives its memory back even if it fails."""
+    from benchmarks.machine import available_memory  # not on the path of that process
+
     if CASES[case][0] is of_jax and available_memory() < 18e9:
         pytest.skip("JAX takes up to 18 GB")
     printed = output_of(sys.executable, __file__, case, PYTHONPATH=str(TESTS))
@@ -310,9 +304,7 @@ def test_more_than_2_to_32_voxels_are_right(samples, seen):
         value = reference.gradient(logits, t, coefficients[:, n : n + 1], activation="sigmoid")
         found = x[n : n + 1, start : start + count].astype(np.float64)
         assert reference.gradient_error(found, value) <= 2 * EPSILON["float16"] + 5e-6, (n, start)
-    seen(
-        "scale", f"core, sigmoid, voxels in {samples} sample{'s' * (samples > 1)}", voxels * samples
-    )
+    seen("scale", f"core, sigmoid, voxels in a batch of {samples}", voxels * samples)
 
 
 if __name__ == "__main__":
