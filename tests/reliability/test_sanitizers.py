@@ -36,10 +36,11 @@ OPTIONS = {
 REPORT = re.compile("AddressSanitizer|runtime error:|ThreadSanitizer")
 
 
-def compiled(folder, targets, flags=""):
-    """The libraries of targets that are compiled without CUDA."""
+def compiled(name, targets, flags=""):
+    """Compiles targets without CUDA into a folder of the build, and returns it."""
     import ninja
 
+    folder = BUILD / "sanitized" / name
     cmake = [sys.executable, "-m", "cmake"]
     options = [
         "-DDICE_OP_CUDA=off",
@@ -51,7 +52,7 @@ def compiled(folder, targets, flags=""):
     with alone_in(folder):  # The first process compiles it for all.
         output_of(*cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", *options)
         output_of(*cmake, "--build", folder, "--target", *targets)
-    return folder.glob("*.so")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +63,10 @@ def package(tmp_path_factory):
     def build(kind):
         if kind in folders:
             return folders[kind]
-        libraries = compiled(BUILD / "sanitized" / kind, ["core"], FLAGS[kind])
+        built = compiled(kind, ["core"], FLAGS[kind])
         folder = folders[kind] = tmp_path_factory.mktemp(kind)
         shutil.copytree(ROOT / "dice_op", folder / "dice_op", ignore=shutil.ignore_patterns("*.so"))
-        for library in libraries:
+        for library in built.glob("*.so"):
             shutil.copy(library, folder / "dice_op")
         return folder
 
@@ -133,9 +134,10 @@ def test_the_tensorflow_op_reads_and_writes_nothing_that_is_not_there(package, s
     not. The memory is TensorFlow's, and each of our kernels' reads and writes is checked."""
     # With checks for undefined behaviour, GCC cannot compile TensorFlow's headers. So the libraries
     # of the op are ordinary ones, which find the kernels beside them.
-    for library in compiled(BUILD / "sanitized" / "op", ["dice_op", "dice_op_xla"]):
-        if library.name in ("dice_op.so", "dice_op_xla.so"):
-            shutil.copy(library, package("address") / "dice_op")
+    names = ["dice_op", "dice_op_xla"]
+    op = compiled("op", names)
+    for name in names:
+        shutil.copy(op / f"{name}.so", package("address") / "dice_op")
     passed = pytest_in("address", package, "front_ends/test_ops.py")
     seen("sanitizers", "tests of TensorFlow's op under address and undefined, no report", passed)
 
